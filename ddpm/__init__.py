@@ -1,0 +1,5 @@
+"""Denoising diffusion in plain PyTorch: schedules, steps, sampling algorithms, and the MNIST models.
+
+Read in this order: `schedule` (how much noise at which timestep), `process` (one step forward, one step
+back), `sampling` (the algorithms), `mnist` (the UNets), `training` (losses and the loop).
+"""

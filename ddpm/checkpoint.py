@@ -1,0 +1,120 @@
+"""Weights and training states as safetensors files, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ddpm.mnist import ClassUNet, TimeUNet, UNet
+
+MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet)}
+SHIPPED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("denoiser", "ddpm_time", "ddpm_class")}
+
+
+def write_atomically(path: str | Path, content: bytes):
+    """Write a file under a temporary name beside its place, then rename: a crash or a full disk leaves the old file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict):
+    """Write tensors and a JSON-able description to a safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the description of a safetensors file.
+
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or no safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): it may be cut short, or of another kind") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} was not written by this project's training scripts: its metadata is not JSON") from None
+    return tensors, metadata
+
+
+def save_weights(path: str | Path, model: nn.Module, metadata: dict):
+    """Write a model's weights in half precision, with all that `load_unet` needs to build it again."""
+    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
+
+
+def load_unet(path: str | Path, kind: type[nn.Module] | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The MNIST UNet of a weights file or training state, in float32, channels_last and evaluation mode.
+
+    kind: the class that it must be, such as `ClassUNet`; any of the three when None.
+    Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
+    """
+    tensors, metadata = load_tensors(path)
+    name = metadata.get("model")
+    if name not in MODELS:
+        raise ValueError(f"{path} holds no MNIST UNet (its metadata names {name!r}): expected one of {', '.join(MODELS)}")
+    if kind is not None and name != kind.__name__:
+        raise ValueError(f"{path} holds a {name}, but a {kind.__name__} is needed here")
+    tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if not key.startswith(("optimizer.", "loss"))}
+    try:
+        model = MODELS[name](**metadata["config"])
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the {name} that its metadata describes: {str(error).splitlines()[-1].strip()}") from None
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def save_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor, metadata: dict):
+    """Write all that a run needs to go on: float32 weights, Adam's moments and the losses so far."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    tensors["losses"] = losses
+    save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
+
+
+def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensor, dict]:
+    """Put a saved run back into a model and its optimizer; returns the losses so far, one a step, and the metadata.
+
+    Raises as `load_tensors` does, and ValueError when
+    the state is of another model or a weights file that holds no optimizer.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("model") != type(model).__name__ or metadata.get("config") != model.config:
+        found = f"{metadata.get('model')} {metadata.get('config')}"
+        raise ValueError(f"{path} is a run of {found}, not of {type(model).__name__} {model.config}")
+    if "losses" not in tensors:
+        raise ValueError(f"{path} is a weights file: only a training state (state.safetensors) can be resumed")
+    model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    for index, parameter in enumerate(model.parameters()):
+        state = moments[index]
+        for name in ("exp_avg", "exp_avg_sq"):  # fused Adam walks both in memory order: keep channels_last
+            state[name] = torch.empty_like(parameter).copy_(state[name])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return tensors["losses"], metadata

@@ -1,0 +1,108 @@
+"""The forward process and one step of the reverse process.
+
+Everything here is a function of tensors and a `Schedule`; no model is known. Sampler arithmetic is done
+in the dtype of `x_t` (float32 in all our samplers) with coefficients computed in float64.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import CLEAN, Schedule
+
+VARIANCES = ("beta", "beta_tilde", "learned_range")
+
+
+def add_noise(x_0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """The forward process, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps.
+
+    x_0, eps: [B, C, H, W]; t: an int, or an integer tensor [B] with a timestep for each image.
+    Returns x_t [B, C, H, W]. Source: DDPM eq. 4, arXiv 2006.11239.
+    """
+    if isinstance(t, Tensor):
+        # roots in float64 on the CPU, before the cast: MPS has no float64
+        signal, noise = (
+            root.to(x_0.dtype).to(x_0.device)[t].view(-1, 1, 1, 1)
+            for root in (schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt())
+        )
+    else:
+        alpha_cumprod = schedule.alpha_cumprod(t)
+        signal, noise = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
+    return signal * x_0 + noise * eps
+
+
+def predict_x0(x_t: Tensor, eps: Tensor, t: int, schedule: Schedule) -> Tensor:
+    """The estimate of the clean image, x̂_0 = (x_t - √(1-ᾱ_t) eps) / √ᾱ_t. Source: DDPM eq. 15, arXiv 2006.11239."""
+    alpha_cumprod = schedule.alpha_cumprod(t)
+    return (x_t - math.sqrt(1 - alpha_cumprod) * eps) / math.sqrt(alpha_cumprod)
+
+
+def static_threshold(x_0: Tensor) -> Tensor:
+    """Clip to [-1, 1]. Source: Imagen §2.3, arXiv 2205.11487."""
+    return x_0.clamp(-1, 1)
+
+
+def dynamic_threshold(x_0: Tensor, percentile: float = 0.95, maximum: float = 1.5) -> Tensor:
+    """Clip each image [B, C, H, W] to its own s, the percentile of |x_0| kept in [1, maximum], and divide by s.
+
+    IF uses maximum 1.5 in stage 1 and 1.0 (the static threshold) in stage 2.
+    Source: Imagen §2.3, arXiv 2205.11487.
+    """
+    s = torch.quantile(x_0.abs().flatten(1), percentile, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
+    return x_0.clamp(-s, s) / s
+
+
+def ddpm_step(
+    x_t: Tensor,
+    eps: Tensor,
+    t: int,
+    t_prev: int,
+    schedule: Schedule,
+    *,
+    noise: Tensor | None,
+    variance: str = "beta",
+    v: Tensor | None = None,
+    threshold: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample x_{t'} given x_t, for any earlier t' = t_prev: one step of the (strided) reverse process.
+
+    x_t, eps:  [B, C, H, W], the noisy image and the model's estimate of its noise
+    t, t_prev: timesteps, t_prev < t; t_prev = -1 is the clean image and returns x̂_0 without noise
+    noise:     z [B, C, H, W] from N(0, I); unused (may be None) when t_prev = -1
+    variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range" with
+    v:         [B, C, H, W] in [-1, 1], the model's interpolation between them
+    threshold: applied to x̂_0, such as `dynamic_threshold`
+
+    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule,
+    or when variance and v do not go together.
+    Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
+    """
+    if t_prev >= t:
+        raise ValueError(f"a reverse step goes to an earlier timestep, not from {t} to {t_prev}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
+    if (variance == "learned_range") != (v is not None):
+        raise ValueError('v is for variance="learned_range", and that variance needs v')
+    alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
+    alpha = alpha_cumprod / alpha_cumprod_prev  # the ratio to t', not to t - 1: steps may be skipped
+    beta = 1 - alpha
+
+    x_0 = predict_x0(x_t, eps, t, schedule)
+    if threshold is not None:
+        x_0 = threshold(x_0)
+    if t_prev == CLEAN:
+        return x_0, x_0
+
+    mean = (
+        math.sqrt(alpha_cumprod_prev) * beta / (1 - alpha_cumprod) * x_0
+        + math.sqrt(alpha) * (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * x_t
+    )
+    beta_tilde = max((1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * beta, 1e-20)
+    if variance == "learned_range":
+        frac = (v + 1) / 2
+        sigma = torch.exp(0.5 * (frac * math.log(beta) + (1 - frac) * math.log(beta_tilde)))
+    else:
+        sigma = math.sqrt(beta if variance == "beta" else beta_tilde)
+    return mean + sigma * noise, x_0

@@ -1,0 +1,88 @@
+"""Noise schedules, and which of their timesteps a sampler visits.
+
+Timesteps count from 0 as in diffusers and in IF's code: `t = 0` is the first, faintest noise, `t = T - 1`
+the strongest, and `t = -1` the clean image, where alphas_cumprod is 1. (The papers count x_1 … x_T and
+call the clean image x_0: their t is ours plus one.)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLEAN = -1  # the timestep of the clean image
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The variances of the forward process, in float64 on the CPU.
+
+    betas:          [T], the variance added at each timestep, in (0, 1)
+    alphas_cumprod: [T], ᾱ_t = Π (1 - β_s), the share of the clean image's variance left at t
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "Schedule":
+        """The schedule of these variances [T] (DDPM §2). Source: arXiv 2006.11239."""
+        betas = betas.double()
+        return cls(betas, torch.cumprod(1 - betas, dim=0))
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of noise levels the model was trained with."""
+        return len(self.betas)
+
+    def alpha_cumprod(self, t: int) -> float:
+        """ᾱ_t as a float; 1 at t = -1, the clean image. Raises ValueError for any other t outside the schedule."""
+        if not CLEAN <= t < self.num_timesteps:
+            raise ValueError(f"timestep {t} is outside this schedule: it has 0 … {self.num_timesteps - 1}, and -1 for the clean image")
+        return 1.0 if t == CLEAN else self.alphas_cumprod[t].item()
+
+
+def linear_schedule(num_timesteps: int = 300, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """β grows linearly from beta_start to beta_end. Source: DDPM §4, arXiv 2006.11239; MNIST uses T = 300."""
+    _check_count(num_timesteps)
+    return Schedule.from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+
+
+def cosine_schedule(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """ᾱ falls as a squared cosine; β is clipped at max_beta. Source: Improved DDPM eq. 17, arXiv 2102.09672; IF uses T = 1000."""
+    _check_count(num_timesteps)
+    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return Schedule.from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
+
+def strided_timesteps(num_timesteps: int = 1000, stride: int = 30) -> list[int]:
+    """Every stride-th timestep, noisiest first, down to 0: (1000, 30) -> [990, 960, …, 30, 0] (Part A)."""
+    _check_count(num_timesteps)
+    if not 1 <= stride < num_timesteps:
+        raise ValueError(f"stride must be from 1 to {num_timesteps - 1}, not {stride}")
+    return list(range(0, num_timesteps, stride))[::-1]
+
+
+def leading_timesteps(num_timesteps: int = 1000, num_steps: int = 100) -> list[int]:
+    """IF's spacing: (0 … N-1) · (T // N), noisiest first: (1000, 100) -> [990, 980, …, 10, 0]."""
+    _check_steps(num_steps, num_timesteps)
+    return [i * (num_timesteps // num_steps) for i in range(num_steps)][::-1]
+
+
+def linspace_timesteps(num_timesteps: int = 300, num_steps: int = 300) -> list[int]:
+    """N timesteps evenly from T - 1 to 0, noisiest first; any N starts from the strongest noise (MNIST)."""
+    _check_steps(num_steps, num_timesteps)
+    return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
+
+
+def _check_count(num_timesteps: int):
+    if num_timesteps < 1:
+        raise ValueError(f"a schedule needs at least 1 timestep, not {num_timesteps}")
+
+
+def _check_steps(num_steps: int, num_timesteps: int):
+    _check_count(num_timesteps)
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"steps must be from 1 to {num_timesteps}, the timesteps of the schedule, not {num_steps}")

@@ -1,0 +1,185 @@
+"""Training the MNIST models: two losses, the three recipes of Part B, and one loop."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm.checkpoint import load_state, save_state, save_weights, write_atomically
+from ddpm.mnist import NUM_CLASSES
+from ddpm.process import add_noise
+from ddpm.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What, besides the loss, decides the trained weights."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    decay: float = 1.0  # the learning rate's factor over the whole run, a little of it after each epoch
+    seed: int = 20040805
+
+
+DENOISER = Recipe(epochs=5, batch_size=256, learning_rate=1e-4)
+DDPM = Recipe(epochs=20, batch_size=128, learning_rate=1e-3, decay=0.1)
+
+
+def denoiser_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator, sigma: float = 0.5) -> Tensor:
+    """‖D(x_0 + σ eps) - x_0‖², the mean over pixels, for clean digits x_0 [B, 1, 28, 28] (B2)."""
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    return F.mse_loss(model(x_0 + sigma * eps).float(), x_0)
+
+
+def ddpm_loss(model: nn.Module, x_0: Tensor, conditioning: tuple, schedule: Schedule, generator: torch.Generator) -> Tensor:
+    """L_simple, ‖eps - eps_θ(x_t, t)‖² at a random t for each image, the mean over pixels.
+
+    x_0: [B, 1, 28, 28]; conditioning: what the model takes after x_t and t, such as (c,) with c [B, 10].
+    Source: DDPM eq. 14, arXiv 2006.11239.
+    """
+    t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=x_0.device)
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    x_t = add_noise(x_0, eps, t, schedule)
+    return F.mse_loss(model(x_t, t, *conditioning).float(), eps)
+
+
+def drop_classes(labels: Tensor, generator: torch.Generator, probability: float = 0.1) -> Tensor:
+    """Labels [B] -> one-hot [B, 10], whole rows set to zero with this probability, so that the model also
+    learns the unconditional eps that guidance needs. Source: classifier-free guidance, Algorithm 1, arXiv 2207.12598."""
+    kept = torch.rand(len(labels), generator=generator, device=labels.device) >= probability
+    return F.one_hot(labels, NUM_CLASSES).float() * kept.unsqueeze(1)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    first_step: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[int, Tensor]]:
+    """Train in place, one optimizer step each time the caller asks for the next item.
+
+    images: [N, 1, 28, 28] uint8, labels: [N], on the model's device
+    loss_of(model, x_0, labels, generator): the loss of one batch, x_0 [B, 1, 28, 28] in [0, 1]
+    first_step: where to go on; the order and the noise of every step follow from the seed and the step
+        alone, so a resumed run sees what an uninterrupted one would have seen
+    dtype: torch.bfloat16 runs the model under autocast
+
+    Yields (step, loss) after each step.
+    """
+    device = images.device
+    steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
+    order_generator, generator = torch.Generator(), torch.Generator(device)
+    model.train()
+    for step in range(first_step, recipe.epochs * steps_per_epoch):
+        epoch, i = divmod(step, steps_per_epoch)
+        if i == 0 or step == first_step:
+            order = torch.randperm(len(images), generator=order_generator.manual_seed(recipe.seed + epoch)).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * recipe.decay ** (epoch / recipe.epochs)
+        rows = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
+        x_0 = (images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
+
+        generator.manual_seed((recipe.seed << 24) + step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_of(model, x_0, labels[rows], generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step, loss.detach()
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    resume: bool = False,
+    save_every: float = 300,
+    after_epoch: Callable[[int, list[float]], None] = lambda epoch, losses: None,
+) -> bool:
+    """`train` with a progress bar, a log and checkpoints: folder/state.safetensors (to resume),
+    folder/weights.safetensors (to use) and folder/log.csv.
+
+    The state is saved every `save_every` seconds, after each epoch, and on Ctrl-C or SIGTERM once the
+    running step is done. after_epoch(epochs done, all losses so far) draws figures.
+    Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume`
+    is false, or when that run is of another recipe.
+    """
+    device = images.device
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
+    steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
+    losses = torch.zeros(recipe.epochs * steps_per_epoch, device=device)
+    described = {"recipe": asdict(recipe), "digits": len(images), "dtype": str(dtype).removeprefix("torch.")}
+    first_step, seconds, state_file = 0, 0.0, folder / "state.safetensors"
+    if state_file.exists():
+        if not resume:
+            raise ValueError(f"there is already a run in {folder}: add --resume to go on with it, or choose another --out")
+        done, metadata = load_state(state_file, model, optimizer)
+        for key, value in described.items():
+            if metadata[key] != value:
+                raise ValueError(f"the run in {folder} has another {key}: {metadata[key]}, not {value}")
+        first_step, seconds = len(done), metadata["seconds"]
+        losses[:first_step] = done
+
+    def save(steps: int):
+        progress = {"epochs": round(steps / steps_per_epoch, 4), "seconds": round(seconds + time.monotonic() - started, 1)}
+        save_state(state_file, model, optimizer, losses[:steps], {**described, **progress})
+        save_weights(folder / "weights.safetensors", model, {**described, **progress})
+        epochs = losses[:steps].tolist()
+        means = [fmean(epochs[i : i + steps_per_epoch]) for i in range(0, steps, steps_per_epoch)][: steps // steps_per_epoch]
+        rows = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(means, start=1)]
+        write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *rows, ""]).encode())
+
+    started = saved = time.monotonic()
+    bar = tqdm(total=recipe.epochs * len(images), initial=first_step * recipe.batch_size, unit="img", smoothing=0.05)
+    with stop_signal() as stopped, bar:
+        for step, loss in train(model, optimizer, loss_of, images, labels, recipe, first_step=first_step, dtype=dtype):
+            losses[step] = loss
+            bar.update(recipe.batch_size)
+            epoch, epoch_done = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
+            if step % 10 == 0 or epoch_done or stopped():
+                recent = losses[max(0, step - 99) : step + 1].mean().item()
+                if not math.isfinite(recent):
+                    raise ValueError(f"the loss is no longer finite at step {step}: try --dtype float32; the last saved state is whole")
+                bar.set_description(f"epoch {epoch}/{recipe.epochs}, loss {recent:.4f}", refresh=False)
+            if epoch_done or stopped() or time.monotonic() - saved > save_every:
+                save(step + 1)
+                saved = time.monotonic()
+            if epoch_done and not stopped():
+                after_epoch(epoch, losses[: step + 1].tolist())
+                model.train()
+            if stopped():
+                return step + 1 == len(losses)
+    return True
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Within it, Ctrl-C and SIGTERM only set a flag: the running step ends, and the caller can save."""
+    received = []
+    previous = {number: signal.signal(number, lambda *_: received.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

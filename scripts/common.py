@@ -1,0 +1,153 @@
+"""What the scripts share: options, devices, one-line errors, labelled figures."""
+
+import argparse
+import inspect
+import io
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.checkpoint import write_atomically
+
+SEED = 20040805
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_device_options(options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16")):
+    options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    options.add_argument("--dtype", default="auto", choices=["auto", *dtypes], help="auto: bfloat16 where the hardware has it, else float32")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text) if text.lstrip("-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """--device to a device that is there. Raises ValueError otherwise."""
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    elif torch.backends.mps.is_available():
+        there = ["mps", "cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there:
+        raise ValueError(f"device {name!r} is not on this machine: choose from auto, {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native else torch.float32
+
+
+def run(main: Callable[[], None]):
+    """Run a script: what the user can mend is told in one line, with exit status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_writable(path: Path, suffix: str | None = None):
+    """Refuse an output file early: before the work, not after it. Raises ValueError."""
+    if suffix is not None and path.suffix != suffix:
+        raise ValueError(f"{path} must end in {suffix}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write in {folder}: choose another place for {path.name}")
+
+
+def figure_metadata(seed: int) -> dict[str, str]:
+    """What a PNG says of its making: the command line, the seed and the versions."""
+    return {
+        "Software": f"torch {torch.__version__}, python {platform.python_version()}",
+        "Command": " ".join(["python", *sys.argv]),
+        "Seed": str(seed),
+    }
+
+
+def save_grid(
+    path: Path,
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    cell: float = 0.8,
+    seed: int = SEED,
+):
+    """Write pictures [C, H, W] in [0, 1] as a labelled grid, one list a row; cell: inches a picture."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    left, top = 0.15 + 0.085 * max([len(label) for label in row_labels], default=0), 0.35 * bool(title) + 0.3 * bool(column_labels) + 0.1
+    width, height = left + columns * cell + 0.1, top + len(rows) * cell + 0.1
+    figure = Figure(figsize=(width, height))
+    for i, row in enumerate(rows):
+        y = height - top - (i + 1) * cell
+        if row_labels:
+            figure.text((left - 0.08) / width, (y + cell / 2) / height, row_labels[i], ha="right", va="center", fontsize=9)
+        for j, picture in enumerate(row):
+            axes = figure.add_axes(((left + j * cell) / width, y / height, 0.95 * cell / width, 0.95 * cell / height))
+            axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.axis("off")
+    for j, label in enumerate(column_labels):
+        figure.text((left + (j + 0.475) * cell) / width, (height - top + 0.06) / height, label, ha="center", va="bottom", fontsize=9)
+    if title:
+        figure.text(0.5, (height - 0.12) / height, title, ha="center", va="top", fontsize=10)
+    save_figure(path, figure, seed)
+
+
+def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, title: str, seed: int):
+    """Write the training loss of every step, on a logarithmic axis, with its running mean over 100 steps."""
+    from matplotlib.figure import Figure
+
+    steps = torch.tensor(losses)
+    window = min(100, len(losses))
+    mean = steps.unfold(0, window, 1).mean(1)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot((torch.arange(len(steps)) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
+    axes.plot((torch.arange(len(mean)) + window) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")
+    axes.set(xlabel="epoch", ylabel="loss (mean squared error)", yscale="log", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    save_figure(path, figure, seed)
+
+
+def save_figure(path: Path, figure, seed: int):
+    """Write a matplotlib figure as a PNG with its metadata, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata=figure_metadata(seed))
+    write_atomically(path, buffer.getvalue())
