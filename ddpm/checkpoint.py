@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 
 MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet)}
-SHIPPED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("denoiser", "ddpm_time", "ddpm_class")}
+SHIPPED = {
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("denoiser", "ddpm_time", "ddpm_class")
+}
 
 
 def write_atomically(path: str | Path, content: bytes):
@@ -49,39 +51,56 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"no weights file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): it may be cut short, or of another kind") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): it may be cut short, or of another kind"
+        ) from None
     except json.JSONDecodeError:
-        raise ValueError(f"{path} was not written by this project's training scripts: its metadata is not JSON") from None
+        raise ValueError(
+            f"{path} was not written by this project's training scripts: its metadata is not JSON"
+        ) from None
     return tensors, metadata
 
 
 def save_weights(path: str | Path, model: nn.Module, metadata: dict):
     """Write a model's weights in half precision, with all that `load_unet` needs to build it again."""
-    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
 
 
-def load_unet(path: str | Path, kind: type[nn.Module] | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load_unet(
+    path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
+) -> nn.Module:
     """The MNIST UNet of a weights file or training state, in float32, channels_last and evaluation mode.
 
-    kind: the class that it must be, such as `ClassUNet`; any of the three when None.
+    kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
     """
     tensors, metadata = load_tensors(path)
     name = metadata.get("model")
     if name not in MODELS:
-        raise ValueError(f"{path} holds no MNIST UNet (its metadata names {name!r}): expected one of {', '.join(MODELS)}")
-    if kind is not None and name != kind.__name__:
-        raise ValueError(f"{path} holds a {name}, but a {kind.__name__} is needed here")
-    tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if not key.startswith(("optimizer.", "loss"))}
+        raise ValueError(
+            f"{path} holds no MNIST UNet (its metadata names {name!r}): expected one of {', '.join(MODELS)}"
+        )
+    wanted = [cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,))]
+    if kind is not nn.Module and name not in wanted:
+        raise ValueError(f"{path} holds a {name}, but a {' or '.join(wanted)} is needed here")
+    tensors = {
+        key.removeprefix("model."): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(("optimizer.", "loss"))
+    }
     try:
         model = MODELS[name](**metadata["config"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the {name} that its metadata describes: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"{path} does not fit the {name} that its metadata describes: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -106,7 +125,9 @@ def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
         raise ValueError(f"{path} is a run of {found}, not of {type(model).__name__} {model.config}")
     if "losses" not in tensors:
         raise ValueError(f"{path} is a weights file: only a training state (state.safetensors) can be resumed")
-    model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")})
+    model.load_state_dict(
+        {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    )
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

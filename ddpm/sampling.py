@@ -47,7 +47,9 @@ def guided(model: nn.Module, c: Tensor, null: Tensor, guidance_scale: float) -> 
     return estimate
 
 
-def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu") -> Callable[[], Tensor]:
+def noise_source(
+    seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu"
+) -> Callable[[], Tensor]:
     """Gaussian noise [len(seeds), *shape], fresh at each call, every image from a generator of its own.
 
     So an image depends on its own seed and not on those drawn beside it. The generators live on the CPU:

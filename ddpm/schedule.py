@@ -39,18 +39,22 @@ class Schedule:
     def alpha_cumprod(self, t: int) -> float:
         """ᾱ_t as a float; 1 at t = -1, the clean image. Raises ValueError for any other t outside the schedule."""
         if not CLEAN <= t < self.num_timesteps:
-            raise ValueError(f"timestep {t} is outside this schedule: it has 0 … {self.num_timesteps - 1}, and -1 for the clean image")
+            last = self.num_timesteps - 1
+            raise ValueError(f"timestep {t} is outside this schedule: it has 0 … {last}, and -1 for the clean image")
         return 1.0 if t == CLEAN else self.alphas_cumprod[t].item()
 
 
 def linear_schedule(num_timesteps: int = 300, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β grows linearly from beta_start to beta_end. Source: DDPM §4, arXiv 2006.11239; MNIST uses T = 300."""
+    """β grows linearly from beta_start to beta_end. MNIST uses T = 300. Source: DDPM §4, arXiv 2006.11239."""
     _check_count(num_timesteps)
     return Schedule.from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
 
 def cosine_schedule(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
-    """ᾱ falls as a squared cosine; β is clipped at max_beta. Source: Improved DDPM eq. 17, arXiv 2102.09672; IF uses T = 1000."""
+    """ᾱ falls as a squared cosine; β is clipped at max_beta. IF uses T = 1000.
+
+    Source: Improved DDPM eq. 17, arXiv 2102.09672.
+    """
     _check_count(num_timesteps)
     t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2

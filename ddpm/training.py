@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from ddpm.checkpoint import load_state, save_state, save_weights, write_atomically
 from ddpm.mnist import NUM_CLASSES
 from ddpm.process import add_noise
+from ddpm.sampling import noise_source
 from ddpm.schedule import Schedule
 
 
@@ -31,6 +31,7 @@ class Recipe:
     seed: int = 20040805
 
 
+SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # the noise levels of B1; the denoiser is trained at 0.5
 DENOISER = Recipe(epochs=5, batch_size=256, learning_rate=1e-4)
 DDPM = Recipe(epochs=20, batch_size=128, learning_rate=1e-3, decay=0.1)
 
@@ -41,7 +42,14 @@ def denoiser_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator, sig
     return F.mse_loss(model(x_0 + sigma * eps).float(), x_0)
 
 
-def ddpm_loss(model: nn.Module, x_0: Tensor, conditioning: tuple, schedule: Schedule, generator: torch.Generator) -> Tensor:
+def noisy_digits(x: Tensor, sigma: float, seed: int) -> Tensor:
+    """z = x + σ eps for digits x [N, 1, 28, 28]; digit k takes its noise from seed + k, whatever N is (B1)."""
+    return x + sigma * noise_source(range(seed, seed + len(x)), x.shape[1:], x.device)()
+
+
+def ddpm_loss(
+    model: nn.Module, x_0: Tensor, conditioning: tuple, schedule: Schedule, generator: torch.Generator
+) -> Tensor:
     """L_simple, ‖eps - eps_θ(x_t, t)‖² at a random t for each image, the mean over pixels.
 
     x_0: [B, 1, 28, 28]; conditioning: what the model takes after x_t and t, such as (c,) with c [B, 10].
@@ -54,8 +62,11 @@ def ddpm_loss(model: nn.Module, x_0: Tensor, conditioning: tuple, schedule: Sche
 
 
 def drop_classes(labels: Tensor, generator: torch.Generator, probability: float = 0.1) -> Tensor:
-    """Labels [B] -> one-hot [B, 10], whole rows set to zero with this probability, so that the model also
-    learns the unconditional eps that guidance needs. Source: classifier-free guidance, Algorithm 1, arXiv 2207.12598."""
+    """Labels [B] -> one-hot [B, 10], whole rows set to zero with this probability.
+
+    So the model also learns the unconditional eps that guidance needs.
+    Source: classifier-free guidance, Algorithm 1, arXiv 2207.12598.
+    """
     kept = torch.rand(len(labels), generator=generator, device=labels.device) >= probability
     return F.one_hot(labels, NUM_CLASSES).float() * kept.unsqueeze(1)
 
@@ -116,70 +127,86 @@ def fit(
     save_every: float = 300,
     after_epoch: Callable[[int, list[float]], None] = lambda epoch, losses: None,
 ) -> bool:
-    """`train` with a progress bar, a log and checkpoints: folder/state.safetensors (to resume),
-    folder/weights.safetensors (to use) and folder/log.csv.
+    """`train` with a progress bar, checkpoints and a log in a folder, and a way to stop and go on.
 
-    The state is saved every `save_every` seconds, after each epoch, and on Ctrl-C or SIGTERM once the
-    running step is done. after_epoch(epochs done, all losses so far) draws figures.
-    Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume`
-    is false, or when that run is of another recipe.
+    Writes folder/state.safetensors (to resume), folder/weights.safetensors (to use) and folder/log.csv every
+    `save_every` seconds, after each epoch, and on Ctrl-C or SIGTERM once the running step is done.
+    after_epoch(epochs done, all losses so far) draws figures.
+    Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume` is
+    false, when that run is of another recipe, or when the loss is not finite.
     """
     device = images.device
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
     steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
     losses = torch.zeros(recipe.epochs * steps_per_epoch, device=device)
-    described = {"recipe": asdict(recipe), "digits": len(images), "dtype": str(dtype).removeprefix("torch.")}
-    first_step, seconds, state_file = 0, 0.0, folder / "state.safetensors"
+    run = {"recipe": asdict(recipe), "digits": len(images), "dtype": str(dtype).removeprefix("torch.")}
+    state_file, first_step, seconds_before, started = folder / "state.safetensors", 0, 0.0, time.monotonic()
+
     if state_file.exists():
         if not resume:
-            raise ValueError(f"there is already a run in {folder}: add --resume to go on with it, or choose another --out")
-        done, metadata = load_state(state_file, model, optimizer)
-        for key, value in described.items():
-            if metadata[key] != value:
-                raise ValueError(f"the run in {folder} has another {key}: {metadata[key]}, not {value}")
-        first_step, seconds = len(done), metadata["seconds"]
+            raise ValueError(f"there is a run in {folder}: add --resume to go on with it, or choose another --out")
+        done, found = load_state(state_file, model, optimizer)
+        for key in ("recipe", "digits"):
+            if found[key] != run[key]:
+                raise ValueError(f"the run in {folder} has another {key}: {found[key]}, not {run[key]}")
+        first_step, seconds_before = len(done), found["seconds"]
         losses[:first_step] = done
+        if first_step % steps_per_epoch == 0:  # stopped between an epoch and its figures
+            after_epoch(first_step // steps_per_epoch, done.tolist())
 
     def save(steps: int):
-        progress = {"epochs": round(steps / steps_per_epoch, 4), "seconds": round(seconds + time.monotonic() - started, 1)}
-        save_state(state_file, model, optimizer, losses[:steps], {**described, **progress})
-        save_weights(folder / "weights.safetensors", model, {**described, **progress})
-        epochs = losses[:steps].tolist()
-        means = [fmean(epochs[i : i + steps_per_epoch]) for i in range(0, steps, steps_per_epoch)][: steps // steps_per_epoch]
-        rows = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(means, start=1)]
-        write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *rows, ""]).encode())
+        seconds = seconds_before + time.monotonic() - started
+        metadata = {**run, "epochs": round(steps / steps_per_epoch, 4), "seconds": round(seconds, 1)}
+        save_state(state_file, model, optimizer, losses[:steps], metadata)
+        save_weights(folder / "weights.safetensors", model, metadata)
+        epochs = losses[: steps - steps % steps_per_epoch].view(-1, steps_per_epoch).mean(1).tolist()
+        lines = ["epoch,mean_loss", *(f"{epoch},{loss:.6f}" for epoch, loss in enumerate(epochs, start=1)), ""]
+        write_atomically(folder / "log.csv", "\n".join(lines).encode())
 
-    started = saved = time.monotonic()
-    bar = tqdm(total=recipe.epochs * len(images), initial=first_step * recipe.batch_size, unit="img", smoothing=0.05)
+    saved = time.monotonic()
+    size = recipe.batch_size
+    bar = tqdm(total=len(losses) * size, initial=first_step * size, unit="img", smoothing=0.05)
     with stop_signal() as stopped, bar:
         for step, loss in train(model, optimizer, loss_of, images, labels, recipe, first_step=first_step, dtype=dtype):
             losses[step] = loss
-            bar.update(recipe.batch_size)
-            epoch, epoch_done = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
-            if step % 10 == 0 or epoch_done or stopped():
+            bar.update(size)
+            epoch, end_of_epoch = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
+            if step % 10 == 0 or end_of_epoch or stopped():
                 recent = losses[max(0, step - 99) : step + 1].mean().item()
-                if not math.isfinite(recent):
-                    raise ValueError(f"the loss is no longer finite at step {step}: try --dtype float32; the last saved state is whole")
                 bar.set_description(f"epoch {epoch}/{recipe.epochs}, loss {recent:.4f}", refresh=False)
-            if epoch_done or stopped() or time.monotonic() - saved > save_every:
+                if not math.isfinite(recent):
+                    raise ValueError(
+                        f"the loss is not finite at step {step}: try --dtype float32; {state_file} is whole"
+                    )
+            if end_of_epoch or stopped() or time.monotonic() - saved > save_every:
                 save(step + 1)
                 saved = time.monotonic()
-            if epoch_done and not stopped():
+            if stopped():
+                break
+            if end_of_epoch:
                 after_epoch(epoch, losses[: step + 1].tolist())
                 model.train()
-            if stopped():
-                return step + 1 == len(losses)
-    return True
+    return not stopped()
 
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C and SIGTERM only set a flag: the running step ends, and the caller can save."""
-    received = []
-    previous = {number: signal.signal(number, lambda *_: received.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Within it, Ctrl-C or SIGTERM sets a flag, so that the caller can end its step and save; a second one acts."""
+    received: list[int] = []
+    previous: dict = {}
+
+    def note(number: int, frame):
+        received.append(number)
+        restore()
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()

@@ -1,18 +1,21 @@
 """What the scripts share: options, devices, one-line errors, labelled figures."""
 
 import argparse
-import inspect
 import io
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddpm.checkpoint import write_atomically
+from ddpm.data import load_mnist
+from ddpm.training import Recipe
 
 SEED = 20040805
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,7 +28,58 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def add_device_options(options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16")):
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    options.add_argument("--dtype", default="auto", choices=["auto", *dtypes], help="auto: bfloat16 where the hardware has it, else float32")
+    options.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *dtypes],
+        help="auto: bfloat16 where the hardware has it, else float32",
+    )
+
+
+def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int]):
+    """The options of both training scripts; `recipe` gives the defaults."""
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder holding MNIST/raw; downloaded there when absent (default: data)",
+    )
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
+    options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
+    options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")
+    options.add_argument("--limit", type=positive, help="train on the first digits only")
+    options.add_argument(
+        "--sample-epochs",
+        type=positive,
+        nargs="*",
+        default=sample_epochs,
+        help="draw samples after these epochs and after the last",
+    )
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    add_device_options(options)
+
+
+def start_training(args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, Tensor, Tensor, torch.dtype]:
+    """From the training options: the recipe, the training digits and labels on the device, and the dtype."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check_writable(args.out / "state.safetensors")
+    images, labels = load_mnist(args.data, "train", args.limit)
+    recipe = replace(recipe, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    torch.manual_seed(args.seed)  # the model that the script builds next starts from it
+    return recipe, images.to(device), labels.to(device), dtype
+
+
+def end_training(args: argparse.Namespace, complete: bool):
+    """Say where the weights are, or how to go on; a stopped run ends with status 130, as Ctrl-C does."""
+    if complete:
+        print(f"trained: {args.out / 'weights.safetensors'}")
+    else:
+        print(
+            f"stopped and saved: go on with the same command and --resume (the run is in {args.out})", file=sys.stderr
+        )
+        sys.exit(130)
 
 
 def positive(text: str) -> int:
@@ -33,6 +87,17 @@ def positive(text: str) -> int:
     value = int(text) if text.lstrip("-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
@@ -111,19 +176,37 @@ def save_grid(
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in rows)
-    left, top = 0.15 + 0.085 * max([len(label) for label in row_labels], default=0), 0.35 * bool(title) + 0.3 * bool(column_labels) + 0.1
+    left, top = (
+        0.15 + 0.085 * max([len(label) for label in row_labels], default=0),
+        0.35 * bool(title) + 0.3 * bool(column_labels) + 0.1,
+    )
     width, height = left + columns * cell + 0.1, top + len(rows) * cell + 0.1
     figure = Figure(figsize=(width, height))
     for i, row in enumerate(rows):
         y = height - top - (i + 1) * cell
         if row_labels:
-            figure.text((left - 0.08) / width, (y + cell / 2) / height, row_labels[i], ha="right", va="center", fontsize=9)
+            figure.text(
+                (left - 0.08) / width, (y + cell / 2) / height, row_labels[i], ha="right", va="center", fontsize=9
+            )
         for j, picture in enumerate(row):
             axes = figure.add_axes(((left + j * cell) / width, y / height, 0.95 * cell / width, 0.95 * cell / height))
-            axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(
+                picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu(),
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
             axes.axis("off")
     for j, label in enumerate(column_labels):
-        figure.text((left + (j + 0.475) * cell) / width, (height - top + 0.06) / height, label, ha="center", va="bottom", fontsize=9)
+        figure.text(
+            (left + (j + 0.475) * cell) / width,
+            (height - top + 0.06) / height,
+            label,
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
     if title:
         figure.text(0.5, (height - 0.12) / height, title, ha="center", va="top", fontsize=10)
     save_figure(path, figure, seed)

@@ -1,0 +1,63 @@
+"""Noise on digits, and the one-step denoiser's answer, at every noise level of B1 and B3.
+
+    python scripts/denoise_mnist.py
+
+Writes out/b1_noising.png (z = x + σ eps, a row for each σ) and out/b3_denoised.png (the same noise levels,
+noisy and denoised; the denoiser was trained at σ = 0.5 alone).
+"""
+
+from pathlib import Path
+
+import torch
+from common import SEED, check_writable, parser, pick_device, run, save_grid
+
+from ddpm.checkpoint import SHIPPED, load_unet
+from ddpm.data import load_mnist
+from ddpm.mnist import UNet
+from ddpm.training import SIGMAS, noisy_digits
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder holding MNIST/raw; downloaded there when absent (default: data)",
+    )
+    options.add_argument(
+        "--weights", type=Path, default=SHIPPED["denoiser"], help="a denoiser (default: the shipped one)"
+    )
+    options.add_argument("--out", type=Path, default=Path("out"), help="folder for the figures (default: out)")
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    args = options.parse_args()
+
+    device = pick_device(args.device)
+    check_writable(args.out / "b1_noising.png")
+    model = load_unet(args.weights, UNet, device)
+    images, labels = load_mnist(args.data, "test")
+    first_of_each = [(labels == digit).nonzero()[0].item() for digit in range(10) if digit in labels]
+    x = images[first_of_each].to(device) / 255
+
+    noisy = {sigma: noisy_digits(x, sigma, args.seed) for sigma in SIGMAS}
+    names = [f"σ = {sigma}" for sigma in SIGMAS]
+    save_grid(
+        args.out / "b1_noising.png", list(noisy.values()), row_labels=names, title="z = x + σ eps", seed=args.seed
+    )
+
+    with torch.no_grad():
+        rows = [row for z in noisy.values() for row in (z, model(z))]
+    names = [label for name in names for label in (f"{name}, noisy", "denoised")]
+    save_grid(
+        args.out / "b3_denoised.png",
+        rows,
+        row_labels=names,
+        title="the denoiser, trained at σ = 0.5, at other σ",
+        seed=args.seed,
+    )
+    print(f"{args.out / 'b1_noising.png'}, {args.out / 'b3_denoised.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

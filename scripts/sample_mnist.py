@@ -1,0 +1,117 @@
+"""Sample digits from pure noise with the shipped class-conditioned DDPM (B5), or another one.
+
+    python scripts/sample_mnist.py
+    python scripts/sample_mnist.py --per-class 10 --guidance 2 --steps 50 --out out/fast.png
+
+Rows are the digits 0 to 9; column k starts from seed + k, the same noise for every digit. A sample depends on
+its own seed and label alone, so drawing more of them changes none.
+"""
+
+from pathlib import Path
+
+import torch
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    save_grid,
+)
+from tqdm import tqdm
+
+from ddpm.checkpoint import SHIPPED, load_unet, save_tensors
+from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.schedule import linear_schedule, linspace_timesteps
+
+MOST_COLUMNS = 40  # more are sampled and saved, but not drawn
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument(
+        "--weights",
+        type=Path,
+        default=SHIPPED["ddpm_class"],
+        help="a DDPM's weights (default: the shipped class-conditioned ones)",
+    )
+    options.add_argument(
+        "--per-class", type=positive, default=4, metavar="N", help="samples of each digit (default: 4)"
+    )
+    options.add_argument(
+        "--guidance", type=number, default=5.0, metavar="G", help="γ: 0 unconditional, 1 conditional (default: 5)"
+    )
+    options.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"default: {SEED}")
+    options.add_argument(
+        "--steps", type=int, metavar="N", help="timesteps to visit, evenly from the last to 0 (default: all 300)"
+    )
+    options.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/digits.png"),
+        metavar="FILE.png",
+        help="the labelled grid (default: out/digits.png)",
+    )
+    options.add_argument(
+        "--save", type=Path, metavar="FILE.safetensors", help="also save images [N, 1, 28, 28] in [0, 1] and labels [N]"
+    )
+    add_device_options(options)
+    options.set_defaults(dtype="float32")  # so that every machine draws the same digits
+    args = options.parse_args()
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check_writable(args.out, ".png")
+    if args.save:
+        check_writable(args.save, ".safetensors")
+    model = load_unet(args.weights, (ClassUNet, TimeUNet), device)
+    schedule = linear_schedule(model.num_timesteps)
+    steps = (
+        len(linspace_timesteps(schedule.num_timesteps, args.steps))
+        if args.steps is not None
+        else schedule.num_timesteps
+    )
+    by_class = isinstance(model, ClassUNet)
+    labels = [digit for digit in range(10) for _ in range(args.per_class)]
+    # without classes there is nothing to tell the rows apart but their noise
+    seeds = [args.seed + (k % args.per_class if by_class else k) for k in range(len(labels))]
+
+    total = len(labels) * steps
+    with (
+        tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(labels)} digits, {steps} steps") as bar,
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        images = sample_digits(
+            model,
+            labels if by_class else None,
+            seeds,
+            schedule,
+            num_steps=steps,
+            guidance_scale=args.guidance,
+            callback=lambda done: bar.update(done - bar.n),
+        )
+
+    title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
+    if args.per_class > MOST_COLUMNS:
+        title += f", the first {MOST_COLUMNS} of {args.per_class}"
+    rows = [row[:MOST_COLUMNS] for row in images.split(args.per_class)]
+    save_grid(
+        args.out, rows, row_labels=[str(digit) for digit in range(10)] if by_class else [], title=title, seed=args.seed
+    )
+    print(args.out)
+    if args.save:
+        saved = {"images": images, "labels": torch.tensor(labels) if by_class else torch.full((len(labels),), -1)}
+        save_tensors(
+            args.save,
+            saved,
+            {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name},
+        )
+        print(args.save)
+
+
+if __name__ == "__main__":
+    run(main)
