@@ -10,11 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ddpm.judge import Judge
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 
-MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet)}
+MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, Judge)}
 SHIPPED = {
-    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("denoiser", "ddpm_time", "ddpm_class")
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors"
+    for name in ("denoiser", "ddpm_time", "ddpm_class", "judge")
 }
 
 
@@ -65,17 +67,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def save_weights(path: str | Path, model: nn.Module, metadata: dict):
-    """Write a model's weights in half precision, with all that `load_unet` needs to build it again."""
+    """Write a model's weights in half precision, with all that `load_model` needs to build it again."""
     tensors = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
     }
     save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
 
 
-def load_unet(
+def load_model(
     path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """The MNIST UNet of a weights file or training state, in float32, channels_last and evaluation mode.
+    """The MNIST model of a weights file or training state, in float32, channels_last and evaluation mode.
 
     kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
@@ -84,7 +86,7 @@ def load_unet(
     name = metadata.get("model")
     if name not in MODELS:
         raise ValueError(
-            f"{path} holds no MNIST UNet (its metadata names {name!r}): expected one of {', '.join(MODELS)}"
+            f"{path} holds no MNIST model (its metadata names {name!r}): expected one of {', '.join(MODELS)}"
         )
     wanted = [cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,))]
     if kind is not nn.Module and name not in wanted:

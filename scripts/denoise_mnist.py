@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from common import SEED, check_writable, parser, pick_device, run, save_grid
 
-from ddpm.checkpoint import SHIPPED, load_unet
+from ddpm.checkpoint import SHIPPED, load_model
 from ddpm.data import load_mnist
 from ddpm.mnist import UNet
 from ddpm.training import SIGMAS, noisy_digits
@@ -35,7 +35,7 @@ def main():
 
     device = pick_device(args.device)
     check_writable(args.out / "b1_noising.png")
-    model = load_unet(args.weights, UNet, device)
+    model = load_model(args.weights, UNet, device)
     images, labels = load_mnist(args.data, "test")
     first_of_each = [(labels == digit).nonzero()[0].item() for digit in range(10) if digit in labels]
     x = images[first_of_each].to(device) / 255

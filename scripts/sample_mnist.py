@@ -24,7 +24,7 @@ from common import (
 )
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_unet, save_tensors
+from ddpm.checkpoint import SHIPPED, load_model, save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.schedule import linear_schedule, linspace_timesteps
 
@@ -68,7 +68,7 @@ def main():
     check_writable(args.out, ".png")
     if args.save:
         check_writable(args.save, ".safetensors")
-    model = load_unet(args.weights, (ClassUNet, TimeUNet), device)
+    model = load_model(args.weights, (ClassUNet, TimeUNet), device)
     schedule = linear_schedule(model.num_timesteps)
     steps = (
         len(linspace_timesteps(schedule.num_timesteps, args.steps))

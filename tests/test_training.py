@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DATA
 
-from ddpm.checkpoint import load_tensors, load_unet
+from ddpm.checkpoint import load_model, load_tensors
 from ddpm.data import load_mnist
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.schedule import linear_schedule
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path):
 def test_the_weights_file_is_the_model_in_half_precision(digits, tmp_path):
     model = new_model()
     fit(model, class_loss, *digits, replace(RECIPE, epochs=1), tmp_path)
-    loaded = load_unet(tmp_path / "weights.safetensors", ClassUNet)
+    loaded = load_model(tmp_path / "weights.safetensors", ClassUNet)
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)

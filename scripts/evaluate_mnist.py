@@ -1,0 +1,165 @@
+"""Measure the MNIST models with an independent judge, a CNN trained on real digits.
+
+    python scripts/evaluate_mnist.py --data data
+    python scripts/evaluate_mnist.py --data data --samples 1000 --steps 50 --guidance 0 1 2 5
+
+For each guidance: the share of samples that the judge reads as the digit asked for, and the Fréchet distance
+(FID, on the judge's penultimate features) between the samples and as many real test digits. The floor is the
+same distance for as many real training digits. For the denoiser: the test error at every noise level of B1.
+
+Writes report.json, guidance.png and the misread samples to --out. All samples are kept there too, a hundred to
+a file: a stopped evaluation goes on where it was.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    save_figure,
+    save_grid,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.checkpoint import SHIPPED, load_model, load_tensors, save_tensors, save_weights, write_atomically
+from ddpm.data import load_mnist
+from ddpm.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist import ClassUNet, UNet, sample_digits
+from ddpm.schedule import linear_schedule
+from ddpm.training import SIGMAS, noisy_digits
+
+CHUNK = 100
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a class-conditioned DDPM")
+    options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
+    options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
+    options.add_argument("--samples", type=positive, default=10_000, help="samples for each guidance (default: 10000)")
+    options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
+    options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
+    options.add_argument(
+        "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
+    )
+    options.add_argument("--seed", type=int, default=SEED, help=f"sample k starts from this + k (default: {SEED})")
+    options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
+    add_device_options(options)
+    args = options.parse_args()
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check_writable(args.out / "report.json")
+    ddpm, denoiser = load_model(args.weights, ClassUNet, device), load_model(args.denoiser, UNet, device)
+    train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
+    test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
+    judge = get_judge(args, train_images, train_labels)
+
+    read, real = examine(judge, test_images / 255)
+    count = min(args.samples, len(test_images), len(train_images))
+    _, train_features = examine(judge, train_images[:count] / 255)
+    report = {
+        "judge_accuracy": (read == test_labels).double().mean().item(),
+        "samples": args.samples,
+        "steps": args.steps,
+        "fid_floor": frechet_distance(train_features, real[:count]),
+        "guidance": [],
+    }
+    print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
+    print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
+    labels = torch.arange(args.samples) % 10
+    for guidance in args.guidance:
+        images = sample_set(ddpm, guidance, args, device, dtype)
+        read, features = examine(judge, images.to(device))
+        right = read.cpu() == labels
+        fid = frechet_distance(features[:count], real[:count])
+        report["guidance"].append({"guidance": guidance, "confirmed": right.double().mean().item(), "fid": fid})
+        print(f"γ = {guidance:g}: {right.double().mean():.2%} confirmed, FID {fid:.2f} ({count} samples)")
+        misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
+        misread = {digit: pictures for digit, pictures in misread.items() if len(pictures)}
+        if misread:
+            title = f"γ = {guidance:g}: read as another digit than the row's"
+            path = args.out / f"misread_g{guidance:g}.png"
+            save_grid(path, list(misread.values()), row_labels=list(misread), title=title, seed=args.seed)
+
+    print("denoiser, mean squared error on test digits (without it: σ²)")
+    report["denoiser_mse"] = denoiser_errors(denoiser, test_images[: args.digits] / 255, args.seed)
+    for sigma, error in report["denoiser_mse"].items():
+        print(f"σ = {sigma}: {error:.5f} ({float(sigma) ** 2:.2f})")
+    draw_guidance(args.out / "guidance.png", report, args.seed)
+    write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+    print(args.out / "report.json")
+
+
+def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
+    """The shipped judge, or one trained here, once, and kept in --out."""
+    trained_here = args.out / "judge.safetensors"
+    if args.train_judge or not SHIPPED["judge"].exists():
+        if not trained_here.exists():
+            judge = train_judge(images, labels, seed=args.seed)
+            save_weights(trained_here, judge, {"digits": len(images)})
+        return load_model(trained_here, Judge, images.device)
+    return load_model(SHIPPED["judge"], Judge, images.device)
+
+
+def sample_set(model: ClassUNet, guidance: float, args, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Samples k = 0 … of the digits k mod 10 from seeds seed + k, made in chunks that are kept on disk."""
+    weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12]
+    dtype_name = str(dtype).removeprefix("torch.")
+    folder = args.out / "samples" / f"{weights}_g{guidance:g}_s{args.steps}_{dtype_name}_{args.seed}"
+    schedule, images = linear_schedule(model.num_timesteps), []
+    for start in tqdm(range(0, args.samples, CHUNK), desc=f"γ = {guidance:g}", unit=f"{CHUNK} digits"):
+        path = folder / f"{start:06d}.safetensors"
+        if not path.exists():
+            numbers = range(start, start + CHUNK)
+            labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                chunk = sample_digits(model, labels, seeds, schedule, num_steps=args.steps, guidance_scale=guidance)
+            save_tensors(path, {"images": chunk, "labels": torch.tensor(labels)}, {})
+        images.append(load_tensors(path)[0]["images"])
+    return torch.cat(images)[: args.samples]
+
+
+@torch.no_grad()
+def denoiser_errors(model: UNet, x: Tensor, seed: int) -> dict[str, float]:
+    """The mean squared error to the clean digits x [N, 1, 28, 28] at every noise level of B1."""
+    errors = {}
+    for sigma in tqdm(SIGMAS, desc="denoiser", unit="σ", leave=False):
+        noisy = noisy_digits(x, sigma, seed)
+        squares = [(model(z) - clean).square().sum() for z, clean in zip(noisy.split(500), x.split(500), strict=True)]
+        errors[str(sigma)] = (sum(squares) / x.numel()).item()
+    return errors
+
+
+def draw_guidance(path: Path, report: dict, seed: int):
+    """FID and confirmed share against guidance."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(report["guidance"], key=lambda row: row["guidance"])
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["guidance"] for row in rows], [row["fid"] for row in rows], "o-", label="FID of samples")
+    axes.axhline(report["fid_floor"], color="0.5", linestyle="--", label="FID of real training digits")
+    axes.set(xlabel="guidance γ", ylabel="FID (judge's features)", ylim=(0, None))
+    axes.legend(frameon=False, loc="upper left")
+    share = axes.twinx()
+    share.plot([row["guidance"] for row in rows], [100 * row["confirmed"] for row in rows], "s-", color="C1")
+    share.set_ylabel("read as asked, %", color="C1")
+    figure.suptitle(f"{report['samples']} samples, {report['steps']} steps", fontsize=10)
+    save_figure(path, figure, seed)
+
+
+if __name__ == "__main__":
+    run(main)
