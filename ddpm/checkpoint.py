@@ -32,8 +32,10 @@ def write_atomically(path: str | Path, content: bytes):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):  # such as a full disk: say which file was not written
+            raise OSError(error.errno, f"{error.strerror}, not written", str(path)) from None
         raise
 
 

@@ -34,15 +34,17 @@ class Judge(nn.Module):
         return self.last(self.features(x))
 
 
-def train_judge(images: Tensor, labels: Tensor, *, epochs: int = 6, seed: int = 20040805) -> Judge:
+def train_judge(
+    images: Tensor, labels: Tensor, *, epochs: int = 6, batch_size: int = 256, seed: int = 20040805
+) -> Judge:
     """Train a judge on digits [N, 1, 28, 28] uint8 and labels [N], each shifted by up to two pixels at random."""
     torch.manual_seed(seed)
     judge = Judge().to(images.device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
-    batches_per_epoch = -(-len(images) // 256)
+    batches_per_epoch = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * batches_per_epoch)
     for epoch in range(epochs):
-        batches = torch.randperm(len(images)).split(256)
+        batches = torch.randperm(len(images)).split(batch_size)
         for rows in tqdm(batches, desc=f"training the judge, epoch {epoch + 1}/{epochs}", leave=False):
             x = F.pad(images[rows].float() / 255, (2, 2, 2, 2))
             dx, dy = torch.randint(5, (2,)).tolist()

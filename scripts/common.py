@@ -3,9 +3,9 @@
 import argparse
 import io
 import math
-import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,16 @@ SEED = 20040805
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line; the usage is in --help."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_device_options(options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16")):
@@ -144,13 +151,13 @@ def check_writable(path: Path, suffix: str | None = None):
         raise ValueError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
-    folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write in {folder}: choose another place for {path.name}")
+        raise ValueError(
+            f"cannot write in {path.parent} ({error.strerror}): choose another place for {path.name}"
+        ) from None
 
 
 def figure_metadata(seed: int) -> dict[str, str]:
@@ -191,7 +198,7 @@ def save_grid(
         for j, picture in enumerate(row):
             axes = figure.add_axes(((left + j * cell) / width, y / height, 0.95 * cell / width, 0.95 * cell / height))
             axes.imshow(
-                picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu(),
+                picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy(),
                 cmap="gray",
                 vmin=0,
                 vmax=1,
@@ -214,15 +221,16 @@ def save_grid(
 
 def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, title: str, seed: int):
     """Write the training loss of every step, on a logarithmic axis, with its running mean over 100 steps."""
+    import numpy
     from matplotlib.figure import Figure
 
-    steps = torch.tensor(losses)
+    steps = numpy.asarray(losses)
     window = min(100, len(losses))
-    mean = steps.unfold(0, window, 1).mean(1)
+    mean = numpy.convolve(steps, numpy.full(window, 1 / window), mode="valid")
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot((torch.arange(len(steps)) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
-    axes.plot((torch.arange(len(mean)) + window) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")
+    axes.plot(numpy.arange(1, len(steps) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
+    axes.plot(numpy.arange(window, len(steps) + 1) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")
     axes.set(xlabel="epoch", ylabel="loss (mean squared error)", yscale="log", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
