@@ -1,1 +1,17 @@
-"""DeepFloyd IF in plain PyTorch: the stage-1 and stage-2 UNets. Not here yet; `ddpm` is."""
+"""DeepFloyd IF in plain PyTorch: the stage-1 and stage-2 UNets, loading the published weights as they are.
+
+    from ifmodel import load_unet
+
+    unet = load_unet("folder-or-hub-id", dtype=torch.bfloat16)
+    text = unet.encode_text(prompt_embeds)  # once per prompt
+    out = unet(x_t, t, text)  # [B, 3, H, W] -> [B, 6, H, W], eps and v
+
+Read in this order: `config` (which shapes a model has), `layers` (what it is built from), `unet` (how they are
+put together), `weights` (from a folder or the Hub to a module).
+"""
+
+from ifmodel.config import UNetConfig
+from ifmodel.unet import Text, UNet
+from ifmodel.weights import load_unet
+
+__all__ = ["Text", "UNet", "UNetConfig", "load_unet"]

@@ -176,46 +176,40 @@ def save_grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     title: str = "",
-    cell: float = 0.8,
+    zoom: int = 3,
+    gap: int = 4,
     seed: int = SEED,
 ):
-    """Write pictures [C, H, W] in [0, 1] as a labelled grid, one list a row; cell: inches a picture."""
+    """Write pictures [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
+
+    zoom: how many pixels of the figure a pixel of a picture gets, each way; gap: pixels between pictures
+    """
     from matplotlib.figure import Figure
 
-    columns = max(len(row) for row in rows)
-    left, top = (
-        0.15 + 0.085 * max([len(label) for label in row_labels], default=0),
-        0.35 * bool(title) + 0.3 * bool(column_labels) + 0.1,
-    )
-    width, height = left + columns * cell + 0.1, top + len(rows) * cell + 0.1
-    figure = Figure(figsize=(width, height))
+    _, h, w = rows[0][0].shape
+    cell_h, cell_w, columns = h * zoom + gap, w * zoom + gap, max(len(row) for row in rows)
+    canvas = torch.ones(len(rows) * cell_h - gap, columns * cell_w - gap, 3)
     for i, row in enumerate(rows):
-        y = height - top - (i + 1) * cell
-        if row_labels:
-            figure.text(
-                (left - 0.08) / width, (y + cell / 2) / height, row_labels[i], ha="right", va="center", fontsize=9
-            )
         for j, picture in enumerate(row):
-            axes = figure.add_axes(((left + j * cell) / width, y / height, 0.95 * cell / width, 0.95 * cell / height))
-            axes.imshow(
-                picture.clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy(),
-                cmap="gray",
-                vmin=0,
-                vmax=1,
-                interpolation="nearest",
-            )
-            axes.axis("off")
+            pixels = picture.cpu().clamp(0, 1).permute(1, 2, 0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+            canvas[i * cell_h : i * cell_h + h * zoom, j * cell_w : j * cell_w + w * zoom] = pixels
+
+    dpi, letter = 150, 13  # of the figure's pixels; letter: the width of one at the font size below
+    left = 20 + letter * max([len(label) for label in row_labels], default=0)
+    top = 20 + 40 * bool(title) + 30 * bool(column_labels)
+    height, width = top + canvas.shape[0] + 15, max(left + canvas.shape[1] + 15, letter * len(title) + 30)
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    figure.figimage(canvas.numpy(), left, 15)
+
+    def write(x: float, y: float, text: str, **where):
+        figure.text(x / width, 1 - y / height, text, fontsize=9, **where)
+
+    for i, label in enumerate(row_labels):
+        write(left - 10, top + i * cell_h + h * zoom / 2, label, ha="right", va="center")
     for j, label in enumerate(column_labels):
-        figure.text(
-            (left + (j + 0.475) * cell) / width,
-            (height - top + 0.06) / height,
-            label,
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
+        write(left + j * cell_w + w * zoom / 2, top - 8, label, ha="center", va="bottom")
     if title:
-        figure.text(0.5, (height - 0.12) / height, title, ha="center", va="top", fontsize=10)
+        write(left, 12, title, ha="left", va="top")
     save_figure(path, figure, seed)
 
 
@@ -227,7 +221,7 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, t
     steps = numpy.asarray(losses)
     window = min(100, len(losses))
     mean = numpy.convolve(steps, numpy.full(window, 1 / window), mode="valid")
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(numpy.arange(1, len(steps) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
     axes.plot(numpy.arange(window, len(steps) + 1) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")
@@ -240,5 +234,5 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, t
 def save_figure(path: Path, figure, seed: int):
     """Write a matplotlib figure as a PNG with its metadata, atomically."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata=figure_metadata(seed))
+    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata=figure_metadata(seed))
     write_atomically(path, buffer.getvalue())

@@ -148,7 +148,7 @@ def draw_guidance(path: Path, report: dict, seed: int):
     from matplotlib.figure import Figure
 
     rows = sorted(report["guidance"], key=lambda row: row["guidance"])
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([row["guidance"] for row in rows], [row["fid"] for row in rows], "o-", label="FID of samples")
     axes.axhline(report["fid_floor"], color="0.5", linestyle="--", label="FID of real training digits")

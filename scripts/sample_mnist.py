@@ -3,7 +3,7 @@
     python scripts/sample_mnist.py
     python scripts/sample_mnist.py --per-class 10 --guidance 2 --steps 50 --out out/fast.png
 
-Rows are the digits 0 to 9; column k starts from seed + k, the same noise for every digit. A sample depends on
+Columns are the digits 0 to 9; row k starts from seed + k, the same noise for every digit. A sample depends on
 its own seed and label alone, so drawing more of them changes none.
 """
 
@@ -28,7 +28,7 @@ from ddpm.checkpoint import SHIPPED, load_model, save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.schedule import linear_schedule, linspace_timesteps
 
-MOST_COLUMNS = 40  # more are sampled and saved, but not drawn
+MOST_ROWS = 40  # more are sampled and saved, but not drawn
 
 
 def main():
@@ -96,12 +96,11 @@ def main():
         )
 
     title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
-    if args.per_class > MOST_COLUMNS:
-        title += f", the first {MOST_COLUMNS} of {args.per_class}"
-    rows = [row[:MOST_COLUMNS] for row in images.split(args.per_class)]
-    save_grid(
-        args.out, rows, row_labels=[str(digit) for digit in range(10)] if by_class else [], title=title, seed=args.seed
-    )
+    if args.per_class > MOST_ROWS:
+        title += f", the first {MOST_ROWS} of {args.per_class}"
+    rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MOST_ROWS]
+    names = [str(digit) for digit in range(10)] if by_class else []
+    save_grid(args.out, rows, column_labels=names, title=title, seed=args.seed)
     print(args.out)
     if args.save:
         saved = {"images": images, "labels": torch.tensor(labels) if by_class else torch.full((len(labels),), -1)}

@@ -41,20 +41,13 @@ def main():
             args.out / "loss.png", losses, len(losses) // epoch, f"DDPM, {args.condition}-conditioned", args.seed
         )
         if epoch in (*args.sample_epochs, args.epochs):
-            rows, columns = (10, 4) if by_class else (4, 10)
-            # a row of digits shares its label, a column its seed (the time-conditioned model: a seed each)
-            labels = [row for row in range(rows) for _ in range(columns)] if by_class else None
-            seeds = [args.seed + (k % columns if by_class else k) for k in range(rows * columns)]
+            labels = list(range(10)) * 4 if by_class else None
+            seeds = [args.seed + (k // 10 if by_class else k) for k in range(40)]  # a row of digits shares its noise
             samples = sample_digits(model.eval(), labels, seeds, schedule, num_steps=args.sample_steps)
-            names = [str(digit) for digit in range(rows)] if by_class else []
+            names = [str(digit) for digit in range(10)] if by_class else []
             title = f"after epoch {epoch}" + (", γ = 5" if by_class else "")
-            save_grid(
-                args.out / f"samples_epoch{epoch:02d}.png",
-                samples.split(columns),
-                row_labels=names,
-                title=title,
-                seed=args.seed,
-            )
+            path = args.out / f"samples_epoch{epoch:02d}.png"
+            save_grid(path, samples.split(10), column_labels=names, title=title, seed=args.seed)
 
     end_training(
         args, fit(model, loss_of, images, labels, recipe, args.out, dtype=dtype, resume=args.resume, after_epoch=draw)

@@ -1,0 +1,171 @@
+"""The shape of a UNet, read from the config.json beside its weights.
+
+The file is written by diffusers and has some fifty fields. `UNetConfig` keeps those in which IF's models
+differ. All others must have the one value that IF gives them: a field with another value, and a field that is
+not known here, is refused by name, so that no model is built that is not the one in the file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RESNET_BLOCKS = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+ATTENTION_BLOCKS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
+ACTIVATIONS = ("gelu", "silu", "swish")
+
+# What IF's models have in common: each field with the values that the UNet implements
+FIXED = {
+    "_class_name": ("UNet2DConditionModel",),
+    "act_fn": ACTIVATIONS,
+    "addition_embed_type": ("text",),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None, "timestep"),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": ("group_norm",),
+    "dropout": (0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_skip_time_act": (False, True),
+    "resnet_time_scale_shift": ("scale_shift",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None, *ACTIVATIONS),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "transformer_layers_per_block": (1,),
+    "use_linear_projection": (False,),
+}
+# What diffusers assumes for a fixed field that the file leaves out, where that is not the value IF has
+ASSUMED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "cross_attention_norm": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+}
+# Fields that say nothing about these blocks: where the file was written, and options of other blocks
+IGNORED = ("_diffusers_version", "_name_or_path", "downsample_padding", "upcast_attention")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What is different from one IF UNet to the next; a tuple has one entry a level, the finest first."""
+
+    in_channels: int  # 3 for stage 1, 6 for stage 2: x_t, then the upscaled low-resolution image
+    out_channels: int  # 6: eps, v
+    block_out_channels: tuple[int, ...]
+    layers_per_block: tuple[int, ...]
+    attention: tuple[bool, ...]  # which levels have attention
+    only_cross_attention: tuple[bool, ...]  # which of those attend to the text alone, not to the image
+    mid_block_only_cross_attention: bool
+    attention_head_dim: int
+    cross_attention_dim: int  # width of the projected text
+    encoder_hid_dim: int  # width of T5's output
+    addition_embed_type_num_heads: int  # of the attention that pools the text
+    time_embedding_dim: int
+    class_embed_type: str | None  # "timestep" for stage 2: the noise level of the low-resolution image
+    act_fn: str
+    time_embedding_act_fn: str | None
+    resnet_skip_time_act: bool
+    resnet_out_scale_factor: float
+    mid_block_scale_factor: float
+    norm_num_groups: int
+    norm_eps: float
+    sample_size: int
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "UNetConfig":
+        """From the fields of a config.json. Raises ValueError for a field that this UNet does not implement."""
+        for name, allowed in FIXED.items():
+            value = config.get(name, ASSUMED.get(name, allowed[0]))
+            if value not in allowed:
+                raise ValueError(f"config.json has {name} = {value!r}, this UNet implements {_either(allowed)}")
+        unknown = set(config) - set(FIXED) - set(IGNORED) - set(cls.__dataclass_fields__) - {"down_block_types"}
+        unknown -= {"up_block_types"}
+        unknown = sorted(name for name in unknown if config[name] is not None)
+        if unknown:
+            raise ValueError(f"config.json has fields that this UNet does not know: {', '.join(unknown)}")
+        for name in ("block_out_channels", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
+            if config.get(name) is None:
+                raise ValueError(f"config.json has no {name}: is it the config of an IF UNet?")
+
+        widths = tuple(config["block_out_channels"])
+        attention = cls._attention_levels(config, len(widths))
+        only_cross = config.get("only_cross_attention", False)
+        mid_only_cross = config.get("mid_block_only_cross_attention")
+        if mid_only_cross is None:  # as diffusers does: one value for all levels is the middle's too
+            mid_only_cross = only_cross if isinstance(only_cross, bool) else False
+        result = cls(
+            in_channels=config.get("in_channels", 3),
+            out_channels=config.get("out_channels", 6),
+            block_out_channels=widths,
+            layers_per_block=_per_level(config, "layers_per_block", 2, len(widths)),
+            attention=attention,
+            only_cross_attention=_per_level(config, "only_cross_attention", False, len(widths)),
+            mid_block_only_cross_attention=mid_only_cross,
+            attention_head_dim=config["attention_head_dim"],
+            cross_attention_dim=config["cross_attention_dim"],
+            encoder_hid_dim=config["encoder_hid_dim"],
+            addition_embed_type_num_heads=config.get("addition_embed_type_num_heads", 64),
+            time_embedding_dim=config.get("time_embedding_dim") or 4 * widths[0],
+            class_embed_type=config.get("class_embed_type"),
+            act_fn=config.get("act_fn", "silu"),
+            time_embedding_act_fn=config.get("time_embedding_act_fn"),
+            resnet_skip_time_act=config.get("resnet_skip_time_act", False),
+            resnet_out_scale_factor=config.get("resnet_out_scale_factor", 1.0),
+            mid_block_scale_factor=config.get("mid_block_scale_factor", 1.0),
+            norm_num_groups=config.get("norm_num_groups", 32),
+            norm_eps=config.get("norm_eps", 1e-5),
+            sample_size=config.get("sample_size") or 64,
+        )
+        result._check_divisibility()
+        return result
+
+    @staticmethod
+    def _attention_levels(config: dict, levels: int) -> tuple[bool, ...]:
+        """Which levels have attention; the way up must mirror the way down."""
+        ways = {}
+        for name, of_way in (("down_block_types", 0), ("up_block_types", 1)):
+            known = {RESNET_BLOCKS[of_way]: False, ATTENTION_BLOCKS[of_way]: True}
+            types = config.get(name)
+            if types is None or len(types) != levels:
+                raise ValueError(f"config.json must have as many {name} as block_out_channels, {levels}")
+            for block in types:
+                if block not in known:
+                    raise ValueError(f"config.json has {block!r} in {name}, this UNet implements {_either(known)}")
+            ways[name] = tuple(known[block] for block in types)
+        if ways["down_block_types"] != ways["up_block_types"][::-1]:
+            raise ValueError("config.json has up_block_types that do not mirror its down_block_types")
+        return ways["down_block_types"]
+
+    def _check_divisibility(self):
+        for width, attention in zip(self.block_out_channels, self.attention, strict=True):
+            if width % self.norm_num_groups:
+                raise ValueError(f"a width of {width} does not divide into {self.norm_num_groups} groups")
+            if attention and width % self.attention_head_dim:
+                raise ValueError(f"a width of {width} does not divide into heads of {self.attention_head_dim}")
+
+
+def _per_level(config: dict, name: str, default, levels: int) -> tuple:
+    """A field that is one value for all levels or one a level."""
+    value = config.get(name, default)
+    if not isinstance(value, Sequence):
+        return (value,) * levels
+    if len(value) != levels:
+        raise ValueError(f"config.json has {len(value)} values of {name} for {levels} levels")
+    return tuple(value)
+
+
+def _either(values) -> str:
+    """'a', 'b' or 'c'."""
+    *first, last = [repr(value) for value in values]
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,0 +1,205 @@
+"""The UNet of IF's two stages.
+
+    x_t ── conv_in ── down_blocks ── mid_block ── up_blocks ── conv_norm_out ── conv_out ── eps, v
+                          └──────── skips, last in, first out ────────┘
+
+A level of the way down is some ResNet blocks, each followed by attention on the coarser levels, and a ResNet
+block that halves the picture. The way up is its mirror image, and each of its ResNet blocks also takes one of
+the pictures that the way down left behind.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ifmodel.config import UNetConfig
+from ifmodel.layers import ACTIVATION, Attention, ResnetBlock, TextEmbedding, TimestepEmbedding
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """All that the UNet needs of a batch of prompts; made by `UNet.encode_text`, the same at every step.
+
+    pooled: [B, D_time], added to the time embedding
+    keys_values: for each attention layer, in the order they run, keys and values [B, heads, L, head_dim]
+    """
+
+    pooled: Tensor
+    keys_values: tuple[KeysValues, ...]
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Text":
+        """Some of the prompts, or one of them several times: text[[0, 0, 0]]."""
+        return Text(self.pooled[rows], tuple((k[rows], v[rows]) for k, v in self.keys_values))
+
+
+class DownBlock(nn.Module):
+    """One level of the way down; returns its picture and all that it leaves for the way up."""
+
+    def __init__(self, i: int, o: int, layers: int, attention, resnet, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList([resnet(i if layer == 0 else o, o) for layer in range(layers)])
+        self.attentions = nn.ModuleList([attention(o) for _ in range(layers)] if attention else [])
+        self.downsamplers = nn.ModuleList([] if last else [resnet(o, o, resample="down")])
+
+    def forward(self, x: Tensor, time: Tensor, keys_values: Iterator[KeysValues]) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for layer, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[layer](x, next(keys_values))
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, time)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Between the ways: ResNet block, attention, ResNet block."""
+
+    def __init__(self, dim: int, attention, resnet):
+        super().__init__()
+        self.resnets = nn.ModuleList([resnet(dim, dim), resnet(dim, dim)])
+        self.attentions = nn.ModuleList([attention(dim)])
+
+    def forward(self, x: Tensor, time: Tensor, keys_values: Iterator[KeysValues]) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), next(keys_values))
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One level of the way up, with one layer more than its mirror image; takes its skips from the end of the list."""
+
+    def __init__(self, i: int, o: int, skip_dims: list[int], attention, resnet, last: bool):
+        super().__init__()
+        dims = [i, *[o] * (len(skip_dims) - 1)]
+        self.resnets = nn.ModuleList([resnet(dim + skip, o) for dim, skip in zip(dims, skip_dims, strict=True)])
+        self.attentions = nn.ModuleList([attention(o) for _ in skip_dims] if attention else [])
+        self.upsamplers = nn.ModuleList([] if last else [resnet(o, o, resample="up")])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, keys_values: Iterator[KeysValues]) -> Tensor:
+        for layer, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[layer](x, next(keys_values))
+        for upsampler in self.upsamplers:
+            x = upsampler(x, time)
+        return x
+
+
+class UNet(nn.Module):
+    """DeepFloyd IF's UNet, stage 1 or 2 by its config. Source: Imagen appendix B, arXiv 2205.11487."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, time_dim, levels = config.block_out_channels, config.time_embedding_dim, len(config.block_out_channels)
+        resnet = partial(
+            ResnetBlock,
+            time_dim=time_dim,
+            groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            act_fn=config.act_fn,
+            skip_time_act=config.resnet_skip_time_act,
+            out_scale_factor=config.resnet_out_scale_factor,
+        )
+        mid_resnet = partial(resnet, out_scale_factor=config.mid_block_scale_factor)
+        attention = partial(
+            Attention,
+            text_dim=config.cross_attention_dim,
+            head_dim=config.attention_head_dim,
+            groups=config.norm_num_groups,
+        )
+        mid_attention = partial(attention, only_cross=config.mid_block_only_cross_attention)
+        level_attention = [
+            partial(attention, only_cross=only_cross) if has_attention else None
+            for has_attention, only_cross in zip(config.attention, config.only_cross_attention, strict=True)
+        ]
+
+        self.time_embedding = TimestepEmbedding(widths[0], time_dim, config.act_fn)
+        if config.class_embed_type == "timestep":
+            self.class_embedding = TimestepEmbedding(widths[0], time_dim, config.act_fn)
+        self.time_act = ACTIVATION[config.time_embedding_act_fn]() if config.time_embedding_act_fn else nn.Identity()
+        self.add_embedding = TextEmbedding(config.encoder_hid_dim, time_dim, config.addition_embed_type_num_heads)
+        self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        skip_dims = [widths[0]]
+        for level, width in enumerate(widths):
+            i, layers, last = widths[max(level - 1, 0)], config.layers_per_block[level], level == levels - 1
+            self.down_blocks.append(DownBlock(i, width, layers, level_attention[level], resnet, last))
+            skip_dims += [width] * (layers + (not last))
+        self.mid_block = MidBlock(widths[-1], mid_attention, mid_resnet)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            i, layers = widths[min(level + 1, levels - 1)], config.layers_per_block[level] + 1
+            skips = [skip_dims.pop() for _ in range(layers)]
+            self.up_blocks.append(UpBlock(i, widths[level], skips, level_attention[level], resnet, last=level == 0))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_act = ACTIVATION[config.act_fn]()
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def encode_text(self, prompt_embeds: Tensor) -> Text:
+        """T5's output [B, L, D_text] -> everything in this UNet that depends on the prompt alone."""
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.encoder_hid_dim:
+            shape, dim = list(prompt_embeds.shape), self.config.encoder_hid_dim
+            raise ValueError(f"prompt_embeds must be [B, L, {dim}] for this UNet, not {shape}")
+        prompt_embeds = prompt_embeds.to(self.conv_in.weight)  # its dtype and device
+        projected = self.encoder_hid_proj(prompt_embeds)
+        attentions = (layer for block in self._blocks() for layer in block.attentions)
+        keys_values = tuple(layer.text_keys_values(projected) for layer in attentions)
+        return Text(self.add_embedding(prompt_embeds), keys_values)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, text: Text, noise_level: int | Tensor | None = None) -> Tensor:
+        """The model's eps and v, [B, 6, H, W].
+
+        x_t: [B, 3, H, W], or [B, 6, H, W] for stage 2: the noisy image, then the upscaled, noised low-resolution one
+        t: the timestep, an int, a 0-d or a [B] tensor; noise_level: stage 2 alone, that of the low-resolution image
+        text: from `encode_text`, B prompts
+        Raises ValueError when these do not fit each other or the model.
+        """
+        self._check(x_t, text, noise_level)
+        x, keys_values = x_t.to(self.conv_in.weight.dtype), iter(text.keys_values)
+        time = self.time_embedding(_one_each(t, x))
+        if noise_level is not None:
+            time = time + self.class_embedding(_one_each(noise_level, x))
+        time = self.time_act(time + text.pooled)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, left_behind = block(x, time, keys_values)
+            skips += left_behind
+        x = self.mid_block(x, time, keys_values)
+        for block in self.up_blocks:
+            x = block(x, skips, time, keys_values)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        yield from (*self.down_blocks, self.mid_block, *self.up_blocks)
+
+    def _check(self, x_t: Tensor, text: Text, noise_level: int | Tensor | None):
+        config, multiple = self.config, 2 ** (len(self.config.block_out_channels) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != config.in_channels:
+            raise ValueError(f"x_t must be [B, {config.in_channels}, H, W] for this UNet, not {list(x_t.shape)}")
+        if x_t.shape[2] % multiple or x_t.shape[3] % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, not {x_t.shape[2]} × {x_t.shape[3]}")
+        if len(text) != len(x_t):
+            raise ValueError(f"{len(x_t)} images need as many prompts, not {len(text)}")
+        if (noise_level is not None) != (config.class_embed_type == "timestep"):
+            raise ValueError("a stage-2 UNet takes a noise_level, a stage-1 UNet takes none")
+
+
+def _one_each(t: int | Tensor, x: Tensor) -> Tensor:
+    """A timestep for each image of x: [B]."""
+    return torch.as_tensor(t, device=x.device).expand(len(x))

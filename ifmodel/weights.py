@@ -1,0 +1,117 @@
+"""From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ifmodel.config import UNetConfig
+from ifmodel.unet import UNet
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def load_unet(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    revision: str | None = None,
+) -> UNet:
+    """The UNet of a folder or a Hub repository, in evaluation mode.
+
+    source: a folder that holds unet/, as diffusers saves it, or a Hub id such as "DeepFloyd/IF-I-M-v1.0"
+    variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
+    revision: the branch, tag or commit of a Hub repository
+
+    The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the
+    dtype of the file on the CPU, they are not copied at all.
+    Raises FileNotFoundError when a file is missing, ValueError when the config or the weights do not fit.
+    """
+    folder = Path(source) / "unet"
+    if not Path(source).is_dir():
+        folder = _download(str(source), variant, revision)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: {source} must hold unet/config.json and its weights")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from None
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(config))
+    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+
+    loaded: dict[str, Tensor] = {}
+    for path in _weight_files(folder, variant):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118
+                    loaded[name] = file.get_tensor(name).to(dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+    _check_names(folder, expected, {name: tensor.shape for name, tensor in loaded.items()})
+    unet.load_state_dict(loaded, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of one precision: a single one, or the shards that an index names."""
+    stem = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / f"{WEIGHTS}.safetensors.index{'' if variant is None else '.' + variant}.json"
+    if index.is_file():
+        shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+        return shards
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f"it has {', '.join(there)}" if there else "it has no safetensors at all"
+    raise FileNotFoundError(f"{folder} has no {single.name}: {hint}")
+
+
+def _check_names(folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]):
+    """Refuse weights that are not exactly the config's, naming at most five tensors of each kind of misfit."""
+    misfits = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name] != found[name]
+        ],
+    }
+    told = [
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+        for kind, names in misfits.items()
+        if names
+    ]
+    if told:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(told)}")
+
+
+def _download(repository: str, variant: str | None, revision: str | None) -> Path:
+    """The unet/ folder of a Hub repository in the local cache: its config and one precision of its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    stem = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
+    index = f"{WEIGHTS}.safetensors.index{'' if variant is None else '.' + variant}.json"
+    shards = f"{stem}-*-of-*.safetensors"
+    wanted = [f"unet/{name}" for name in ("config.json", f"{stem}.safetensors", index, shards)]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / "unet"
+    except GatedRepoError:
+        raise ValueError(
+            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+            "then run `hf auth login` or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{repository} is neither a folder nor a repository of the Hub that you can see") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{repository} could not be downloaded: {str(error).splitlines()[0]}") from None

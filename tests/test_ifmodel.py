@@ -1,0 +1,337 @@
+"""IF's UNets against diffusers' UNet2DConditionModel with the same weights."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from ifmodel import UNet, UNetConfig, load_unet
+
+STAGE_1 = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "layers_per_block": 2,
+    "block_out_channels": [32, 64, 96],
+    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 96,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 24,
+    "resnet_time_scale_shift": "scale_shift",
+}
+STAGE_2 = {
+    **STAGE_1,
+    "in_channels": 6,
+    "layers_per_block": [1, 2, 3],
+    "class_embed_type": "timestep",
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 96,
+    "resnet_skip_time_act": True,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "mid_block_scale_factor": 1.4142271248762552,
+}
+ATTENTION_DOWN, ATTENTION_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"
+CONFIGS = {
+    "stage 1": STAGE_1,
+    "stage 2": STAGE_2,
+    "attention at every level": {
+        **STAGE_1,
+        "down_block_types": [ATTENTION_DOWN] * 3,
+        "up_block_types": [ATTENTION_UP] * 3,
+    },
+    "two levels": {
+        **STAGE_2,
+        "block_out_channels": [32, 64],
+        "layers_per_block": [3, 1],
+        "down_block_types": ["ResnetDownsampleBlock2D", ATTENTION_DOWN],
+        "up_block_types": [ATTENTION_UP, "ResnetUpsampleBlock2D"],
+    },
+    "attention to the text alone": {**STAGE_1, "only_cross_attention": True},
+    "to the text alone on one level": {**STAGE_2, "only_cross_attention": [False, True, False]},
+    "to the text alone in the middle": {**STAGE_1, "mid_block_only_cross_attention": True},
+    "silu and fewer groups": {**STAGE_1, "act_fn": "silu", "norm_num_groups": 16, "norm_eps": 1e-6},
+}
+# What the published repositories hold; the counts are those of diffusers' model
+GEOMETRIES = {
+    "IF-I-M": (1, [192, 384, 576, 768], 3, 0.372),
+    "IF-I-L": (1, [320, 640, 960, 1280], 3, 0.935),
+    "IF-I-XL": (1, [704, 1408, 2112, 2816], 3, 4.305),
+    "IF-II-M": (2, [128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 0.461),
+    "IF-II-L": (2, [160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1.243),
+}
+
+
+def geometry(name: str) -> dict:
+    """The config.json of a published model."""
+    stage, widths, layers, _ = GEOMETRIES[name]
+    plain = {1: 1, 2: 3}[stage]
+    with_attention = len(widths) - plain
+    return {
+        **(STAGE_1 if stage == 1 else STAGE_2),
+        "sample_size": 64 if stage == 1 else 256,
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "down_block_types": ["ResnetDownsampleBlock2D"] * plain + [ATTENTION_DOWN] * with_attention,
+        "up_block_types": [ATTENTION_UP] * with_attention + ["ResnetUpsampleBlock2D"] * plain,
+        "addition_embed_type_num_heads": 64,
+        "attention_head_dim": 64,
+        "cross_attention_dim": widths[-1],
+        "encoder_hid_dim": 4096,
+        "time_embedding_dim": widths[-1] if stage == 2 else None,
+    }
+
+
+def pair(config: dict, dtype=torch.float64) -> tuple[UNet, UNet2DConditionModel]:
+    """Ours and diffusers', with the same random weights; biases and norms are random too."""
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(**config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    ours = UNet(UNetConfig.from_dict(config)).to(dtype).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def inputs(config: dict, dtype, size=(16, 16), batch=2) -> tuple:
+    """x_t, t, prompt_embeds and, for stage 2, the noise level."""
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(batch, config["in_channels"], *size, generator=generator, dtype=torch.float64).to(dtype)
+    prompt_embeds = torch.randn(batch, 77, config["encoder_hid_dim"], generator=generator, dtype=torch.float64)
+    noise_level = torch.tensor([250, 10])[:batch] if config.get("class_embed_type") else None
+    return x_t, torch.tensor([980, 3])[:batch], prompt_embeds.to(dtype), noise_level
+
+
+@torch.no_grad()
+def both(config: dict, dtype, **where) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, theirs = pair(config, dtype)
+    x_t, t, prompt_embeds, noise_level = inputs(config, dtype, **where)
+    expected = theirs(x_t, t, prompt_embeds, class_labels=noise_level).sample
+    return ours(x_t, t, ours.encode_text(prompt_embeds), noise_level), expected
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_whole_unets_equal_diffusers(name, dtype, tolerance):
+    found, expected = both(CONFIGS[name], dtype)
+    assert found.shape == expected.shape == (2, 6, 16, 16)
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("size", [(8, 24), (32, 4), (4, 4)])
+@pytest.mark.parametrize("config", [STAGE_1, STAGE_2])
+def test_other_sizes_equal_diffusers(config, size):
+    found, expected = both(config, torch.float64, size=size)
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_published_models_have_diffusers_names_shapes_and_counts(name):
+    config = geometry(name)
+    with torch.device("meta"):
+        ours, theirs = UNet(UNetConfig.from_dict(config)), UNet2DConditionModel(**config)
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    assert round(count / 1e9, 3) == GEOMETRIES[name][3]
+
+
+def layers(module, kind):
+    return {name: layer for name, layer in module.named_modules() if type(layer).__name__ == kind}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [STAGE_1, STAGE_2, CONFIGS["attention to the text alone"]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_every_layer_equals_its_namesake(config, dtype, tolerance):
+    """Each layer on inputs of its own, so that an error in one cannot hide behind another."""
+    ours, theirs = pair(config, dtype)
+    names = dict(theirs.named_modules())
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    time_dim, text = ours.config.time_embedding_dim, random(2, 7, 96)
+    tested = []
+    for name, layer in ours.named_modules():
+        kind, other = type(layer).__name__, names.get(name)
+        if kind == "ResnetBlock":
+            x, time = random(2, layer.norm1.num_channels, 8, 8), random(2, time_dim)
+            found, expected = layer(x, time), other(x, time)
+        elif kind == "Attention":
+            x = random(2, layer.to_q.in_features, 4, 6)
+            found, expected = layer(x, layer.text_keys_values(text)), other(x, encoder_hidden_states=text)
+        elif kind == "TextEmbedding" or kind == "AttentionPooling":
+            x = random(2, 7, 24)
+            found, expected = layer(x), other(x)
+        elif kind == "TimestepEmbedding":
+            t = torch.tensor([0, 1, 250, 999])
+            found, expected = layer(t), other(theirs.time_proj(t).to(dtype))
+        elif kind == "DownBlock":
+            x, time = random(2, layer.resnets[0].norm1.num_channels, 8, 8), random(2, time_dim)
+            keys_values = iter([attention.text_keys_values(text) for attention in layer.attentions])
+            found = layer(x, time, keys_values)[1]
+            given = {"encoder_hidden_states": text} if layer.attentions else {}
+            expected = other(x, time, **given)[1]
+            assert len(found) == len(expected)
+            found, expected = (torch.cat([skip.flatten() for skip in skips]) for skips in (found, expected))
+        elif kind == "MidBlock":
+            x, time = random(2, 96, 4, 4), random(2, time_dim)
+            found = layer(x, time, iter([layer.attentions[0].text_keys_values(text)]))
+            expected = other(x, time, encoder_hidden_states=text)
+        elif kind == "UpBlock":
+            width, time = layer.resnets[0].conv1.out_channels, random(2, time_dim)
+            dims = [resnet.norm1.num_channels for resnet in layer.resnets]
+            i = 96 if name == "up_blocks.0" else names[f"up_blocks.{int(name[-1]) - 1}"].resnets[0].out_channels
+            skips = [random(2, dim - (i if k == 0 else width), 4, 4) for k, dim in enumerate(dims)][::-1]
+            x = random(2, i, 4, 4)
+            keys_values = iter([attention.text_keys_values(text) for attention in layer.attentions])
+            given = {"encoder_hidden_states": text} if layer.attentions else {}
+            expected = other(x, tuple(skips), time, **given)
+            found = layer(x, list(skips), time, keys_values)
+        else:
+            continue
+        assert relative_error(found, expected) < tolerance, name
+        tested.append(kind)
+    kinds = {"ResnetBlock", "Attention", "TextEmbedding", "AttentionPooling", "TimestepEmbedding"}
+    assert set(tested) == kinds | {"DownBlock", "MidBlock", "UpBlock"}
+
+
+@torch.no_grad()
+def test_t_is_an_int_a_scalar_or_one_each_and_text_can_be_repeated():
+    ours, _ = pair(STAGE_1)
+    x_t, _, prompt_embeds, _ = inputs(STAGE_1, torch.float64)
+    text = ours.encode_text(prompt_embeds)
+    expected = ours(x_t, torch.tensor([7, 7]), text)
+    for t in (7, torch.tensor(7)):
+        assert torch.equal(ours(x_t, t, text), expected)
+    repeated = ours(x_t, 7, ours.encode_text(prompt_embeds[:1])[[0, 0]])
+    torch.testing.assert_close(repeated[:1], expected[:1])
+    assert not torch.allclose(repeated[1], expected[1])
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_fit_are_refused():
+    ours, _ = pair(STAGE_1)
+    upscaler, _ = pair(STAGE_2)
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float64)
+    text = ours.encode_text(prompt_embeds)
+    with pytest.raises(ValueError, match=r"must be \[B, L, 24\] for this UNet, not \[2, 77, 25\]"):
+        ours.encode_text(torch.zeros(2, 77, 25))
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
+        ours(torch.cat([x_t, x_t], dim=1), t, text)
+    with pytest.raises(ValueError, match="multiples of 4, not 16 × 18"):
+        ours(torch.zeros(2, 3, 16, 18, dtype=torch.float64), t, text)
+    with pytest.raises(ValueError, match="1 images need as many prompts, not 2"):
+        ours(x_t[:1], 5, text)
+    with pytest.raises(ValueError, match="a stage-1 UNet takes none"):
+        ours(x_t, t, text, 250)
+    with pytest.raises(ValueError, match="takes a noise_level"):
+        upscaler(torch.cat([x_t, x_t], dim=1), t, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"act_fn": "mish"}, "act_fn = 'mish', this UNet implements 'gelu', 'silu' or 'swish'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type = 'image', this UNet implements 'text'"),
+        ({"class_embed_type": "identity"}, "class_embed_type = 'identity', this UNet implements None or 'timestep'"),
+        ({"resnet_time_scale_shift": "default"}, "implements 'scale_shift'"),
+        ({"cross_attention_norm": None}, "cross_attention_norm = None"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier'"),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type"),
+        ({"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type = 'image_proj'"),
+        ({"down_block_types": ["DownBlock2D"] * 3}, "'DownBlock2D' in down_block_types"),
+        ({"up_block_types": [ATTENTION_UP] * 3}, "do not mirror"),
+        ({"up_block_types": [ATTENTION_UP] * 2}, "as many up_block_types as block_out_channels, 3"),
+        ({"layers_per_block": [1, 2]}, "2 values of layers_per_block for 3 levels"),
+        ({"flux_capacitor": 1.21}, "does not know: flux_capacitor"),
+        ({"block_out_channels": [32, 64, 100]}, "100 does not divide into 32 groups"),
+        ({"attention_head_dim": 40}, "64 does not divide into heads of 40"),
+        ({"encoder_hid_dim": None}, "no encoder_hid_dim"),
+    ],
+)
+def test_configs_that_are_not_ifs_are_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=r"config\.json|a width of") as error:
+        UNetConfig.from_dict({**STAGE_1, **change})
+    assert said in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A UNet as diffusers saves it, in one file, in fp16 and in shards."""
+    folder = tmp_path_factory.mktemp("model")
+    _, theirs = pair(STAGE_1, torch.float32)
+    theirs.save_pretrained(folder / "unet")
+    theirs.half().save_pretrained(folder / "unet", variant="fp16")
+    _, theirs = pair(STAGE_1, torch.float32)
+    theirs.save_pretrained(folder / "sharded" / "unet", max_shard_size="1MB")
+    assert len(list((folder / "sharded" / "unet").glob("*.safetensors"))) > 1
+    return folder
+
+
+@torch.no_grad()
+def test_loading_what_diffusers_saved(saved):
+    expected, _ = pair(STAGE_1, torch.float32)
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    expected = expected(x_t, t, expected.encode_text(prompt_embeds))
+    for source, options in ((saved, {}), (str(saved / "sharded"), {})):
+        unet = load_unet(source, **options)
+        assert not unet.training
+        assert torch.equal(unet(x_t, t, unet.encode_text(prompt_embeds)), expected)
+    half = load_unet(saved, variant="fp16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
+    assert relative_error(half(x_t, t, half.encode_text(prompt_embeds)), expected) < 5e-3
+    assert {parameter.dtype for parameter in load_unet(saved, torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_weights_that_do_not_fit_are_named(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_unet(tmp_path)
+    (unet / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_unet(tmp_path)
+    (unet / "config.json").write_text(json.dumps(STAGE_1))
+    with pytest.raises(FileNotFoundError, match="it has no safetensors at all"):
+        load_unet(tmp_path)
+    weights, name = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors"), "conv_in.weight"
+    path = unet / "diffusion_pytorch_model.safetensors"
+    save_file({**weights, name: weights[name][:1].clone()}, path)
+    with pytest.raises(
+        ValueError, match=r"1 of another shape \(conv_in.weight \[1, 3, 3, 3\] instead of \[32, 3, 3, 3\]"
+    ):
+        load_unet(tmp_path)
+    save_file({key: value for key, value in weights.items() if "conv2" not in key} | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"missing \(.*, …\); 1 unexpected \(extra\)"):
+        load_unet(tmp_path)
+    path.write_bytes((saved / "unet" / path.name).read_bytes()[:5000])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_unet(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.fp16\.safetensors: it has diffusion"):
+        load_unet(tmp_path, variant="fp16")
+
+
+@pytest.mark.slow
+def test_the_real_if_i_m_geometry_equals_diffusers():
+    found, expected = both(geometry("IF-I-M"), torch.float32, size=(64, 64), batch=1)
+    assert relative_error(found, expected) < 1e-5
