@@ -7,11 +7,12 @@ v = None where the variance is not learned. Guidance makes one from a model; the
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm.process import ddpm_step
 from ddpm.schedule import CLEAN, Schedule
 
+Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v side by side
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
@@ -21,23 +22,24 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     return (output, None) if output.shape[1] == channels else tuple(output.split(channels, dim=1))
 
 
-def unguided(model: nn.Module, *conditioning: Tensor) -> Estimate:
+def unguided(model: Model, *conditioning) -> Estimate:
     """The model's own estimate, given its conditioning (none for an unconditional model)."""
     return lambda x_t, t: split_output(model(x_t, t, *conditioning), x_t.shape[1])
 
 
-def guided(model: nn.Module, c: Tensor, null: Tensor, guidance_scale: float) -> Estimate:
+def guided(model: Model, c, null, guidance_scale: float) -> Estimate:
     """Classifier-free guidance, eps = eps_u + γ (eps_c - eps_u), both halves in one batched forward pass.
 
-    c, null: the conditioning [B, …] and that of the null prompt; guidance_scale: γ, 0 is unconditional,
-    1 conditional. v comes from the conditional half.
+    c, null: the conditioning of B images and that of the null prompt: tensors [B, …], or objects of a class that
+        has a `cat` of its own
+    guidance_scale: γ, 0 is unconditional, 1 conditional; v comes from the conditional half
     Source: classifier-free guidance eq. 6 with γ = 1 + w, arXiv 2207.12598.
     """
     if guidance_scale == 1:
         return unguided(model, c)
     if guidance_scale == 0:
         return unguided(model, null)
-    both = torch.cat([null, c])
+    both = getattr(type(c), "cat", torch.cat)([null, c])
 
     def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
         eps, v = split_output(model(torch.cat([x_t, x_t]), t, both), x_t.shape[1])

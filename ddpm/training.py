@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.checkpoint import load_state, save_state, save_weights, write_atomically
+from ddpm.checkpoint import load_state, save_state, save_weights
+from ddpm.files import write_atomically
 from ddpm.mnist import NUM_CLASSES
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source

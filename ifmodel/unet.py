@@ -8,7 +8,7 @@ block that halves the picture. The way up is its mirror image, and each of its R
 the pictures that the way down left behind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,13 @@ class Text:
 
     def __len__(self) -> int:
         return len(self.pooled)
+
+    @classmethod
+    def cat(cls, texts: Sequence["Text"]) -> "Text":
+        """The prompts of several, one after another, as torch.cat does for tensors."""
+        layers = zip(*(text.keys_values for text in texts), strict=True)
+        keys_values = tuple(tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in layers)
+        return cls(torch.cat([text.pooled for text in texts]), keys_values)
 
     def __getitem__(self, rows: slice | Tensor) -> "Text":
         """Some of the prompts, or one of them several times: text[[0, 0, 0]]."""

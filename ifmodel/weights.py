@@ -1,6 +1,7 @@
 """From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,9 +31,7 @@ def load_unet(
     dtype of the file on the CPU, they are not copied at all.
     Raises FileNotFoundError when a file is missing, ValueError when the config or the weights do not fit.
     """
-    folder = Path(source) / "unet"
-    if not Path(source).is_dir():
-        folder = _download(str(source), variant, revision)
+    folder = fetch(source, "unet", weight_patterns(WEIGHTS, variant), revision)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: {source} must hold unet/config.json and its weights")
@@ -42,6 +41,7 @@ def load_unet(
         raise ValueError(f"{config_file} is not JSON: {error}") from None
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(config))
+    check_memory(unet, dtype, device, folder)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
     loaded: dict[str, Tensor] = {}
@@ -55,6 +55,24 @@ def load_unet(
     _check_names(folder, expected, {name: tensor.shape for name, tensor in loaded.items()})
     unet.load_state_dict(loaded, assign=True)
     return unet.eval().requires_grad_(False)
+
+
+def check_memory(unet: UNet, dtype: torch.dtype, device: str | torch.device, folder: Path):
+    """Refuse to load what does not fit, saying what is needed and what there is. Raises ValueError."""
+    needed = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    device = torch.device(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    else:
+        return
+    if needed > free:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB in {name}, and {device.type} has {free / 1e9:.1f} GB free"
+        )
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -95,23 +113,34 @@ def _check_names(folder: Path, expected: dict[str, torch.Size], found: dict[str,
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(told)}")
 
 
-def _download(repository: str, variant: str | None, revision: str | None) -> Path:
-    """The unet/ folder of a Hub repository in the local cache: its config and one precision of its weights."""
+def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """One subfolder of a model: that of a folder as it is, or of a Hub repository, downloaded to the Hub's cache.
+
+    patterns: the files to download, such as "config.json"; nothing else is
+    Raises ValueError, in one line that says what to do, when the repository cannot be had.
+    """
+    if Path(source).is_dir():
+        return Path(source) / subfolder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    stem = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    index = f"{WEIGHTS}.safetensors.index{'' if variant is None else '.' + variant}.json"
-    shards = f"{stem}-*-of-*.safetensors"
-    wanted = [f"unet/{name}" for name in ("config.json", f"{stem}.safetensors", index, shards)]
+    wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / "unet"
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
     except GatedRepoError:
         raise ValueError(
-            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+            f"{source} is gated: accept its licence at https://huggingface.co/{source}, "
             "then run `hf auth login` or set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
-        raise ValueError(f"{repository} is neither a folder nor a repository of the Hub that you can see") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{repository} could not be downloaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{source} is no folder, and could not be downloaded: {str(error).splitlines()[0]}") from None
+
+
+def weight_patterns(stem: str, variant: str | None) -> list[str]:
+    """The safetensors files of one precision, in one piece or in shards: never the .bin copies."""
+    named, index = (stem, f"{stem}.safetensors.index.json")
+    if variant is not None:
+        named, index = f"{stem}.{variant}", f"{stem}.safetensors.index.{variant}.json"
+    return ["config.json", f"{named}.safetensors", f"{named}-*-of-*.safetensors", index]

@@ -6,16 +6,19 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from ddpm.checkpoint import write_atomically
 from ddpm.data import load_mnist
+from ddpm.files import write_atomically
 from ddpm.training import Recipe
+from ifmodel import UNet, load_unet
 
 SEED = 20040805
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,6 +92,55 @@ def end_training(args: argparse.Namespace, complete: bool):
         sys.exit(130)
 
 
+def load_stage(source: str, stage: int, dtype: torch.dtype, device: torch.device) -> UNet:
+    """A stage's UNet: half precision from the fp16 files where there are some, full precision from the others.
+
+    Raises ValueError when the model is of the other stage.
+    """
+    variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]
+    for variant in variants:
+        try:
+            unet = load_unet(source, dtype, device, variant)
+            break
+        except FileNotFoundError:
+            if variant == variants[-1]:
+                raise
+    if dtype == torch.float32 and variant == "fp16":
+        print(f"{source} has its weights in float16 alone: computing with them in float32", file=sys.stderr)
+    found = 2 if unet.config.class_embed_type else 1
+    if found != stage:
+        option = {1: "--model", 2: "--upscaler"}[found]
+        raise ValueError(f"{source} is a stage-{found} model, not a stage-{stage} one: give it as {option}")
+    return unet
+
+
+@contextmanager
+def progress(steps: int, description: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
+    """A progress bar; gives the callback that moves it and refuses the first x̂_0 that is not finite."""
+    with tqdm(total=steps, desc=description, unit="step") as bar:
+
+        def callback(step: int, t: int, x_t: Tensor, x_0: Tensor):
+            bar.update()
+            if not x_0.isfinite().all():
+                where = f"{description}, step {step} (t = {t})"
+                raise ValueError(f"{where}: the picture is no longer finite; try --dtype float32, or less --guidance")
+
+        yield callback
+
+
+def save_image(path: Path, picture: Tensor, seed: int):
+    """Write one picture [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    metadata, buffer = PngInfo(), io.BytesIO()
+    for key, value in figure_metadata(seed).items():
+        metadata.add_itxt(key, value)
+    Image.fromarray(pixels).save(buffer, format="png", pnginfo=metadata)
+    write_atomically(path, buffer.getvalue())
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     value = int(text) if text.lstrip("-").isdigit() else 0
@@ -124,6 +176,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower."""
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("float16 is for GPUs: on the CPU, use --dtype float32, or bfloat16 where it is native")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":

@@ -32,8 +32,9 @@ from common import (
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_model, load_tensors, save_tensors, save_weights, write_atomically
+from ddpm.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.data import load_mnist
+from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.judge import Judge, examine, frechet_distance, train_judge
 from ddpm.mnist import ClassUNet, UNet, sample_digits
 from ddpm.schedule import linear_schedule

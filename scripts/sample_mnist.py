@@ -24,7 +24,8 @@ from common import (
 )
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_model, save_tensors
+from ddpm.checkpoint import SHIPPED, load_model
+from ddpm.files import save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.schedule import linear_schedule, linspace_timesteps
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 
 from ifmodel import UNet, UNetConfig, load_unet
+from ifmodel.cascade import generate, upscale
 
 STAGE_1 = {
     "sample_size": 16,
@@ -329,6 +330,69 @@ def test_weights_that_do_not_fit_are_named(saved, tmp_path):
         load_unet(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.fp16\.safetensors: it has diffusion"):
         load_unet(tmp_path, variant="fp16")
+
+
+def pipelines(dtype=torch.float32):
+    """diffusers' two pipelines and our two UNets, with the same random weights."""
+    scheduler = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "learned_range",
+        "clip_sample": True,
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.95,
+    }
+    first, theirs_1 = pair(STAGE_1, dtype)
+    second, theirs_2 = pair({**STAGE_2, "sample_size": 32}, dtype)
+    nothing = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    stage_1 = IFPipeline(
+        **nothing,
+        unet=theirs_1,
+        scheduler=DDPMScheduler(**scheduler, sample_max_value=1.5),
+        requires_safety_checker=False,
+    )
+    stage_2 = IFSuperResolutionPipeline(
+        **nothing,
+        unet=theirs_2,
+        scheduler=DDPMScheduler(**scheduler, sample_max_value=1.0),
+        image_noising_scheduler=DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"),
+        requires_safety_checker=False,
+    )
+    for pipeline in (stage_1, stage_2):
+        pipeline.set_progress_bar_config(disable=True)
+    return (first, stage_1), (second, stage_2)
+
+
+@pytest.mark.parametrize(("num_steps", "guidance_scale"), [(4, 7.0), (20, 3.0), (5, 1.0)])
+def test_the_cascade_equals_diffusers_pipelines(num_steps, guidance_scale):
+    """Two pictures through both stages, from the same seeds: within 1 of 255 in every pixel."""
+    (first, stage_1), (second, stage_2) = pipelines()
+    _, _, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    null_embeds, seeds = torch.zeros_like(prompt_embeds), [20040805, 20040806]
+    options = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+    options |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": null_embeds}
+    small = stage_1(**options, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
+    large = stage_2(
+        **options, image=small, noise_level=100, generator=[torch.Generator().manual_seed(seed) for seed in seeds]
+    ).images
+
+    ours = {"seeds": seeds, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    our_small = generate(first, prompt_embeds, null_embeds, **ours)
+    our_large = upscale(second, our_small, prompt_embeds, null_embeds, noise_level=100, **ours)
+    assert our_small.shape == (2, 3, 16, 16) and our_large.shape == (2, 3, 32, 32)
+    assert our_small.std() > 0.1 and our_large.std() > 0.1
+    assert (our_small - small).abs().max() < 2 / 255  # [-1, 1] is 255 steps of 2 / 255
+    assert (our_large - large).abs().max() < 2 / 255
+
+
+def test_a_picture_does_not_depend_on_those_beside_it():
+    (first, _), _ = pipelines()
+    _, _, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    null_embeds, options = torch.zeros_like(prompt_embeds), {"num_steps": 4, "size": (8, 16)}
+    together = generate(first, prompt_embeds, null_embeds, seeds=[1, 2], **options)
+    alone = generate(first, prompt_embeds[1:], null_embeds[1:], seeds=[2], **options)
+    assert together.shape == (2, 3, 8, 16)
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from conftest import DATA, settled
 from PIL import Image
 from torchvision.datasets import MNIST
 
-from ddpm.checkpoint import load_tensors, save_state, save_tensors, save_weights, write_atomically
+from ddpm.checkpoint import save_state, save_weights
 from ddpm.data import FILES
+from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.judge import Judge
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import DATA
 
-from ddpm.checkpoint import load_model, load_tensors
+from ddpm.checkpoint import load_model
 from ddpm.data import load_mnist
+from ddpm.files import load_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.schedule import linear_schedule
 from ddpm.training import DDPM, DENOISER, SIGMAS, ddpm_loss, denoiser_loss, drop_classes, fit, noisy_digits, train

@@ -1,0 +1,145 @@
+"""From prompts to T5 embeddings: tokens, the encoder, and a cache so that the encoder is seldom needed.
+
+IF's text encoder is T5 v1.1 XXL, 4.8 billion parameters and by far the largest part of the cascade. Its output
+for a prompt never changes, so it is computed once, kept in a safetensors file, and T5 is loaded only when some
+prompt is not known yet.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ddpm.files import write_atomically
+from ifmodel.weights import fetch, weight_patterns
+
+CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
+NUM_TOKENS = 77
+PAD, END = 0, 1
+
+
+class Tokenizer:
+    """Prompts to tokens as IF does it: lower-cased, stripped, cut at 77 tokens with the end token, padded to 77."""
+
+    def __init__(self, folder: str | Path):
+        """folder: a repository's tokenizer/, with sentencepiece's spiece.model or, failing that, tokenizer.json.
+
+        Raises FileNotFoundError when neither is there, ValueError when it cannot be read.
+        """
+        folder = Path(folder)
+        if (folder / "spiece.model").is_file():
+            from sentencepiece import SentencePieceProcessor
+
+            try:
+                model = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{folder / 'spiece.model'} is not a sentencepiece model: {error}") from None
+            self._encode, self._decode = model.encode, model.decode
+        elif (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            model = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            self._encode, self._decode = lambda text: model.encode(text, add_special_tokens=False), model.decode
+        else:
+            raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json")
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers [B, 77] int64 and the attention mask [B, 77] int64, 1 up to the end token and 0 after it."""
+        tokens = torch.full((len(prompts), NUM_TOKENS), PAD)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            numbers = [*self._numbers(prompt)[: NUM_TOKENS - 1], END]
+            tokens[row, : len(numbers)] = torch.tensor(numbers)
+            mask[row, : len(numbers)] = 1
+        return tokens, mask
+
+    def lost(self, prompt: str) -> str:
+        """The part of a prompt that is cut off at 77 tokens; empty for nearly all."""
+        return self._decode(self._numbers(prompt)[NUM_TOKENS - 1 :])
+
+    def _numbers(self, prompt: str) -> list[int]:
+        return self._encode(prompt.lower().strip())
+
+
+def load_embeds(path: str | Path) -> dict[str, Tensor]:
+    """A file of prompts and their embeddings [77, D_text].
+
+    Reads what `save_embeds` wrote, and a .pth dictionary {prompt: [1, 77, D_text]}, without unpickling code.
+    Raises FileNotFoundError when there is no file, ValueError when it is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no embeddings file at {path}")
+    try:
+        embeds = torch.load(path, weights_only=True) if path.suffix in (".pth", ".pt") else load_file(path)
+        embeds = {prompt: tensor.reshape(tensor.shape[-2:]) for prompt, tensor in embeds.items()}
+    except Exception as error:  # of a dozen kinds, from safetensors, zip and torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no file of prompt embeddings, or is cut short: {reason}") from None
+    if not embeds or any(tensor.ndim != 2 for tensor in embeds.values()):
+        raise ValueError(f"{path} is no file of prompt embeddings: it must hold a [77, D] tensor for each prompt")
+    return embeds
+
+
+def save_embeds(path: str | Path, embeds: dict[str, Tensor]):
+    """Write prompts and their embeddings [77, D_text] to a safetensors file, atomically."""
+    write_atomically(path, save({prompt: tensor.cpu().contiguous() for prompt, tensor in embeds.items()}))
+
+
+def embed_prompts(
+    source: str | Path,
+    prompts: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    revision: str | None = None,
+    cache: Path | None = CACHE,
+) -> dict[str, Tensor]:
+    """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is loaded only for those not in the cache.
+
+    source: a folder or Hub id that holds tokenizer/ and text_encoder/
+    dtype: float32, bfloat16, or float16, in which T5's `wo` layers stay in float32 because they overflow
+    cache: the folder that keeps embeddings; None keeps nothing
+    T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost.
+    """
+    tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
+    for prompt in prompts:
+        if lost := tokenizer.lost(prompt):
+            warnings.warn(f"prompt cut at {NUM_TOKENS} tokens, lost: {lost!r}", stacklevel=2)
+    folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
+    files = {prompt: _cache_file(cache, folder, dtype, prompt) for prompt in prompts} if cache else {}
+    embeds = {prompt: load_file(file)["prompt_embeds"] for prompt, file in files.items() if file.is_file()}
+    unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
+    if unknown:
+        for prompt, tensor in zip(unknown, _encode(folder, tokenizer, unknown, dtype, device, variant), strict=True):
+            embeds[prompt] = tensor
+            if cache:
+                write_atomically(files[prompt], save({"prompt_embeds": tensor}))
+    return embeds
+
+
+@torch.no_grad()
+def _encode(folder, tokenizer, prompts, dtype, device, variant) -> list[Tensor]:
+    """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
+    from transformers import T5EncoderModel
+
+    encoder = (
+        T5EncoderModel.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True).to(device).eval()
+    )
+    outputs = []
+    for prompt in prompts:
+        tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
+        outputs.append(encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous())
+    return outputs
+
+
+def _cache_file(cache: Path, folder: Path, dtype: torch.dtype, prompt: str) -> Path:
+    """Where the cache keeps a prompt: named by the encoder's files, the dtype and the prompt."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.resolve().iterdir())]
+    key = repr((str(folder.resolve()), files, str(dtype), prompt.lower().strip()))
+    return cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

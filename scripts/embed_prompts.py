@@ -1,0 +1,43 @@
+"""Embed prompts with a model's T5, once, into a file that every script takes as --embeds.
+
+    python scripts/embed_prompts.py --model DeepFloyd/IF-I-XL-v1.0 --prompt "a photo of a dog" --prompt "a hat"
+    python scripts/embed_prompts.py --model DeepFloyd/IF-I-XL-v1.0 --prompts prompts.txt --out out/mine.safetensors
+
+The null prompt "" is always added, and so are the prompts of a file that is already at --out. T5 v1.1 XXL needs
+9.5 GB in half precision and 19 GB in float32.
+"""
+
+from pathlib import Path
+
+from common import add_device_options, check_writable, parser, pick_device, pick_dtype, run
+
+from ifmodel.text import embed_prompts, load_embeds, save_embeds
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument(
+        "--model", required=True, metavar="FOLDER_OR_HUB_ID", help="it holds tokenizer/ and text_encoder/"
+    )
+    options.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    options.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
+    options.add_argument("--out", type=Path, default=Path("out/embeds.safetensors"), metavar="FILE.safetensors")
+    add_device_options(options, ("float32", "bfloat16", "float16"))
+    args = options.parse_args()
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check_writable(args.out, ".safetensors")
+    lines = args.prompts.read_text().splitlines() if args.prompts else []
+    prompts = [*args.prompt, *(line for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError("there is nothing to embed: give --prompt, or --prompts with a file")
+    embeds = load_embeds(args.out) if args.out.exists() else {}
+    embeds |= embed_prompts(args.model, [*prompts, ""], dtype=dtype, device=device)
+    save_embeds(args.out, embeds)
+    width, name = next(iter(embeds.values())).shape[1], str(dtype).removeprefix("torch.")
+    print(f"{args.out}: {len(embeds)} prompts, {width} wide, {name}")
+
+
+if __name__ == "__main__":
+    run(main)

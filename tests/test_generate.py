@@ -1,0 +1,152 @@
+"""scripts/generate.py and scripts/embed_prompts.py on a small random cascade that diffusers saved."""
+
+import numpy
+import pytest
+import torch
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
+from PIL import Image
+from test_ifmodel import STAGE_1, STAGE_2, pair
+from test_text import model_folder  # noqa: F401
+from transformers import T5EncoderModel, T5Tokenizer
+
+from ifmodel.text import embed_prompts, load_embeds, save_embeds
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "clip_sample": True,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+}
+PROMPT = "an oil painting of a snowy mountain village"
+
+
+@pytest.fixture(scope="module")
+def cascade(model_folder, tmp_path_factory):  # noqa: F811
+    """Two folders as diffusers saves them, stage 1 and stage 2, and the two pipelines that saved them."""
+    folder = tmp_path_factory.mktemp("cascade")
+    parts = {
+        "tokenizer": T5Tokenizer.from_pretrained(model_folder / "tokenizer"),
+        "text_encoder": T5EncoderModel.from_pretrained(model_folder / "text_encoder"),
+        **dict.fromkeys(("safety_checker", "feature_extractor", "watermarker")),
+        "requires_safety_checker": False,
+    }
+    stage_1 = IFPipeline(
+        unet=pair(STAGE_1, torch.float32)[1], scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.5), **parts
+    )
+    stage_2 = IFSuperResolutionPipeline(
+        unet=pair({**STAGE_2, "sample_size": 32}, torch.float32)[1],
+        scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.0),
+        image_noising_scheduler=DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"),
+        **parts,
+    )
+    for pipeline, name in ((stage_1, "stage_1"), (stage_2, "stage_2")):
+        pipeline.save_pretrained(folder / name)
+        pipeline.set_progress_bar_config(disable=True)
+    return folder, stage_1, stage_2
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path / "cache")
+
+
+def pixels(path) -> numpy.ndarray:
+    with Image.open(path) as image:
+        assert "generate.py" in image.text["Command"]
+        return numpy.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("upscaled", [False, True])
+def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscaled):
+    """Same folder, prompt, seed, steps, guidance and noise level: within 1 of 255 in every pixel."""
+    folder, stage_1, stage_2 = cascade
+    out = tmp_path / "out.png"
+    options = ["--model", folder / "stage_1", "--prompt", PROMPT, "--steps", 5, "--guidance", 6, "--seed", 7]
+    if upscaled:
+        options += ["--upscaler", folder / "stage_2", "--upscaler-steps", 4, "--upscaler-guidance", 3]
+        options += ["--noise-level", 120]
+    status, printed, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
+    assert status == 0, err
+    assert printed.strip() == str(out)
+
+    def call(pipeline, **options):
+        return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(7), clean_caption=False, **options)
+
+    image = call(stage_1, num_inference_steps=5, guidance_scale=6.0, output_type="pt" if upscaled else "pil").images
+    if upscaled:
+        image = call(stage_2, image=image, num_inference_steps=4, guidance_scale=3.0, noise_level=120).images
+    found, expected = pixels(out), numpy.asarray(image[0]).astype(int)
+    assert found.shape == expected.shape == ((32, 32, 3) if upscaled else (16, 16, 3))
+    assert expected.std() > 10
+    assert abs(found - expected).max() <= 1
+
+
+def test_a_grid_and_each_picture_beside_it(run_script, cascade, tmp_path):
+    folder, _, _ = cascade
+    options = ["--model", folder / "stage_1", "--steps", 3, "--dtype", "float32", "--prompt", PROMPT]
+    status, _, err = run_script(
+        "generate",
+        *options,
+        "--prompt",
+        "a rocket ship",
+        "--num-images",
+        3,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "g.png",
+    )
+    assert status == 0, err
+    assert pixels(tmp_path / "g.png").shape[1] > 3 * 128
+    assert len(list(tmp_path.glob("g_*_*.png"))) == 6
+    run_script("generate", *options, "--seed", 20040807, "--out", tmp_path / "alone.png")
+    assert abs(pixels(tmp_path / "alone.png") - pixels(tmp_path / "g_0_2.png")).max() <= 1
+    assert abs(pixels(tmp_path / "g_0_0.png") - pixels(tmp_path / "g_1_0.png")).max() > 10
+
+
+def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
+    folder, _, _ = cascade
+    embeds = tmp_path / "embeds.safetensors"
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\na photo of a dog\n")
+    common = ("--model", folder / "stage_1", "--dtype", "float32")
+    status, printed, err = run_script("embed_prompts", *common, "--prompts", tmp_path / "prompts.txt", "--out", embeds)
+    assert status == 0, err
+    assert "3 prompts, 24 wide, float32" in printed
+    run_script("embed_prompts", *common, "--prompt", "a hat", "--out", embeds)
+    assert set(load_embeds(embeds)) == {PROMPT, "a photo of a dog", "", "a hat"}
+
+    run_script("generate", *common, "--steps", 2, "--prompt", PROMPT, "--out", tmp_path / "with_t5.png")
+    monkeypatch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+    common = (*common, "--steps", 2, "--embeds", embeds)
+    status, _, err = run_script("generate", *common, "--prompt", PROMPT, "--out", tmp_path / "without.png")
+    assert status == 0, err
+    assert (pixels(tmp_path / "without.png") == pixels(tmp_path / "with_t5.png")).all()
+    status, _, err = run_script("generate", *common, "--out", tmp_path / "all.png")  # every prompt of the file
+    assert len(list(tmp_path.glob("all_*_0.png"))) == 3
+
+
+def test_bad_input(refused, cascade, tmp_path):
+    folder, _, _ = cascade
+    one, two, out = folder / "stage_1", folder / "stage_2", tmp_path / "out.png"
+    options = ("--prompt", PROMPT, "--steps", 2, "--dtype", "float32", "--out", out)
+
+    def said(*more):
+        return refused("generate", *options, *more)
+
+    assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
+    assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
+    assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
+    assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
+    assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
+    assert "neither spiece.model nor tokenizer.json" in said("--model", tmp_path)
+    assert "nothing to draw" in refused("generate", "--model", one, "--out", out)
+    assert "nothing to embed" in refused("embed_prompts", "--model", one, "--out", tmp_path / "e.safetensors")
+    save_embeds(tmp_path / "wide.safetensors", {PROMPT: torch.zeros(77, 99), "": torch.zeros(77, 99)})
+    line = said("--model", one, "--embeds", tmp_path / "wide.safetensors")
+    assert "must be [B, L, 24] for this UNet, not [1, 77, 99]" in line
+    save_embeds(tmp_path / "nan.safetensors", {prompt: torch.full((77, 24), torch.nan) for prompt in (PROMPT, "")})
+    line = said("--model", one, "--embeds", tmp_path / "nan.safetensors")
+    assert "stage 1, step 0 (t = 500): the picture is no longer finite" in line
+    assert not out.exists()
