@@ -56,6 +56,17 @@ def load_model(
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def load_start(path: str | Path, model: nn.Module) -> dict:
+    """Put the weights of a file into a model of the same kind; returns the metadata. Raises as `load_model` does."""
+    loaded, metadata = load_model(path, type(model)), load_tensors(path)[1]
+    if loaded.config != model.config:
+        raise ValueError(f"{path} holds a model of {loaded.config}, not of {model.config}")
+    if not {"epochs", "seconds"} <= metadata.keys():
+        raise ValueError(f"{path} does not say how long it was trained")
+    model.load_state_dict(loaded.state_dict())
+    return metadata
+
+
 def save_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor, metadata: dict):
     """Write all that a run needs to go on: float32 weights, Adam's moments and the losses so far."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.checkpoint import load_state, save_state, save_weights
+from ddpm.checkpoint import load_start, load_state, save_state, save_weights
 from ddpm.files import write_atomically
 from ddpm.mnist import NUM_CLASSES
 from ddpm.process import add_noise
@@ -125,6 +125,7 @@ def fit(
     *,
     dtype: torch.dtype = torch.float32,
     resume: bool = False,
+    start: Path | None = None,
     save_every: float = 300,
     after_epoch: Callable[[int, list[float]], None] = lambda epoch, losses: None,
 ) -> bool:
@@ -133,6 +134,8 @@ def fit(
     Writes folder/state.safetensors (to resume), folder/weights.safetensors (to use) and folder/log.csv every
     `save_every` seconds, after each epoch, and on Ctrl-C or SIGTERM once the running step is done.
     after_epoch(epochs done, all losses so far) draws figures.
+    start: a weights file of the same model to go on from where its state file is lost: at the step that it had
+        reached, with Adam's moments anew
     Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume` is
     false, when that run is of another recipe, or when the loss is not finite.
     """
@@ -155,6 +158,10 @@ def fit(
         losses[:first_step] = done
         if first_step % steps_per_epoch == 0:  # stopped between an epoch and its figures
             after_epoch(first_step // steps_per_epoch, done.tolist())
+    elif start is not None:
+        found = load_start(start, model)
+        first_step, seconds_before = round(found["epochs"] * steps_per_epoch), found["seconds"]
+        losses[:first_step] = math.nan  # not in a weights file
 
     def save(steps: int):
         seconds = seconds_before + time.monotonic() - started
@@ -162,7 +169,8 @@ def fit(
         save_state(state_file, model, optimizer, losses[:steps], metadata)
         save_weights(folder / "weights.safetensors", model, metadata)
         epochs = losses[: steps - steps % steps_per_epoch].view(-1, steps_per_epoch).mean(1).tolist()
-        lines = ["epoch,mean_loss", *(f"{epoch},{loss:.6f}" for epoch, loss in enumerate(epochs, start=1)), ""]
+        means = [f"{epoch},{loss:.6f}" for epoch, loss in enumerate(epochs, start=1) if math.isfinite(loss)]
+        lines = ["epoch,mean_loss", *means, ""]
         write_atomically(folder / "log.csv", "\n".join(lines).encode())
 
     saved = time.monotonic()
@@ -174,7 +182,7 @@ def fit(
             bar.update(size)
             epoch, end_of_epoch = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
             if step % 10 == 0 or end_of_epoch or stopped():
-                recent = losses[max(0, step - 99) : step + 1].mean().item()
+                recent = losses[max(first_step, step - 99) : step + 1].mean().item()
                 bar.set_description(f"epoch {epoch}/{recipe.epochs}, loss {recent:.4f}", refresh=False)
                 if not math.isfinite(recent):
                     raise ValueError(

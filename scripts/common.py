@@ -55,6 +55,7 @@ def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width
         help="folder holding MNIST/raw; downloaded there when absent (default: data)",
     )
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--start", type=Path, metavar="FILE", help="go on from weights whose training state is lost")
     options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
     options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
     options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")

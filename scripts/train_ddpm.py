@@ -49,9 +49,8 @@ def main():
             path = args.out / f"samples_epoch{epoch:02d}.png"
             save_grid(path, samples.split(10), column_labels=names, title=title, seed=args.seed)
 
-    end_training(
-        args, fit(model, loss_of, images, labels, recipe, args.out, dtype=dtype, resume=args.resume, after_epoch=draw)
-    )
+    options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": draw}
+    end_training(args, fit(model, loss_of, images, labels, recipe, args.out, **options))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ def main():
     def loss_of(model, x_0, labels, generator):
         return denoiser_loss(model, x_0, generator)
 
-    end_training(
-        args, fit(model, loss_of, images, labels, recipe, args.out, dtype=dtype, resume=args.resume, after_epoch=draw)
-    )
+    options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": draw}
+    end_training(args, fit(model, loss_of, images, labels, recipe, args.out, **options))
 
 
 if __name__ == "__main__":

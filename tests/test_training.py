@@ -175,6 +175,25 @@ def test_resume_equals_uninterrupted_bit_for_bit(digits, tmp_path, stop):
         assert torch.equal(expected[name], found[name]), name
 
 
+def test_weights_without_their_state_go_on_at_their_step(digits, tmp_path):
+    fit(new_model(), interrupted_after(5), *digits, RECIPE, tmp_path / "a")
+    weights, steps = tmp_path / "a" / "weights.safetensors", []
+
+    def counted(*arguments):
+        steps.append(1)
+        return class_loss(*arguments)
+
+    assert fit(new_model(), counted, *digits, RECIPE, tmp_path / "b", start=weights)
+    assert len(steps) == 5
+    losses = weights_after(tmp_path / "b")["losses"]
+    assert losses[:5].isnan().all() and losses[5:].isfinite().all()
+    assert (tmp_path / "b" / "log.csv").read_text().splitlines()[1].startswith("2,")
+    with pytest.raises(ValueError, match="holds a ClassUNet, but a TimeUNet is needed"):
+        fit(TimeUNet(8), class_loss, *digits, RECIPE, tmp_path / "c", start=weights)
+    with pytest.raises(ValueError, match=r"not of \{'width': 4"):
+        fit(ClassUNet(4), class_loss, *digits, RECIPE, tmp_path / "c", start=weights)
+
+
 def test_another_seed_gives_other_weights(digits, tmp_path):
     fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path / "a")
     fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1, seed=1), tmp_path / "b")

@@ -1,0 +1,136 @@
+"""The Hub for real: a whole random cascade over HTTP on loopback, with all that goes wrong on the way."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hub import Hub
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_generate import PROMPT, cascade  # noqa: F401
+from test_text import model_folder  # noqa: F401
+
+TOKEN = "hf_a_secret_that_must_never_be_printed"
+UNET = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def hub(cascade, model_folder, tmp_path_factory):  # noqa: F811
+    """Two repositories laid out like DeepFloyd's: gated, with both precisions, and .bin copies beside them."""
+    folder, repositories = tmp_path_factory.mktemp("hub"), {}
+    for stage, name in (("stage_1", "IF-I-S-v1.0"), ("stage_2", "IF-II-S-v1.0")):
+        shutil.copytree(cascade[0] / stage, folder / name)
+        for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+            full = folder / name / part / f"{stem}.safetensors"
+            shutil.copy(full, folder / name / part / f"{stem}.fp16.safetensors")
+            (folder / name / part / f"{stem}.bin").write_bytes(b"pickled" * 10_000)
+        shutil.rmtree(folder / name / "tokenizer")
+        shutil.copytree(model_folder / "tokenizer", folder / name / "tokenizer")  # with spiece.model, as theirs
+        repositories[f"DeepFloyd/{name}"] = folder / name
+    # huggingface_hub writes 10 MiB at a time: only a file of more than that can break off in the middle
+    shutil.copytree(folder / "IF-I-S-v1.0", folder / "padded")
+    weights = load_file(folder / "padded" / "unet" / UNET)
+    save_file(weights, folder / "padded" / "unet" / UNET, metadata={"padding": "." * 25_000_000})
+    repositories["DeepFloyd/padded"] = folder / "padded"
+    (folder / "empty").mkdir()
+    repositories["DeepFloyd/empty"] = folder / "empty"
+    with Hub(repositories, gated=("DeepFloyd/IF-I-S-v1.0", "DeepFloyd/IF-II-S-v1.0"), token=TOKEN) as hub:
+        yield hub
+
+
+@pytest.fixture
+def generate(hub, tmp_path):
+    """Run scripts/generate.py in a process of its own, against the hub; returns (status, all it printed)."""
+    hub.requests.clear()
+
+    def run(*arguments, token: str | None = TOKEN, home="home", **environment) -> tuple[int, str]:
+        command = [sys.executable, ROOT / "scripts" / "generate.py", "--prompt", PROMPT, "--dtype", "float32"]
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / home), "HOME": str(tmp_path / home)}
+        if token:
+            environment["HF_TOKEN"] = token
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        arguments = [*command, "--steps", 2, "--upscaler-steps", 2, "--out", tmp_path / "out.png", *arguments]
+        done = subprocess.run(
+            list(map(str, arguments)), env={**inherited, **environment}, capture_output=True, text=True, timeout=300
+        )
+        printed = done.stdout + done.stderr
+        assert TOKEN not in printed
+        return done.returncode, printed
+
+    return run
+
+
+def error_line(status: int, printed: str) -> str:
+    assert status == 2, printed
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("generate.py: error: ")]
+    return line
+
+
+CASCADE = ("--model", "DeepFloyd/IF-I-S-v1.0", "--upscaler", "DeepFloyd/IF-II-S-v1.0")
+
+
+def test_a_cascade_is_downloaded_once_and_runs_offline(hub, generate, tmp_path):
+    status, printed = generate(*CASCADE)
+    assert status == 0, printed
+    # one precision, safetensors only, and T5 from the first stage alone
+    unet, encoder = f"unet/{UNET}", "text_encoder/model.safetensors"
+    large = [path.split("/cdn/")[1] for method, path, _ in hub.requests if method == "GET" and "/cdn/" in path]
+    large = [path for path in large if "tokenizer" not in path]
+    assert set(large) == {f"{repository}/{unet}" for repository in CASCADE[1::2]} | {f"DeepFloyd/IF-I-S-v1.0/{encoder}"}
+    assert len(large) == 3
+    assert not any(path.endswith((".bin", "fp16.safetensors")) for _, path, _ in hub.requests)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (32, 32)
+        first = image.tobytes()
+
+    hub.requests.clear()
+    (tmp_path / "out.png").unlink()
+    status, printed = generate(*CASCADE, HF_HUB_OFFLINE="1")
+    assert status == 0, printed
+    assert hub.requests == []
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.tobytes() == first
+
+
+def test_a_gated_repository_names_the_licence_and_the_login(generate):
+    for token in (None, "hf_of_somebody_else"):
+        line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", token=token))
+        assert "accept its licence at https://huggingface.co/DeepFloyd/IF-I-S-v1.0" in line
+        assert "hf auth login" in line and "HF_TOKEN" in line
+        assert "somebody_else" not in line
+
+
+def test_repositories_that_are_not_there_or_no_models(generate):
+    line = error_line(*generate("--model", "DeepFloyd/IF-IX"))
+    assert "DeepFloyd/IF-IX is neither a folder nor a repository of the Hub that you can see" in line
+    line = error_line(*generate("--model", "DeepFloyd/empty"))
+    assert "tokenizer" in line
+    line = error_line(*generate("--model", "not/a/repository"))
+    assert "not/a/repository" in line
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, generate):
+    hub.cut.add(UNET)
+    status, printed = generate("--model", "DeepFloyd/padded")
+    assert status == 0, printed
+    asked = [range for method, path, range in hub.requests if method == "GET" and path.endswith(UNET)]
+    assert asked == [None, f"bytes={10 * 2**20}-"]
+
+
+def test_a_file_damaged_in_the_cache_is_named(generate, tmp_path):
+    status, printed = generate("--model", "DeepFloyd/IF-I-S-v1.0")
+    assert status == 0, printed
+    (weights,) = (file for file in (tmp_path / "home").rglob(UNET) if "snapshots" in str(file))
+    whole = weights.read_bytes()
+    weights.resolve().write_bytes(whole[: len(whole) // 2])
+    line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", HF_HUB_OFFLINE="1"))
+    assert UNET in line and "is not a whole safetensors file" in line
+
+
+def test_offline_without_a_cache_is_one_line(generate):
+    line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", HF_HUB_OFFLINE="1"))
+    assert "DeepFloyd/IF-I-S-v1.0 is no folder, and could not be downloaded" in line
