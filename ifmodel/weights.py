@@ -41,7 +41,8 @@ def load_unet(
         raise ValueError(f"{config_file} is not JSON: {error}") from None
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(config))
-    check_memory(unet, dtype, device, folder)
+    needed = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
     loaded: dict[str, Tensor] = {}
@@ -57,9 +58,8 @@ def load_unet(
     return unet.eval().requires_grad_(False)
 
 
-def check_memory(unet: UNet, dtype: torch.dtype, device: str | torch.device, folder: Path):
-    """Refuse to load what does not fit, saying what is needed and what there is. Raises ValueError."""
-    needed = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+def check_memory(needed: int, what: str, device: str | torch.device):
+    """Refuse what does not fit into a device's memory, saying what is needed and what there is. Raises ValueError."""
     device = torch.device(device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -69,10 +69,7 @@ def check_memory(unet: UNet, dtype: torch.dtype, device: str | torch.device, fol
     else:
         return
     if needed > free:
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.1f} GB in {name}, and {device.type} has {free / 1e9:.1f} GB free"
-        )
+        raise ValueError(f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:.1f} GB are free")
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:

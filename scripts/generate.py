@@ -30,8 +30,10 @@ from common import (
 )
 from torch import Tensor
 
+from ifmodel import UNet
 from ifmodel.cascade import generate, upscale
 from ifmodel.text import embed_prompts, load_embeds
+from ifmodel.weights import check_memory
 
 
 def main():
@@ -43,6 +45,7 @@ def main():
     options.add_argument("--num-images", type=positive, default=1, help="pictures of each prompt (default: 1)")
     options.add_argument("--steps", type=positive, default=100, help="default: 100")
     options.add_argument("--guidance", type=number, default=7.0, help="γ (default: 7)")
+    options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
     options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model")
     options.add_argument("--upscaler-steps", type=positive, default=50, help="default: 50")
     options.add_argument("--upscaler-guidance", type=number, default=4.0, help="default: 4")
@@ -74,14 +77,19 @@ def main():
         }
 
     unet = load_stage(args.model, 1, dtype, device)
-    stage_1 = {"num_steps": args.steps, "guidance_scale": args.guidance}
+    size = tuple(args.size or [unet.config.sample_size] * 2)
+    check_size(unet, size, min(args.batch_size, len(labels)), device)
+    stage_1 = {"num_steps": args.steps, "guidance_scale": args.guidance, "size": size}
+    sample_size = unet.config.sample_size
     with progress(args.steps * len(batches), "stage 1") as callback:
         images = [generate(unet, **conditions(batch), **stage_1, callback=callback) for batch in batches]
     del unet
     if args.upscaler:
         unet = load_stage(args.upscaler, 2, dtype, device)
+        size = tuple(side * unet.config.sample_size // sample_size for side in size)
+        check_size(unet, size, min(args.batch_size, len(labels)), device)
         stage_2 = {"num_steps": args.upscaler_steps, "guidance_scale": args.upscaler_guidance}
-        stage_2["noise_level"] = args.noise_level
+        stage_2 |= {"noise_level": args.noise_level, "size": size}
         with progress(args.upscaler_steps * len(batches), "stage 2") as callback:
             images = [
                 upscale(unet, small, **conditions(batch), **stage_2, callback=callback)
@@ -100,6 +108,14 @@ def get_embeds(args, dtype: torch.dtype, device: torch.device) -> tuple[list[str
     if unknown:
         embeds |= embed_prompts(args.model, unknown, dtype=dtype, device=device)
     return prompts, embeds
+
+
+def check_size(unet: UNet, size: tuple[int, int], batch_size: int, device: torch.device):
+    """Refuse a height or width that the UNet cannot halve often enough, or that the memory cannot hold."""
+    if any(side % unet.size_multiple for side in size):
+        raise ValueError(f"height and width must be multiples of {unet.size_multiple}, not {size[0]} × {size[1]}")
+    needed = unet.activation_bytes(2 * batch_size, *size)  # guidance doubles the batch
+    check_memory(needed, f"{batch_size} pictures of {size[0]} × {size[1]} at a time", device)
 
 
 def save(args, prompts: list[str], images: Tensor):

@@ -106,6 +106,15 @@ def test_a_grid_and_each_picture_beside_it(run_script, cascade, tmp_path):
     assert abs(pixels(tmp_path / "g_0_0.png") - pixels(tmp_path / "g_1_0.png")).max() > 10
 
 
+def test_another_size_through_both_stages(run_script, cascade, tmp_path):
+    folder, _, _ = cascade
+    options = ["--model", folder / "stage_1", "--upscaler", folder / "stage_2", "--steps", 2, "--upscaler-steps", 2]
+    options += ["--prompt", PROMPT, "--dtype", "float32", "--size", 8, 20, "--out", tmp_path / "wide.png"]
+    status, _, err = run_script("generate", *options)
+    assert status == 0, err
+    assert pixels(tmp_path / "wide.png").shape == (16, 40, 3)
+
+
 def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
     folder, _, _ = cascade
     embeds = tmp_path / "embeds.safetensors"
@@ -139,6 +148,9 @@ def test_bad_input(refused, cascade, tmp_path):
     assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
     assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
     assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
+    assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
+    line = said("--model", one, "--size", 100_000, 100_000)
+    assert "pictures of 100000 × 100000 at a time needs about " in line and "GB are free" in line
     assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "neither spiece.model nor tokenizer.json" in said("--model", tmp_path)
     assert "nothing to draw" in refused("generate", "--model", one, "--out", out)

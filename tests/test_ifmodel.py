@@ -1,10 +1,14 @@
 """IF's UNets against diffusers' UNet2DConditionModel with the same weights."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import generate, upscale
@@ -303,8 +307,6 @@ def test_loading_what_diffusers_saved(saved):
 
 
 def test_weights_that_do_not_fit_are_named(saved, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     unet = tmp_path / "unet"
     unet.mkdir()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
@@ -399,3 +401,38 @@ def test_a_picture_does_not_depend_on_those_beside_it():
 def test_the_real_if_i_m_geometry_equals_diffusers():
     found, expected = both(geometry("IF-I-M"), torch.float32, size=(64, 64), batch=1)
     assert relative_error(found, expected) < 1e-5
+
+
+LOAD_AND_TOUCH = """
+import sys, torch
+from ifmodel import load_unet
+unet = load_unet(sys.argv[1], torch.float16, variant="fp16")
+touched = sum(parameter.view(torch.int16)[..., 0].sum().item() for parameter in unet.parameters())
+touched += sum(parameter.flatten()[::1024].sum().item() for parameter in unet.parameters())  # every page
+status = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
+print(int(status["VmHWM"].split()[0]) * 1024, int(status["RssAnon"].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
+def test_if_i_xl_loads_without_a_second_copy(tmp_path):
+    """8.6 GB of fp16 weights: the process peaks at 1.1 × that, and nearly all of it is the mapped file."""
+    config = geometry("IF-I-XL")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UNet(UNetConfig.from_dict(config)).state_dict().items()}
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file(weights, path)
+    size = path.stat().st_size
+    del weights
+    out = subprocess.run([sys.executable, "-c", LOAD_AND_TOUCH, tmp_path], capture_output=True, text=True, check=True)
+    peak, anonymous = map(int, out.stdout.split())
+    print(f"{size / 1e9:.2f} GB on disk, peak {peak / 1e9:.2f} GB, of which {anonymous / 1e9:.2f} GB not the file")
+    assert peak < 1.1 * size
+    assert anonymous < 0.1 * size
