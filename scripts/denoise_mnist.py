@@ -9,7 +9,8 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, parser, pick_device, run, save_grid
+from common import SEED, check_writable, parser, pick_device, run
+from figures import save_grid
 
 from ddpm.checkpoint import SHIPPED, load_model
 from ddpm.data import load_mnist

@@ -16,19 +16,8 @@ import json
 from pathlib import Path
 
 import torch
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    save_figure,
-    save_grid,
-)
+from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from figures import save_figure, save_grid
 from torch import Tensor
 from tqdm import tqdm
 

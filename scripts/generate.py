@@ -13,21 +13,9 @@ a UNet is loaded; stage 1 is freed before stage 2 is loaded.
 from pathlib import Path
 
 import torch
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    load_stage,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    progress,
-    run,
-    save_grid,
-    save_image,
-)
+from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from figures import save_grid, save_image
+from stages import load_stage, progress
 from torch import Tensor
 
 from ifmodel import UNet

@@ -10,18 +10,8 @@ its own seed and label alone, so drawing more of them changes none.
 from pathlib import Path
 
 import torch
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    save_grid,
-)
+from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from figures import save_grid
 from tqdm import tqdm
 
 from ddpm.checkpoint import SHIPPED, load_model

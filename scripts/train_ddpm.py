@@ -9,7 +9,8 @@ bit for bit, as an uninterrupted run on the same machine with as many threads.
 
 from pathlib import Path
 
-from common import add_training_options, end_training, parser, run, save_grid, save_loss_curve, start_training
+from common import add_training_options, end_training, parser, run, start_training
+from figures import save_grid, save_loss_curve
 
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.schedule import linear_schedule

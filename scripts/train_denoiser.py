@@ -10,7 +10,8 @@ the same weights, bit for bit, as an uninterrupted run on the same machine with 
 from pathlib import Path
 
 import torch
-from common import add_training_options, end_training, parser, run, save_grid, save_loss_curve, start_training
+from common import add_training_options, end_training, parser, run, start_training
+from figures import save_grid, save_loss_curve
 
 from ddpm.data import load_mnist
 from ddpm.mnist import UNet

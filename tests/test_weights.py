@@ -1,0 +1,53 @@
+"""The shipped weights: what they say of themselves, and that they do what they are for, on a few digits."""
+
+import pytest
+import torch
+from conftest import DATA
+
+from ddpm.checkpoint import SHIPPED, load_model
+from ddpm.data import load_mnist
+from ddpm.files import load_tensors
+from ddpm.judge import examine
+from ddpm.mnist import sample_digits
+from ddpm.schedule import linear_schedule
+from ddpm.training import noisy_digits
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_mnist(DATA, "test")
+    return images / 255, labels
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_file_loads_and_says_what_it_was_trained_on(name):
+    model, metadata = load_model(SHIPPED[name]), load_tensors(SHIPPED[name])[1]
+    assert metadata["digits"] == 60_000
+    assert metadata["epochs"] > 0
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    widths = {"denoiser": 128, "ddpm_class": 64, "judge": 32}
+    assert model.config["width"] == widths[name]
+
+
+def test_the_judge_reads_real_digits(digits):
+    images, labels = digits
+    read, _ = examine(load_model(SHIPPED["judge"]), images)
+    assert (read == labels).float().mean() >= 0.98
+
+
+@torch.no_grad()
+def test_the_denoiser_removes_most_of_the_noise(digits):
+    images, _ = digits
+    noisy = noisy_digits(images[:50], 0.5, seed=0)
+    error = (load_model(SHIPPED["denoiser"])(noisy) - images[:50]).square().mean()
+    assert error < 0.2 * (noisy - images[:50]).square().mean()
+
+
+def test_the_judge_reads_what_the_ddpm_was_asked_to_write():
+    """Few and quick samples; scripts/evaluate_mnist.py measures properly. By chance, 2 of 20 would be right."""
+    labels = list(range(10)) * 2
+    seeds = [k // 10 for k in range(20)]
+    options = {"num_steps": 30, "guidance_scale": 5.0}
+    images = sample_digits(load_model(SHIPPED["ddpm_class"]), labels, seeds, linear_schedule(), **options)
+    read, _ = examine(load_model(SHIPPED["judge"]), images)
+    assert (read == torch.tensor(labels)).sum() >= 14
