@@ -5,6 +5,8 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.datasets import MNIST
 
+from ddpm.files import first_line
+
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -22,7 +24,7 @@ def load_mnist(root: str | Path, split: str = "train", limit: int | None = None)
         if images.shape[1:] != (1, 28, 28) or len(images) != len(labels):
             raise ValueError(f"{len(images)} images of {tuple(images.shape[2:])}, {len(labels)} labels")
     except Exception as error:  # torchvision raises what its parser stumbles over, of a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if complete:
             names = [name for name in FILES if name.startswith("t10k" if split == "test" else "train")]
             raise ValueError(f"MNIST in {raw} is damaged ({reason}): get {' and '.join(names)} again") from None

@@ -56,3 +56,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"{path} was not written by this project's training scripts: its metadata is not JSON"
         ) from None
     return tensors, metadata
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

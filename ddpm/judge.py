@@ -58,9 +58,12 @@ def train_judge(
 
 @torch.no_grad()
 def examine(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Digits [N, 1, 28, 28] in [0, 1] -> the digit that the judge reads [N], and its features [N, 128] in float64."""
+    """Digits [N, 1, 28, 28] in [0, 1] -> the digits that the judge reads [N], and its features [N, 128] in float64.
+
+    Both are on the CPU, since not every device has float64.
+    """
     features = torch.cat([judge.features(batch) for batch in images.split(1000)])
-    return judge.last(features).argmax(1), features.double()
+    return judge.last(features).argmax(1).cpu(), features.cpu().double()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -154,13 +155,17 @@ def fit(
         for key in ("recipe", "digits"):
             if found[key] != run[key]:
                 raise ValueError(f"the run in {folder} has another {key}: {found[key]}, not {run[key]}")
+        if found["dtype"] != run["dtype"]:
+            warnings.warn(f"the run was in {found['dtype']} and goes on in {run['dtype']}", stacklevel=2)
         first_step, seconds_before = len(done), found["seconds"]
         losses[:first_step] = done
         if first_step % steps_per_epoch == 0:  # stopped between an epoch and its figures
             after_epoch(first_step // steps_per_epoch, done.tolist())
+    elif resume and start is None:
+        raise ValueError(f"there is no run in {folder} to resume")
     elif start is not None:
         found = load_start(start, model)
-        first_step, seconds_before = round(found["epochs"] * steps_per_epoch), found["seconds"]
+        first_step, seconds_before = min(round(found["epochs"] * steps_per_epoch), len(losses)), found["seconds"]
         losses[:first_step] = math.nan  # not in a weights file
 
     def save(steps: int):
@@ -173,7 +178,9 @@ def fit(
         lines = ["epoch,mean_loss", *means, ""]
         write_atomically(folder / "log.csv", "\n".join(lines).encode())
 
-    saved = time.monotonic()
+    if first_step == len(losses):  # nothing left to do but to write what it came to
+        save(first_step)
+    step, saved = first_step - 1, time.monotonic()
     size = recipe.batch_size
     bar = tqdm(total=len(losses) * size, initial=first_step * size, unit="img", smoothing=0.05)
     with stop_signal() as stopped, bar:
@@ -181,14 +188,13 @@ def fit(
             losses[step] = loss
             bar.update(size)
             epoch, end_of_epoch = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
-            if step % 10 == 0 or end_of_epoch or stopped():
+            saving = end_of_epoch or stopped() or time.monotonic() - saved > save_every
+            if saving or step % 10 == 0:
                 recent = losses[max(first_step, step - 99) : step + 1].mean().item()
                 bar.set_description(f"epoch {epoch}/{recipe.epochs}, loss {recent:.4f}", refresh=False)
-                if not math.isfinite(recent):
-                    raise ValueError(
-                        f"the loss is not finite at step {step}: try --dtype float32; {state_file} is whole"
-                    )
-            if end_of_epoch or stopped() or time.monotonic() - saved > save_every:
+                if not math.isfinite(recent):  # before it could overwrite a good state
+                    raise ValueError(f"the loss is not finite at step {step}: try --dtype float32, or --resume the run")
+            if saving:
                 save(step + 1)
                 saved = time.monotonic()
             if stopped():
@@ -196,7 +202,7 @@ def fit(
             if end_of_epoch:
                 after_epoch(epoch, losses[: step + 1].tolist())
                 model.train()
-    return not stopped()
+    return step + 1 == len(losses)
 
 
 @contextmanager

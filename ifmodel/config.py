@@ -98,6 +98,11 @@ class UNetConfig:
             if config.get(name) is None:
                 raise ValueError(f"config.json has no {name}: is it the config of an IF UNet?")
 
+        for name in ("encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
+            if not isinstance(config[name], int):
+                raise ValueError(f"config.json has {name} = {config[name]!r}, this UNet implements one whole number")
+        if not isinstance(config["block_out_channels"], Sequence):
+            raise ValueError(f"config.json has block_out_channels = {config['block_out_channels']!r}, not a list")
         widths = tuple(config["block_out_channels"])
         attention = cls._attention_levels(config, len(widths))
         only_cross = config.get("only_cross_attention", False)
@@ -148,6 +153,9 @@ class UNetConfig:
         return ways["down_block_types"]
 
     def _check_divisibility(self):
+        if self.encoder_hid_dim % self.addition_embed_type_num_heads:
+            dim, heads = self.encoder_hid_dim, self.addition_embed_type_num_heads
+            raise ValueError(f"config.json has an encoder_hid_dim of {dim}, which does not divide into {heads} heads")
         for width, attention in zip(self.block_out_channels, self.attention, strict=True):
             if width % self.norm_num_groups:
                 raise ValueError(f"a width of {width} does not divide into {self.norm_num_groups} groups")

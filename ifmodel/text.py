@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddpm.files import write_atomically
-from ifmodel.weights import fetch, weight_patterns
+from ddpm.files import first_line, write_atomically
+from ifmodel.weights import check_memory, fetch, weight_patterns
 
 CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
 NUM_TOKENS = 77
@@ -78,15 +79,21 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
         embeds = torch.load(path, weights_only=True) if path.suffix in (".pth", ".pt") else load_file(path)
         embeds = {prompt: tensor.reshape(tensor.shape[-2:]) for prompt, tensor in embeds.items()}
     except Exception as error:  # of a dozen kinds, from safetensors, zip and torch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no file of prompt embeddings, or is cut short: {reason}") from None
-    if not embeds or any(tensor.ndim != 2 for tensor in embeds.values()):
-        raise ValueError(f"{path} is no file of prompt embeddings: it must hold a [77, D] tensor for each prompt")
+        raise ValueError(f"{path} is no file of prompt embeddings, or is cut short: {first_line(error)}") from None
+    _check_embeds(path, embeds)
     return embeds
 
 
+def _check_embeds(path: str | Path, embeds: dict[str, Tensor]):
+    shapes = {tuple(tensor.shape) for tensor in embeds.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        told = " and ".join(str(list(shape)) for shape in sorted(shapes)) or "nothing"
+        raise ValueError(f"{path} is no file of prompt embeddings: all must be [77, D] of one model, these are {told}")
+
+
 def save_embeds(path: str | Path, embeds: dict[str, Tensor]):
-    """Write prompts and their embeddings [77, D_text] to a safetensors file, atomically."""
+    """Write prompts and their embeddings, [77, D_text] of one T5, to a safetensors file, atomically."""
+    _check_embeds(path, embeds)
     write_atomically(path, save({prompt: tensor.cpu().contiguous() for prompt, tensor in embeds.items()}))
 
 
@@ -96,41 +103,62 @@ def embed_prompts(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    variant: str | None = None,
     revision: str | None = None,
     cache: Path | None = CACHE,
 ) -> dict[str, Tensor]:
-    """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is loaded only for those not in the cache.
+    """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is had and loaded only for those not in the cache.
 
     source: a folder or Hub id that holds tokenizer/ and text_encoder/
-    dtype: float32, bfloat16, or float16, in which T5's `wo` layers stay in float32 because they overflow
-    cache: the folder that keeps embeddings; None keeps nothing
+    dtype: float32 reads the full-precision files; bfloat16 and float16 the fp16 ones where there are some. In
+        float16, T5's `wo` layers stay in float32 because they overflow
+    cache: the folder that keeps embeddings, by model revision, dtype and prompt; None keeps nothing
     T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost.
+    Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
     """
     tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
     for prompt in prompts:
         if lost := tokenizer.lost(prompt):
             warnings.warn(f"prompt cut at {NUM_TOKENS} tokens, lost: {lost!r}", stacklevel=2)
-    folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
-    files = {prompt: _cache_file(cache, folder, dtype, prompt) for prompt in prompts} if cache else {}
+    model = fetch(source, "text_encoder", ["config.json"], revision)  # a Hub model's folder is named by its commit
+    files = {prompt: _cache_file(cache, model, dtype, prompt) for prompt in prompts} if cache else {}
     embeds = {prompt: load_file(file)["prompt_embeds"] for prompt, file in files.items() if file.is_file()}
     unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
     if unknown:
-        for prompt, tensor in zip(unknown, _encode(folder, tokenizer, unknown, dtype, device, variant), strict=True):
-            embeds[prompt] = tensor
-            if cache:
-                write_atomically(files[prompt], save({"prompt_embeds": tensor}))
+        found = _encode(source, revision, tokenizer, unknown, dtype, device)
+        embeds |= dict(zip(unknown, found, strict=True))
+        try:
+            for prompt in unknown if cache else []:
+                write_atomically(files[prompt], save({"prompt_embeds": embeds[prompt]}))
+        except OSError as error:
+            warnings.warn(f"embeddings are not kept: {error}", stacklevel=2)
     return embeds
 
 
 @torch.no_grad()
-def _encode(folder, tokenizer, prompts, dtype, device, variant) -> list[Tensor]:
+def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]:
     """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
     from transformers import T5EncoderModel
 
-    encoder = (
-        T5EncoderModel.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True).to(device).eval()
-    )
+    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
+        folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
+        named = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
+        files = [file for file in folder.glob(named) if variant or ".fp16" not in file.name]
+        if files:
+            break
+    else:
+        raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
+    stored = 2 if variant == "fp16" else 4
+    needed = sum(file.stat().st_size for file in files) * dtype.itemsize // stored
+    check_memory(needed, f"T5 in {str(dtype).removeprefix('torch.')}", device)
+    try:
+        encoder, loading = T5EncoderModel.from_pretrained(
+            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"T5 in {folder} cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"T5 in {folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    encoder = encoder.to(device).eval()
     outputs = []
     for prompt in prompts:
         tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
@@ -138,8 +166,13 @@ def _encode(folder, tokenizer, prompts, dtype, device, variant) -> list[Tensor]:
     return outputs
 
 
-def _cache_file(cache: Path, folder: Path, dtype: torch.dtype, prompt: str) -> Path:
-    """Where the cache keeps a prompt: named by the encoder's files, the dtype and the prompt."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.resolve().iterdir())]
-    key = repr((str(folder.resolve()), files, str(dtype), prompt.lower().strip()))
+def _cache_file(cache: Path, model: Path, dtype: torch.dtype, prompt: str) -> Path:
+    """Where the cache keeps a prompt: named by the model and its revision, the dtype and the prompt."""
+    model = model.absolute()
+    if model.parent.parent.name == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit/text_encoder
+        identity = (model.parents[2].name, model.parent.name)
+    else:
+        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model.glob("*"))]
+        identity = (str(model), weights)
+    key = repr((identity, str(dtype), prompt.lower().strip()))
     return cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

@@ -1,5 +1,6 @@
 """From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ddpm.files import first_line
 from ifmodel.config import UNetConfig
 from ifmodel.unet import UNet
 
@@ -31,16 +33,10 @@ def load_unet(
     dtype of the file on the CPU, they are not copied at all.
     Raises FileNotFoundError when a file is missing, ValueError when the config or the weights do not fit.
     """
+    config = load_config(source, revision)
     folder = fetch(source, "unet", weight_patterns(WEIGHTS, variant), revision)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: {source} must hold unet/config.json and its weights")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON: {error}") from None
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(config))
+        unet = UNet(config)
     needed = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
@@ -58,10 +54,28 @@ def load_unet(
     return unet.eval().requires_grad_(False)
 
 
+def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
+    """The config of a model's UNet, without its weights. Raises as `load_unet` does."""
+    path = fetch(source, "unet", ["config.json"], revision) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} has no config.json: {source} must hold unet/config.json and its weights"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
+    return UNetConfig.from_dict(config)
+
+
 def check_memory(needed: int, what: str, device: str | torch.device):
     """Refuse what does not fit into a device's memory, saying what is needed and what there is. Raises ValueError."""
     device = torch.device(device)
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what the model before this one has left behind
         free = torch.cuda.mem_get_info(device)[0]
     elif Path("/proc/meminfo").exists():
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -119,7 +133,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
     try:
@@ -131,8 +145,8 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
         ) from None
     except RepositoryNotFoundError:
         raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{source} is no folder, and could not be downloaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the network and its client may raise
+        raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
 
 
 def weight_patterns(stem: str, variant: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 from common import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from ddpm.data import load_mnist
 from ddpm.mnist import ClassUNet, sample_digits
-from ddpm.schedule import linear_schedule
+from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.training import DDPM, ddpm_loss, drop_classes, train
 
 SCHEDULE = linear_schedule()
@@ -76,6 +77,7 @@ def main():
     args = options.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    linspace_timesteps(SCHEDULE.num_timesteps, args.sample_steps)  # refuses a wrong number now, not at the end
     images, _ = load_mnist(args.data)
     if (args.rounds + 1) * args.steps * args.batch_size > len(images):
         raise ValueError(f"{args.rounds} rounds of {args.steps} steps need more than the {len(images)} training digits")
@@ -114,12 +116,15 @@ def bench_sampling(device: torch.device, count: int, steps: int):
         sample_digits(model, labels, seeds, SCHEDULE, num_steps=steps, callback=lambda done: bar.update(done - bar.n))
     print(f"sampling {count} digits, {steps} steps, γ = 5, float32: {time.perf_counter() - started:.1f} s")
 
+    if device.type == "mps":
+        return  # the profiler does not see it
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
         sample_digits(model, labels, seeds, SCHEDULE, num_steps=3)
     times = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in profiled.key_averages()
+        if event.device_type == DeviceType.CPU  # operators; kernels are listed a second time
     }
     total, outside = sum(times.values()), {name: t for name, t in times.items() if "conv" not in name}
     largest = sorted(outside, key=outside.get, reverse=True)[:5]

@@ -137,12 +137,17 @@ def run(main: Callable[[], None]):
     """Run a script: what the user can mend is told in one line, with exit status 2."""
     try:
         main()
+        return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: make fewer or smaller pictures at a time"
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_writable(path: Path, suffix: str | None = None):

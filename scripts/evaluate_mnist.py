@@ -30,6 +30,7 @@ from ddpm.schedule import linear_schedule
 from ddpm.training import SIGMAS, noisy_digits
 
 CHUNK = 100
+JUDGE_EPOCHS = 6
 
 
 def main():
@@ -52,6 +53,8 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out / "report.json")
+    if args.samples < 2:
+        raise ValueError("--samples must be at least 2: one digit has no covariance")
     ddpm, denoiser = load_model(args.weights, ClassUNet, device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
@@ -61,7 +64,7 @@ def main():
     count = min(args.samples, len(test_images), len(train_images))
     _, train_features = examine(judge, train_images[:count] / 255)
     report = {
-        "judge_accuracy": (read == test_labels).double().mean().item(),
+        "judge_accuracy": (read == test_labels.cpu()).double().mean().item(),
         "samples": args.samples,
         "steps": args.steps,
         "fid_floor": frechet_distance(train_features, real[:count]),
@@ -73,7 +76,7 @@ def main():
     for guidance in args.guidance:
         images = sample_set(ddpm, guidance, args, device, dtype)
         read, features = examine(judge, images.to(device))
-        right = read.cpu() == labels
+        right = read == labels
         fid = frechet_distance(features[:count], real[:count])
         report["guidance"].append({"guidance": guidance, "confirmed": right.double().mean().item(), "fid": fid})
         print(f"γ = {guidance:g}: {right.double().mean():.2%} confirmed, FID {fid:.2f} ({count} samples)")
@@ -97,9 +100,9 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
     """The shipped judge, or one trained here, once, and kept in --out."""
     trained_here = args.out / "judge.safetensors"
     if args.train_judge or not SHIPPED["judge"].exists():
-        if not trained_here.exists():
-            judge = train_judge(images, labels, seed=args.seed)
-            save_weights(trained_here, judge, {"digits": len(images)})
+        if args.train_judge or not trained_here.exists():
+            judge = train_judge(images, labels, epochs=JUDGE_EPOCHS, seed=args.seed)
+            save_weights(trained_here, judge, {"digits": len(images), "epochs": JUDGE_EPOCHS})
         return load_model(trained_here, Judge, images.device)
     return load_model(SHIPPED["judge"], Judge, images.device)
 

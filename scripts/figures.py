@@ -2,6 +2,7 @@
 
 import io
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ def figure_metadata(seed: int) -> dict[str, str]:
     """What a PNG says of its making: the command line, the seed and the versions."""
     return {
         "Software": f"torch {torch.__version__}, python {platform.python_version()}",
-        "Command": " ".join(["python", *sys.argv]),
+        "Command": shlex.join(["python", *sys.argv]),
         "Seed": str(seed),
     }
 
@@ -55,7 +56,7 @@ def save_grid(
     figure.figimage(canvas.numpy(), left, 15)
 
     def write(x: float, y: float, text: str, **where):
-        figure.text(x / width, 1 - y / height, text, fontsize=9, **where)
+        figure.text(x / width, 1 - y / height, text, fontsize=9, parse_math=False, **where)  # "$5" is no formula
 
     for i, label in enumerate(row_labels):
         write(left - 10, top + i * cell_h + h * zoom / 2, label, ha="right", va="center")

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
 from figures import save_grid, save_image
-from stages import load_stage, progress
+from stages import check_size, check_stage, load_stage, watch
 from torch import Tensor
 
-from ifmodel import UNet
-from ifmodel.cascade import generate, upscale
+from ddpm.schedule import leading_timesteps
+from ifmodel.cascade import SCHEDULE, generate, upscale
 from ifmodel.text import embed_prompts, load_embeds
-from ifmodel.weights import check_memory
 
 
 def main():
     options = parser(__doc__)
     options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model")
+    options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     options.add_argument("--negative-prompt", default="", metavar="TEXT", help='the null prompt (default: "")')
     options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
@@ -35,50 +35,56 @@ def main():
     options.add_argument("--guidance", type=number, default=7.0, help="γ (default: 7)")
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
     options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model")
+    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--upscaler-steps", type=positive, default=50, help="default: 50")
     options.add_argument("--upscaler-guidance", type=number, default=4.0, help="default: 4")
-    options.add_argument(
-        "--noise-level", type=int, default=250, help="on the upscaled picture, 0 to 999 (default: 250)"
-    )
+    options.add_argument("--noise-level", type=int, default=250, help="0 to 999 (default: 250)")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/generated.png"), metavar="FILE.png")
     add_device_options(options, ("float32", "bfloat16", "float16"))
     args = options.parse_args()
 
+    # what can be refused is refused before anything is computed
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out, ".png")
-    if not 0 <= args.noise_level < 1000:
+    if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+    for steps in (args.steps, args.upscaler_steps):
+        leading_timesteps(SCHEDULE.num_timesteps, steps)
+    sample_size = check_stage(args.model, 1, args.revision).sample_size
+    size = tuple(args.size or [sample_size] * 2)
+    if args.upscaler:
+        factor = check_stage(args.upscaler, 2, args.upscaler_revision).sample_size / sample_size
+
     prompts, embeds = get_embeds(args, dtype, device)
     labels = [prompt for prompt in prompts for _ in range(args.num_images)]
     seeds = [args.seed + k for _ in prompts for k in range(args.num_images)]
     batches = [slice(start, start + args.batch_size) for start in range(0, len(labels), args.batch_size)]
+    largest = min(args.batch_size, len(labels))
 
     def conditions(batch: slice) -> dict:
-        null = [embeds[args.negative_prompt]] * len(labels[batch])
+        rows, null = [embeds[prompt] for prompt in labels[batch]], embeds[args.negative_prompt]
         return {
-            "prompt_embeds": torch.stack([embeds[prompt] for prompt in labels[batch]]).to(device, torch.float32),
-            "null_embeds": torch.stack(null).to(device, torch.float32),
+            "prompt_embeds": torch.stack(rows).to(device, torch.float32),
+            "null_embeds": torch.stack([null] * len(rows)).to(device, torch.float32),
             "seeds": seeds[batch],
         }
 
-    unet = load_stage(args.model, 1, dtype, device)
-    size = tuple(args.size or [unet.config.sample_size] * 2)
-    check_size(unet, size, min(args.batch_size, len(labels)), device)
+    unet = load_stage(args.model, dtype, device, args.revision)
+    check_size(unet, size, largest, device)
     stage_1 = {"num_steps": args.steps, "guidance_scale": args.guidance, "size": size}
-    sample_size = unet.config.sample_size
-    with progress(args.steps * len(batches), "stage 1") as callback:
+    with watch(unet, args.steps * len(batches), "stage 1") as callback:
         images = [generate(unet, **conditions(batch), **stage_1, callback=callback) for batch in batches]
     del unet
     if args.upscaler:
-        unet = load_stage(args.upscaler, 2, dtype, device)
-        size = tuple(side * unet.config.sample_size // sample_size for side in size)
-        check_size(unet, size, min(args.batch_size, len(labels)), device)
+        unet = load_stage(args.upscaler, dtype, device, args.upscaler_revision)
+        size = tuple(round(side * factor) for side in size)
+        check_size(unet, size, largest, device)
         stage_2 = {"num_steps": args.upscaler_steps, "guidance_scale": args.upscaler_guidance}
         stage_2 |= {"noise_level": args.noise_level, "size": size}
-        with progress(args.upscaler_steps * len(batches), "stage 2") as callback:
+        with watch(unet, args.upscaler_steps * len(batches), "stage 2") as callback:
             images = [
                 upscale(unet, small, **conditions(batch), **stage_2, callback=callback)
                 for small, batch in zip(images, batches, strict=True)
@@ -89,21 +95,13 @@ def main():
 def get_embeds(args, dtype: torch.dtype, device: torch.device) -> tuple[list[str], dict[str, Tensor]]:
     """The prompts to draw, and the embeddings of these and of the null prompt."""
     embeds = load_embeds(args.embeds) if args.embeds else {}
-    prompts = args.prompt or [prompt for prompt in embeds if prompt != args.negative_prompt]
+    prompts = args.prompt or [prompt for prompt in embeds if prompt not in ("", args.negative_prompt)]
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
     unknown = [prompt for prompt in [*prompts, args.negative_prompt] if prompt not in embeds]
     if unknown:
-        embeds |= embed_prompts(args.model, unknown, dtype=dtype, device=device)
+        embeds |= embed_prompts(args.model, unknown, dtype=dtype, device=device, revision=args.revision)
     return prompts, embeds
-
-
-def check_size(unet: UNet, size: tuple[int, int], batch_size: int, device: torch.device):
-    """Refuse a height or width that the UNet cannot halve often enough, or that the memory cannot hold."""
-    if any(side % unet.size_multiple for side in size):
-        raise ValueError(f"height and width must be multiples of {unet.size_multiple}, not {size[0]} × {size[1]}")
-    needed = unet.activation_bytes(2 * batch_size, *size)  # guidance doubles the batch
-    check_memory(needed, f"{batch_size} pictures of {size[0]} × {size[1]} at a time", device)
 
 
 def save(args, prompts: list[str], images: Tensor):

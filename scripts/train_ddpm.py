@@ -4,7 +4,7 @@
 
 Writes to out/ddpm_class: weights.safetensors, state.safetensors (for --resume), log.csv, loss.png, and
 samples after epochs 5 and 20. Ctrl-C saves and stops; --resume goes on and ends with the same weights,
-bit for bit, as an uninterrupted run on the same machine with as many threads.
+bit for bit, as an uninterrupted run on the same CPU with as many threads.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from common import add_training_options, end_training, parser, run, start_traini
 from figures import save_grid, save_loss_curve
 
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
-from ddpm.schedule import linear_schedule
+from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.training import DDPM, ddpm_loss, drop_classes, fit
 
 
@@ -29,8 +29,10 @@ def main():
     by_class = args.condition == "class"
     args.out = args.out or Path("out") / f"ddpm_{args.condition}"
 
-    recipe, images, labels, dtype = start_training(args, DDPM)
     schedule = linear_schedule()
+    if args.sample_steps is not None:
+        linspace_timesteps(schedule.num_timesteps, args.sample_steps)  # refuses a wrong number now, not epochs later
+    recipe, images, labels, dtype = start_training(args, DDPM)
     model = (ClassUNet if by_class else TimeUNet)(args.width, schedule.num_timesteps)
 
     def loss_of(model, x_0, labels, generator):

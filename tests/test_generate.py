@@ -1,10 +1,13 @@
 """scripts/generate.py and scripts/embed_prompts.py on a small random cascade that diffusers saved."""
 
+import shutil
+
 import numpy
 import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_ifmodel import STAGE_1, STAGE_2, pair
 from test_text import model_folder  # noqa: F401
 from transformers import T5EncoderModel, T5Tokenizer
@@ -136,7 +139,7 @@ def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("all_*_0.png"))) == 3
 
 
-def test_bad_input(refused, cascade, tmp_path):
+def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     folder, _, _ = cascade
     one, two, out = folder / "stage_1", folder / "stage_2", tmp_path / "out.png"
     options = ("--prompt", PROMPT, "--steps", 2, "--dtype", "float32", "--out", out)
@@ -145,14 +148,18 @@ def test_bad_input(refused, cascade, tmp_path):
         return refused("generate", *options, *more)
 
     assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
-    assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
+    with monkeypatch.context() as patch:  # refused before anything is computed
+        patch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+        said_early = said("--model", one, "--upscaler", one)
+        assert "steps must be from 1 to 1000" in said("--model", one, "--upscaler", two, "--upscaler-steps", 1001)
+    assert "is a stage-1 model, not a stage-2 one: give it as --model" in said_early
     assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
     assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
     assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
     line = said("--model", one, "--size", 100_000, 100_000)
     assert "pictures of 100000 × 100000 at a time needs about " in line and "GB are free" in line
     assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
-    assert "neither spiece.model nor tokenizer.json" in said("--model", tmp_path)
+    assert "has no config.json" in said("--model", tmp_path)
     assert "nothing to draw" in refused("generate", "--model", one, "--out", out)
     assert "nothing to embed" in refused("embed_prompts", "--model", one, "--out", tmp_path / "e.safetensors")
     save_embeds(tmp_path / "wide.safetensors", {PROMPT: torch.zeros(77, 99), "": torch.zeros(77, 99)})
@@ -160,5 +167,11 @@ def test_bad_input(refused, cascade, tmp_path):
     assert "must be [B, L, 24] for this UNet, not [1, 77, 99]" in line
     save_embeds(tmp_path / "nan.safetensors", {prompt: torch.full((77, 24), torch.nan) for prompt in (PROMPT, "")})
     line = said("--model", one, "--embeds", tmp_path / "nan.safetensors")
-    assert "stage 1, step 0 (t = 500): the picture is no longer finite" in line
+    assert "stage 1, step 0 (t = 500): not finite any more" in line
+    shutil.copytree(one, tmp_path / "infinite")
+    weights = tmp_path / "infinite" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] = torch.inf  # which thresholding would hide
+    save_file(tensors, weights)
+    assert "stage 1, step 0 (t = 500): not finite any more" in said("--model", tmp_path / "infinite")
     assert not out.exists()

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import sentencepiece
 import torch
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, T5TokenizerFast
 
 from ifmodel import text
 from ifmodel.text import Tokenizer, embed_prompts, load_embeds, save_embeds
@@ -74,8 +75,8 @@ def test_tokens_equal_t5_tokenizers(model_folder):
 
 
 def test_tokenizer_json_serves_where_there_is_no_spiece_model(model_folder, tmp_path):
-    T5Tokenizer.from_pretrained(model_folder / "tokenizer").save_pretrained(tmp_path)
-    assert not (tmp_path / "spiece.model").exists()
+    T5TokenizerFast.from_pretrained(model_folder / "tokenizer").save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").unlink(missing_ok=True)
     prompts = varied_prompts(100)
     expected = Tokenizer(model_folder / "tokenizer")(prompts)
     for found, tensor in zip(Tokenizer(tmp_path)(prompts), expected, strict=True):
@@ -165,6 +166,46 @@ def test_embedding_files_that_are_none(tmp_path):
         with pytest.raises(ValueError, match="is no file of prompt embeddings") as error:
             load_embeds(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_embeddings_of_two_models_do_not_share_a_file(tmp_path):
+    with pytest.raises(ValueError, match=r"all must be \[77, D\] of one model, these are \[77, 24\] and \[77, 32\]"):
+        save_embeds(tmp_path / "both.safetensors", {"a": torch.zeros(77, 24), "b": torch.zeros(77, 32)})
+    assert not (tmp_path / "both.safetensors").exists()
+
+
+def test_a_t5_that_is_damaged_is_refused_and_nothing_is_cached(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights, cache = tmp_path / "model" / "text_encoder" / "model.safetensors", tmp_path / "cache"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"T5 in .* cannot be loaded"):
+        embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
+    tensors = load_file(model_folder / "text_encoder" / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if ".wi_0." not in name}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 tensors: encoder\.block\.0\."):
+        embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="has no safetensors"):
+        embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
+    assert not cache.exists()
+
+
+def test_half_precision_reads_the_fp16_files(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    encoder = T5EncoderModel.from_pretrained(model_folder / "text_encoder", dtype=torch.float16)
+    encoder.save_pretrained(tmp_path / "model" / "text_encoder", variant="fp16")
+    (tmp_path / "model" / "text_encoder" / "model.safetensors").write_text("must not be read")
+    half = embed_prompts(tmp_path / "model", ["a dog"], dtype=torch.bfloat16, cache=None)["a dog"]
+    full = embed_prompts(model_folder, ["a dog"], cache=None)["a dog"]
+    torch.testing.assert_close(half.float(), full, atol=5e-2, rtol=5e-2)
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_warning(model_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="embeddings are not kept"):
+        found = embed_prompts(model_folder, ["a dog"], cache=tmp_path / "file" / "cache")
+    assert found["a dog"].shape == (77, 24)
 
 
 def test_a_folder_without_tokenizer(tmp_path):

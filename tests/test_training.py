@@ -188,6 +188,9 @@ def test_weights_without_their_state_go_on_at_their_step(digits, tmp_path):
     losses = weights_after(tmp_path / "b")["losses"]
     assert losses[:5].isnan().all() and losses[5:].isfinite().all()
     assert (tmp_path / "b" / "log.csv").read_text().splitlines()[1].startswith("2,")
+    finished = tmp_path / "b" / "weights.safetensors"
+    assert fit(new_model(), counted, *digits, RECIPE, tmp_path / "d", start=finished)
+    assert len(steps) == 5 and (tmp_path / "d" / "weights.safetensors").exists()
     with pytest.raises(ValueError, match="holds a ClassUNet, but a TimeUNet is needed"):
         fit(TimeUNet(8), class_loss, *digits, RECIPE, tmp_path / "c", start=weights)
     with pytest.raises(ValueError, match=r"not of \{'width': 4"):
@@ -206,6 +209,11 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(digits, tmp_path):
     before = (tmp_path / "state.safetensors").read_bytes()
     with pytest.raises(ValueError, match="add --resume"):
         fit(new_model(), class_loss, *digits, RECIPE, tmp_path)
+    with pytest.raises(ValueError, match=r"no run in .* to resume"):
+        fit(new_model(), class_loss, *digits, RECIPE, tmp_path / "elsewhere", resume=True)
+    with pytest.warns(UserWarning, match="was in float32 and goes on in bfloat16"):
+        fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path, resume=True, dtype=torch.bfloat16)
+    before = (tmp_path / "state.safetensors").read_bytes()
     with pytest.raises(ValueError, match="another recipe"):
         fit(new_model(), class_loss, *digits, RECIPE, tmp_path, resume=True)
     with pytest.raises(ValueError, match="not of TimeUNet"):
@@ -216,6 +224,18 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(digits, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path):
     with pytest.raises(ValueError, match="not finite at step 0"):
         fit(new_model(), lambda model, x_0, *_: model.a(x_0).sum() * torch.inf, *digits, RECIPE, tmp_path)
+    assert not (tmp_path / "state.safetensors").exists()
+
+    steps = []
+
+    def breaks_at_the_third(*arguments):
+        steps.append(1)
+        return class_loss(*arguments) * (torch.nan if len(steps) == 3 else 1)
+
+    with pytest.raises(ValueError, match="not finite at step 2"):  # though every step is saved
+        fit(new_model(), breaks_at_the_third, *digits, RECIPE, tmp_path, save_every=0)
+    assert all(tensor.isfinite().all() for tensor in weights_after(tmp_path).values())
+    assert len(weights_after(tmp_path)["losses"]) == 2
 
 
 def test_the_weights_file_is_the_model_in_half_precision(digits, tmp_path):
