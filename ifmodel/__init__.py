@@ -7,7 +7,7 @@
     out = unet(x_t, t, text)  # [B, 3, H, W] -> [B, 6, H, W], eps and v
 
 Read in this order: `config` (which shapes a model has), `layers` (what it is built from), `unet` (how they are
-put together), `weights` (from a folder or the Hub to a module).
+put together), `cascade` (stage 1, stage 2). `weights` and `text` bring the UNets and the prompts there.
 """
 
 from ifmodel.config import UNetConfig

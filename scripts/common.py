@@ -30,13 +30,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_device_options(options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16")):
+def add_device_options(
+    options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16"), default: str = "auto"
+):
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     options.add_argument(
         "--dtype",
-        default="auto",
+        default=default,
         choices=["auto", *dtypes],
-        help="auto: bfloat16 where the hardware has it, else float32",
+        help=f"auto: bfloat16 where the hardware has it, else float32 (default: {default})",
     )
 
 

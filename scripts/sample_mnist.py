@@ -50,8 +50,7 @@ def main():
     options.add_argument(
         "--save", type=Path, metavar="FILE.safetensors", help="also save images [N, 1, 28, 28] in [0, 1] and labels [N]"
     )
-    add_device_options(options)
-    options.set_defaults(dtype="float32")  # so that every machine draws the same digits
+    add_device_options(options, default="float32")  # so that every machine draws the same digits
     args = options.parse_args()
 
     device = pick_device(args.device)

@@ -24,6 +24,8 @@ def test_each_file_loads_and_says_what_it_was_trained_on(name):
     model, metadata = load_model(SHIPPED[name]), load_tensors(SHIPPED[name])[1]
     assert metadata["digits"] == 60_000
     assert metadata["epochs"] > 0
+    stored = load_tensors(SHIPPED[name])[0]
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int64}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     widths = {"denoiser": 128, "ddpm_class": 64, "judge": 32}
     assert model.config["width"] == widths[name]
