@@ -146,10 +146,16 @@ def draw_guidance(path: Path, report: dict, seed: int):
     axes.plot([row["guidance"] for row in rows], [row["fid"] for row in rows], "o-", label="FID of samples")
     axes.axhline(report["fid_floor"], color="0.5", linestyle="--", label="FID of real training digits")
     axes.set(xlabel="guidance γ", ylabel="FID (judge's features)", ylim=(0, None))
-    axes.legend(frameon=False, loc="upper left")
     share = axes.twinx()
-    share.plot([row["guidance"] for row in rows], [100 * row["confirmed"] for row in rows], "s-", color="C1")
+    share.plot(
+        [row["guidance"] for row in rows],
+        [100 * row["confirmed"] for row in rows],
+        "s-",
+        color="C1",
+        label="read as asked",
+    )
     share.set_ylabel("read as asked, %", color="C1")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{report['samples']} samples, {report['steps']} steps", fontsize=10)
     save_figure(path, figure, seed)
 
