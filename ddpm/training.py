@@ -116,6 +116,67 @@ def train(
         yield step, loss.detach()
 
 
+class Run:
+    """A run's files in a folder: state.safetensors to resume, weights.safetensors to use, log.csv to read.
+
+    losses: [steps of the whole run], filled as it goes; NaN for steps before a `start`
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        digits: int,
+        dtype: torch.dtype,
+    ):
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.steps_per_epoch = math.ceil(digits / recipe.batch_size)
+        self.losses = torch.zeros(recipe.epochs * self.steps_per_epoch, device=next(model.parameters()).device)
+        self.described = {"recipe": asdict(recipe), "digits": digits, "dtype": str(dtype).removeprefix("torch.")}
+        self.seconds_before, self.started = 0.0, time.monotonic()
+
+    def restore(self, resume: bool, start: Path | None) -> int:
+        """Put the folder's state, or the weights of `start`, into the model; returns how many steps are done."""
+        state = self.folder / "state.safetensors"
+        if state.exists():
+            if not resume:
+                raise ValueError(f"there is a run in {self.folder}: add --resume to go on, or choose another --out")
+            done, found = load_state(state, self.model, self.optimizer)
+            for key in ("recipe", "digits"):
+                if found[key] != self.described[key]:
+                    told = f"{found[key]}, not {self.described[key]}"
+                    raise ValueError(f"the run in {self.folder} has another {key}: {told}")
+            if found["dtype"] != self.described["dtype"]:
+                told = f"the run was in {found['dtype']} and goes on in {self.described['dtype']}"
+                warnings.warn(told, stacklevel=3)
+            steps = len(done)
+            self.losses[:steps] = done
+        elif start is not None:
+            found = load_start(start, self.model)
+            steps = min(round(found["epochs"] * self.steps_per_epoch), len(self.losses))
+            self.losses[:steps] = math.nan  # not in a weights file
+        elif resume:
+            raise ValueError(f"there is no run in {self.folder} to resume")
+        else:
+            return 0
+        self.seconds_before = found["seconds"]
+        return steps
+
+    def save(self, steps: int):
+        """Write the three files, each whole or not at all."""
+        seconds = self.seconds_before + time.monotonic() - self.started
+        progress = {"epochs": round(steps / self.steps_per_epoch, 4), "seconds": round(seconds, 1)}
+        metadata = {**self.described, **progress}
+        save_state(self.folder / "state.safetensors", self.model, self.optimizer, self.losses[:steps], metadata)
+        save_weights(self.folder / "weights.safetensors", self.model, metadata)
+        whole_epochs = self.losses[: steps - steps % self.steps_per_epoch].view(-1, self.steps_per_epoch)
+        means = enumerate(whole_epochs.mean(1).tolist(), start=1)
+        lines = ["epoch,mean_loss", *(f"{epoch},{mean:.6f}" for epoch, mean in means if math.isfinite(mean)), ""]
+        write_atomically(self.folder / "log.csv", "\n".join(lines).encode())
+
+
 def fit(
     model: nn.Module,
     loss_of: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
@@ -143,51 +204,21 @@ def fit(
     device = images.device
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
-    steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
-    losses = torch.zeros(recipe.epochs * steps_per_epoch, device=device)
-    run = {"recipe": asdict(recipe), "digits": len(images), "dtype": str(dtype).removeprefix("torch.")}
-    state_file, first_step, seconds_before, started = folder / "state.safetensors", 0, 0.0, time.monotonic()
-
-    if state_file.exists():
-        if not resume:
-            raise ValueError(f"there is a run in {folder}: add --resume to go on with it, or choose another --out")
-        done, found = load_state(state_file, model, optimizer)
-        for key in ("recipe", "digits"):
-            if found[key] != run[key]:
-                raise ValueError(f"the run in {folder} has another {key}: {found[key]}, not {run[key]}")
-        if found["dtype"] != run["dtype"]:
-            warnings.warn(f"the run was in {found['dtype']} and goes on in {run['dtype']}", stacklevel=2)
-        first_step, seconds_before = len(done), found["seconds"]
-        losses[:first_step] = done
-        if first_step % steps_per_epoch == 0:  # stopped between an epoch and its figures
-            after_epoch(first_step // steps_per_epoch, done.tolist())
-    elif resume and start is None:
-        raise ValueError(f"there is no run in {folder} to resume")
-    elif start is not None:
-        found = load_start(start, model)
-        first_step, seconds_before = min(round(found["epochs"] * steps_per_epoch), len(losses)), found["seconds"]
-        losses[:first_step] = math.nan  # not in a weights file
-
-    def save(steps: int):
-        seconds = seconds_before + time.monotonic() - started
-        metadata = {**run, "epochs": round(steps / steps_per_epoch, 4), "seconds": round(seconds, 1)}
-        save_state(state_file, model, optimizer, losses[:steps], metadata)
-        save_weights(folder / "weights.safetensors", model, metadata)
-        epochs = losses[: steps - steps % steps_per_epoch].view(-1, steps_per_epoch).mean(1).tolist()
-        means = [f"{epoch},{loss:.6f}" for epoch, loss in enumerate(epochs, start=1) if math.isfinite(loss)]
-        lines = ["epoch,mean_loss", *means, ""]
-        write_atomically(folder / "log.csv", "\n".join(lines).encode())
-
+    run = Run(folder, model, optimizer, recipe, len(images), dtype)
+    first_step = run.restore(resume, start)
+    per_epoch, losses, size = run.steps_per_epoch, run.losses, recipe.batch_size
+    if resume and first_step % per_epoch == 0:  # stopped between an epoch and its figures
+        after_epoch(first_step // per_epoch, losses[:first_step].tolist())
     if first_step == len(losses):  # nothing left to do but to write what it came to
-        save(first_step)
+        run.save(first_step)
+
     step, saved = first_step - 1, time.monotonic()
-    size = recipe.batch_size
     bar = tqdm(total=len(losses) * size, initial=first_step * size, unit="img", smoothing=0.05)
     with stop_signal() as stopped, bar:
         for step, loss in train(model, optimizer, loss_of, images, labels, recipe, first_step=first_step, dtype=dtype):
             losses[step] = loss
             bar.update(size)
-            epoch, end_of_epoch = step // steps_per_epoch + 1, (step + 1) % steps_per_epoch == 0
+            epoch, end_of_epoch = step // per_epoch + 1, (step + 1) % per_epoch == 0
             saving = end_of_epoch or stopped() or time.monotonic() - saved > save_every
             if saving or step % 10 == 0:
                 recent = losses[max(first_step, step - 99) : step + 1].mean().item()
@@ -195,7 +226,7 @@ def fit(
                 if not math.isfinite(recent):  # before it could overwrite a good state
                     raise ValueError(f"the loss is not finite at step {step}: try --dtype float32, or --resume the run")
             if saving:
-                save(step + 1)
+                run.save(step + 1)
                 saved = time.monotonic()
             if stopped():
                 break
