@@ -28,6 +28,7 @@ class Judge(nn.Module):
         self.last = nn.Linear(num_features, NUM_CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
+        """Digits [B, 1, 28, 28] in [0, 1] -> [B, 128], what the Fréchet distance is measured on."""
         return F.relu(self.penultimate(F.dropout(self.blocks(x).flatten(1), 0.3, self.training)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Columns are the digits 0 to 9; row k starts from seed + k, the same noise for ev
 its own seed and label alone, so drawing more of them changes none.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -22,37 +23,24 @@ from ddpm.schedule import linear_schedule, linspace_timesteps
 MOST_ROWS = 40  # more are sampled and saved, but not drawn
 
 
-def main():
+def arguments() -> Namespace:
     options = parser(__doc__)
-    options.add_argument(
-        "--weights",
-        type=Path,
-        default=SHIPPED["ddpm_class"],
-        help="a DDPM's weights (default: the shipped class-conditioned ones)",
-    )
-    options.add_argument(
-        "--per-class", type=positive, default=4, metavar="N", help="samples of each digit (default: 4)"
-    )
-    options.add_argument(
-        "--guidance", type=number, default=5.0, metavar="G", help="γ: 0 unconditional, 1 conditional (default: 5)"
-    )
+    weights, out = SHIPPED["ddpm_class"], Path("out/digits.png")
+    options.add_argument("--weights", type=Path, default=weights, help="a DDPM (default: the shipped one)")
+    options.add_argument("--per-class", type=positive, default=4, metavar="N", help="of each digit (default: 4)")
+    options.add_argument("--guidance", type=number, default=5.0, metavar="G", help="γ, 1 for none (default: 5)")
     options.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"default: {SEED}")
+    options.add_argument("--steps", type=int, metavar="N", help="timesteps to visit, evenly spaced (default: all 300)")
     options.add_argument(
-        "--steps", type=int, metavar="N", help="timesteps to visit, evenly from the last to 0 (default: all 300)"
+        "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"
     )
-    options.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/digits.png"),
-        metavar="FILE.png",
-        help="the labelled grid (default: out/digits.png)",
-    )
-    options.add_argument(
-        "--save", type=Path, metavar="FILE.safetensors", help="also save images [N, 1, 28, 28] in [0, 1] and labels [N]"
-    )
+    options.add_argument("--save", type=Path, metavar="FILE.safetensors", help="images [N, 1, 28, 28], labels [N]")
     add_device_options(options, default="float32")  # so that every machine draws the same digits
-    args = options.parse_args()
+    return options.parse_args()
 
+
+def main():
+    args = arguments()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out, ".png")
