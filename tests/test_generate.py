@@ -8,20 +8,12 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_ifmodel import STAGE_1, STAGE_2, pair
+from test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
 from test_text import model_folder  # noqa: F401
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ifmodel.text import embed_prompts, load_embeds, save_embeds
 
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "variance_type": "learned_range",
-    "clip_sample": True,
-    "thresholding": True,
-    "dynamic_thresholding_ratio": 0.95,
-}
 PROMPT = "an oil painting of a snowy mountain village"
 
 
