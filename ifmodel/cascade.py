@@ -19,6 +19,12 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 SCHEDULE = cosine_schedule(1000)
 
 
+def encode_texts(unet: UNet, prompt_embeds: Tensor, null_embeds: Tensor) -> tuple[Text, Text]:
+    """The texts of N prompts, and N times that of the null prompt if it is but one, for `guided`."""
+    text, null = unet.encode_text(prompt_embeds), unet.encode_text(null_embeds)
+    return text, null if len(null) == len(text) else null[[0] * len(text)]
+
+
 @torch.no_grad()
 def generate(
     unet: UNet,
@@ -33,14 +39,15 @@ def generate(
 ) -> Tensor:
     """Stage 1: prompts -> pictures [N, 3, H, W] in [-1, 1].
 
-    prompt_embeds, null_embeds: T5's output for the prompts and for the null (or negative) prompts, [N, 77, D_text]
+    prompt_embeds: T5's output for the prompts, [N, 77, D_text]
+    null_embeds: that for the null (or a negative) prompt, [1, 77, D_text], or one for each picture
     seeds: [N]; a picture depends on its own seed and prompt alone, up to the rounding of another batch size
     size: height and width, the model's own when None
     Source: Imagen §2, arXiv 2205.11487, with DeepFloyd IF's settings.
     """
     h, w = size or (unet.config.sample_size, unet.config.sample_size)
     noise = noise_source(seeds, (3, h, w), prompt_embeds.device)
-    text, null = unet.encode_text(prompt_embeds), unet.encode_text(null_embeds)
+    text, null = encode_texts(unet, prompt_embeds, null_embeds)
     return iterative_denoise(
         guided(unet, text, null, guidance_scale),
         noise(),
@@ -82,7 +89,7 @@ def upscale(
         beside = low_res.repeat(len(x_t) // len(low_res), 1, 1, 1)  # once, or for both halves of guidance
         return unet(torch.cat([x_t, beside], dim=1), t, text, noise_level)
 
-    text, null = unet.encode_text(prompt_embeds), unet.encode_text(null_embeds)
+    text, null = encode_texts(unet, prompt_embeds, null_embeds)
     return iterative_denoise(
         guided(model, text, null, guidance_scale),
         x_T,

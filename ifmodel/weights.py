@@ -1,7 +1,11 @@
 """From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
 
+import contextlib
 import gc
+import hashlib
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm.files import first_line
+from ddpm.files import first_line, write_atomically
 from ifmodel.config import UNetConfig
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
+CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
 
 
 def load_unet(
@@ -137,7 +142,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
 
     wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
     except GatedRepoError:
         raise ValueError(
             f"{source} is gated: accept its licence at https://huggingface.co/{source}, "
@@ -147,6 +152,29 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
         raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
     except Exception as error:  # whatever the network and its client may raise
         raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_download(path)
+    return folder
+
+
+def _check_download(path: Path):
+    """Refuse a large file of the Hub's cache whose bytes are not those of its name, its sha256; looks only once."""
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    seen, now = CHECKED / blob.name, f"{blob.stat().st_size} {blob.stat().st_mtime_ns}"
+    if seen.is_file() and seen.read_text() == now:
+        return
+    if blob.stat().st_size > 1e9:
+        print(f"checking {path.name}, {blob.stat().st_size / 1e9:.1f} GB, once", file=sys.stderr)
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        raise ValueError(f"{path} is damaged: its sha256 is not the Hub's; delete {blob} and run again")
+    with contextlib.suppress(OSError):  # with no place to remember it, look again next time
+        write_atomically(seen, now.encode())
 
 
 def weight_patterns(stem: str, variant: str | None) -> list[str]:

@@ -65,10 +65,10 @@ def main():
     largest = min(args.batch_size, len(labels))
 
     def conditions(batch: slice) -> dict:
-        rows, null = [embeds[prompt] for prompt in labels[batch]], embeds[args.negative_prompt]
+        rows = [embeds[prompt] for prompt in labels[batch]]
         return {
             "prompt_embeds": torch.stack(rows).to(device, torch.float32),
-            "null_embeds": torch.stack([null] * len(rows)).to(device, torch.float32),
+            "null_embeds": embeds[args.negative_prompt][None].to(device, torch.float32),
             "seeds": seeds[batch],
         }
 

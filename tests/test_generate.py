@@ -110,6 +110,22 @@ def test_another_size_through_both_stages(run_script, cascade, tmp_path):
     assert pixels(tmp_path / "wide.png").shape == (16, 40, 3)
 
 
+def test_half_precision_alone_is_computed_in_float32_and_said(run_script, cascade, tmp_path):
+    folder, *_ = cascade
+    model = shutil.copytree(folder / "stage_1", tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(half, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    weights.unlink()
+    options = ["--prompt", PROMPT, "--steps", 2, "--dtype", "float32", "--device", "cpu"]
+    status, _, err = run_script("generate", *options, "--model", model, "--out", tmp_path / "half.png")
+    assert status == 0, err
+    assert f"{model} has its weights in float16 alone: computing with them in float32" in err
+    status, _, err = run_script("generate", *options, "--model", folder / "stage_1", "--out", tmp_path / "full.png")
+    assert "float16 alone" not in err
+    assert abs(pixels(tmp_path / "half.png") - pixels(tmp_path / "full.png")).max() <= 5
+
+
 def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
     folder, _, _ = cascade
     embeds = tmp_path / "embeds.safetensors"

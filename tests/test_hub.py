@@ -133,7 +133,19 @@ def test_a_file_damaged_in_the_cache_is_named(generate, tmp_path):
     whole = weights.read_bytes()
     weights.resolve().write_bytes(whole[: len(whole) // 2])
     line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", HF_HUB_OFFLINE="1"))
-    assert UNET in line and "is not a whole safetensors file" in line
+    assert f"{UNET} is damaged: its sha256 is not the Hub's" in line
+
+
+def test_a_file_with_one_other_byte_is_named(generate, tmp_path):
+    """Of the right length, and a safetensors file as before: only its sha256 tells."""
+    status, printed = generate("--model", "DeepFloyd/IF-I-S-v1.0")
+    assert status == 0, printed
+    (weights,) = (file for file in (tmp_path / "home").rglob(UNET) if "snapshots" in str(file))
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 1
+    weights.resolve().write_bytes(content)
+    line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", HF_HUB_OFFLINE="1"))
+    assert f"{UNET} is damaged: its sha256 is not the Hub's; delete {weights.resolve()}" in line
 
 
 def test_offline_without_a_cache_is_one_line(generate):
