@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm.schedule import CLEAN, Schedule
 
 VARIANCES = ("beta", "beta_tilde", "learned_range")
+Threshold = Callable[[Tensor], Tensor]  # x̂_0 -> x̂_0, such as `dynamic_threshold`
 
 
 def add_noise(x_0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
@@ -64,7 +65,8 @@ def ddpm_step(
     noise: Tensor | None,
     variance: str = "beta",
     v: Tensor | None = None,
-    threshold: Callable[[Tensor], Tensor] | None = None,
+    before: tuple[int, Tensor] | None = None,
+    threshold: Threshold | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample x_{t'} given x_t, for any earlier t' = t_prev: one step of the (strided) reverse process.
 
@@ -73,14 +75,14 @@ def ddpm_step(
     noise:     z [B, C, H, W] from N(0, I); unused (may be None) when t_prev = -1
     variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range" with
     v:         [B, C, H, W] in [-1, 1], the model's interpolation between them
+    before:    not used; `dpm_solver_step` is called with it
     threshold: applied to x̂_0, such as `dynamic_threshold`
 
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule,
     or when variance and v do not go together.
     Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
     """
-    if t_prev >= t:
-        raise ValueError(f"a reverse step goes to an earlier timestep, not from {t} to {t_prev}")
+    _check_order(t, t_prev)
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
     if (variance == "learned_range") != (v is not None):
@@ -89,9 +91,7 @@ def ddpm_step(
     alpha = alpha_cumprod / alpha_cumprod_prev  # the ratio to t', not to t - 1: steps may be skipped
     beta = 1 - alpha
 
-    x_0 = predict_x0(x_t, eps, t, schedule)
-    if threshold is not None:
-        x_0 = threshold(x_0)
+    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
     if t_prev == CLEAN:
         return x_0, x_0
 
@@ -106,3 +106,85 @@ def ddpm_step(
     else:
         sigma = math.sqrt(beta if variance == "beta" else beta_tilde)
     return mean + sigma * noise, x_0
+
+
+def ddim_step(
+    x_t: Tensor,
+    eps: Tensor,
+    t: int,
+    t_prev: int,
+    schedule: Schedule,
+    *,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
+    v: Tensor | None = None,
+    before: tuple[int, Tensor] | None = None,
+    threshold: Threshold | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One DDIM step to any earlier t' = t_prev: towards x̂_0, then out again in the direction of eps.
+
+    eta: how much fresh noise; 0 is deterministic, 1 is `ddpm_step` with variance "beta_tilde"
+    v, before: not used, since eta says the variance; the rest as in `ddpm_step`
+    After thresholding, eps is what leads from x̂_0 to x_t.
+    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
+    Source: DDIM eq. 12 and 16, arXiv 2010.02502.
+    """
+    _check_order(t, t_prev)
+    alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
+    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
+    if t_prev == CLEAN:
+        return x_0, x_0
+    eps = (x_t - math.sqrt(alpha_cumprod) * x_0) / math.sqrt(1 - alpha_cumprod)
+    beta_tilde = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
+    sigma = eta * math.sqrt(beta_tilde)
+    x_prev = math.sqrt(alpha_cumprod_prev) * x_0 + math.sqrt(1 - alpha_cumprod_prev - sigma**2) * eps
+    return (x_prev + sigma * noise if eta else x_prev), x_0
+
+
+def dpm_solver_step(
+    x_t: Tensor,
+    eps: Tensor,
+    t: int,
+    t_prev: int,
+    schedule: Schedule,
+    *,
+    before: tuple[int, Tensor] | None = None,
+    noise: Tensor | None = None,
+    v: Tensor | None = None,
+    threshold: Threshold | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of DPM-Solver++(2M) to any earlier t' = t_prev: deterministic, and 20 of them do what 100 of DDIM do.
+
+    before: the timestep and x̂_0 of the step before this one; None in the first step, which is then one of DDIM
+    noise, v: not used; the rest as in `ddpm_step`. The step to the clean image is x̂_0, of first order too.
+    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
+    Source: DPM-Solver++ Algorithm 2, arXiv 2211.01095.
+    """
+    _check_order(t, t_prev)
+    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
+    if t_prev == CLEAN:
+        return x_0, x_0
+
+    def log_snr(t: int) -> float:  # the paper's λ_t = log(√ᾱ_t / √(1-ᾱ_t))
+        alpha_cumprod = schedule.alpha_cumprod(t)
+        return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
+
+    h = log_snr(t_prev) - log_snr(t)
+    D = x_0
+    if before is not None:
+        t_before, x_0_before = before
+        r = (log_snr(t) - log_snr(t_before)) / h
+        D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+    alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
+    shrunk = math.sqrt((1 - alpha_cumprod_prev) / (1 - alpha_cumprod)) * x_t
+    return shrunk - math.sqrt(alpha_cumprod_prev) * math.expm1(-h) * D, x_0
+
+
+def _check_order(t: int, t_prev: int):
+    if t_prev >= t:
+        raise ValueError(f"a reverse step goes to an earlier timestep, not from {t} to {t_prev}")
+
+
+def _thresholded_x0(x_t: Tensor, eps: Tensor, t: int, schedule: Schedule, threshold: Threshold | None) -> Tensor:
+    x_0 = predict_x0(x_t, eps, t, schedule)
+    return x_0 if threshold is None else threshold(x_0)

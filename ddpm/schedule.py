@@ -75,6 +75,39 @@ def leading_timesteps(num_timesteps: int = 1000, num_steps: int = 100) -> list[i
     return [i * (num_timesteps // num_steps) for i in range(num_steps)][::-1]
 
 
+# How many timesteps IF's named lists visit in each of as many equal sections of the schedule, from t = 0 upwards.
+NAMED_SECTIONS = {
+    "fast27": (10, 10, 3, 2, 2),
+    "smart27": (7, 4, 2, 1, 2, 4, 7),
+    "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
+    "smart100": (1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
+    "smart185": (1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
+    "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
+    "super40": (2, 2, 2, 2, 2, 2, 3, 4, 6, 15),
+    "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
+}
+
+
+def named_timesteps(name: str, num_timesteps: int = 1000) -> list[int]:
+    """One of IF's own lists, noisiest first: "smart50" has 50 timesteps, most of them at both ends.
+
+    Raises ValueError for a name that is not in NAMED_SECTIONS.
+    Source: github.com/deep-floyd/IF; each section is visited evenly from its first to its last timestep, as in
+    Improved DDPM §4, arXiv 2102.09672.
+    """
+    if name not in NAMED_SECTIONS:
+        raise ValueError(f"no timestep list is named {name!r}: choose from {', '.join(NAMED_SECTIONS)}")
+    counts = NAMED_SECTIONS[name]
+    if num_timesteps < max(counts) * len(counts):
+        raise ValueError(f"{name} is for schedules of 1000 timesteps: {num_timesteps} are too few")
+    timesteps, start = [], 0
+    for section, count in enumerate(counts):
+        size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
+        timesteps += [start + round(i * (size - 1) / max(count - 1, 1)) for i in range(count)]
+        start += size
+    return timesteps[::-1]
+
+
 def linspace_timesteps(num_timesteps: int = 300, num_steps: int = 300) -> list[int]:
     """N timesteps evenly from T - 1 to 0, noisiest first; any N starts from the strongest noise (MNIST)."""
     _check_steps(num_steps, num_timesteps)

@@ -47,8 +47,7 @@ def our_trajectory(x_T, channels, num_steps, variance, threshold):
         leading_timesteps(1000, num_steps),
         cosine_schedule(),
         noise=lambda: torch.randn(x_T.shape, generator=generator),
-        variance=variance,
-        threshold=threshold,
+        step=partial(ddpm_step, variance=variance, threshold=threshold),
         callback=lambda step, t, x_t, x_0: frames.append(x_t),
     )
     return torch.stack([*frames, x_0])
