@@ -111,7 +111,7 @@ def iterative_denoise(
 ) -> Tensor:
     """Denoise x_t [B, C, H, W] from timesteps[0] through the list and on to the clean image, which is returned.
 
-    x_t = noise() samples from nothing, if timesteps[0] is the noisiest; later starts are `sdedit`
+    `sample` starts it from pure noise, `sdedit` from a picture
     timesteps: strictly falling; noise(): a fresh z for each step, see `noise_source`
     step: `ddpm_step`, `ddim_step` or `dpm_solver_step`, its options bound by functools.partial
     callback(step, t, x_t, x̂_0): after each step, with the x_t it started from, see `Trajectory`
@@ -126,6 +126,19 @@ def iterative_denoise(
             callback(i, t, x_t, x_0)
         x_t, before = x_prev, (t, x_0)
     return x_t
+
+
+def sample(
+    estimate: Estimate,
+    timesteps: Sequence[int],
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    step: Step = ddpm_step,
+    callback: Callback | None = None,
+) -> Tensor:
+    """A picture from nothing: pure noise, denoised from the first of the timesteps, which should be the noisiest."""
+    return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, step=step, callback=callback)
 
 
 class Trajectory(list):

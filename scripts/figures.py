@@ -4,6 +4,7 @@ import io
 import platform
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def save_grid(
     """Write pictures [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
 
     zoom: how many pixels of the figure a pixel of a picture gets, each way; gap: pixels between pictures
+    Labels are wrapped: those of columns to the pictures' width.
     """
     from matplotlib.figure import Figure
 
@@ -49,8 +51,10 @@ def save_grid(
             canvas[i * cell_h : i * cell_h + h * zoom, j * cell_w : j * cell_w + w * zoom] = pixels
 
     dpi, letter = 150, 13  # of the figure's pixels; letter: the width of one at the font size below
-    left = 20 + letter * max([len(label) for label in row_labels], default=0)
-    top = 20 + 40 * bool(title) + 30 * bool(column_labels)
+    row_labels = [textwrap.fill(label, 30) for label in row_labels]
+    column_labels = [textwrap.fill(label, max(cell_w // letter, 4)) for label in column_labels]
+    left = 20 + letter * max([len(line) for label in row_labels for line in label.splitlines()], default=0)
+    top = 20 + 40 * bool(title) + 30 * max([len(label.splitlines()) for label in column_labels], default=0)
     height, width = top + canvas.shape[0] + 15, max(left + canvas.shape[1] + 15, letter * len(title) + 30)
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     figure.figimage(canvas.numpy(), left, 15)
@@ -65,6 +69,38 @@ def save_grid(
     if title:
         write(left, 12, title, ha="left", va="top")
     save_figure(path, figure, seed)
+
+
+def save_table(
+    path: Path,
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    seed: int = SEED,
+):
+    """Write pictures [3, H, W] in [-1, 1] as a labelled grid, and each beside it, PATH_ROW_COLUMN.png; say where."""
+    rows = [[picture.detach().float().cpu() / 2 + 0.5 for picture in row] for row in rows]
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            save_image(path.with_stem(f"{path.stem}_{i}_{j}"), picture, seed)
+    zoom = max(1, 128 // rows[0][0].shape[-1])
+    labels = {"row_labels": row_labels, "column_labels": column_labels}
+    save_grid(path, rows, **labels, title=title, zoom=zoom, seed=seed)
+    print(path)
+
+
+def save_gif(path: Path, frames: Sequence[Tensor], milliseconds: Sequence[int]):
+    """Write pictures [3, H, W] in [0, 1] as an animation that repeats, each shown for so long."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(to_bytes(frame)) for frame in frames]
+    buffer = io.BytesIO()
+    rest = {"append_images": pictures[1:], "duration": list(milliseconds), "loop": 0}
+    pictures[0].save(buffer, format="gif", save_all=True, **rest)
+    write_atomically(path, buffer.getvalue())
+    print(path)
 
 
 def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, title: str, seed: int):
@@ -97,9 +133,13 @@ def save_image(path: Path, picture: Tensor, seed: int):
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     metadata, buffer = PngInfo(), io.BytesIO()
     for key, value in figure_metadata(seed).items():
         metadata.add_itxt(key, value)
-    Image.fromarray(pixels).save(buffer, format="png", pnginfo=metadata)
+    Image.fromarray(to_bytes(picture)).save(buffer, format="png", pnginfo=metadata)
     write_atomically(path, buffer.getvalue())
+
+
+def to_bytes(picture: Tensor):
+    """A picture [3, H, W] in [0, 1] -> an array [H, W, 3] of bytes."""
+    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

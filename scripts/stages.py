@@ -1,15 +1,209 @@
-"""What the scripts that run DeepFloyd IF share: loading a stage, and watching it sample."""
+"""What the scripts that run DeepFloyd IF share: their options, loading a stage, and drawing with both."""
 
 import sys
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+from common import SEED, add_device_options, check_writable, number, pick_device, pick_dtype, positive
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
+from ddpm.sampling import Callback, Estimate, Noise, Step, noise_source, sample
+from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
+from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, noised_upscaled, stage_1, stage_2
+from ifmodel.text import embed_prompts, load_embeds
 from ifmodel.weights import check_memory, load_config
+
+SAMPLERS: dict[str, Step] = {
+    "ddpm": partial(ddpm_step, variance="learned_range"),
+    "ddim": ddim_step,
+    "dpm++": dpm_solver_step,
+}
+
+
+def steps_or_name(text: str) -> int | str:
+    """An argparse type: a number of timesteps, or the name of one of IF's lists."""
+    if text in NAMED_SECTIONS:
+        return text
+    try:
+        return positive(text)
+    except ArgumentTypeError:
+        names = ", ".join(NAMED_SECTIONS)
+        raise ArgumentTypeError(f"{text!r} is neither a number of steps nor one of {names}") from None
+
+
+def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float = 7.0):
+    """The options of every script that runs IF. stride: visit every stride-th timestep unless --steps is given."""
+    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model")
+    options.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    options.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
+    options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
+    visited = options.add_mutually_exclusive_group()
+    default = "default: 100" if stride is None else "instead of --stride"
+    visited.add_argument("--steps", type=steps_or_name, help=f"a number, or smart50 and its like ({default})")
+    default = "instead of --steps" if stride is None else f"default: {stride}"
+    visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
+    options.set_defaults(default_stride=stride)
+    options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm")
+    options.add_argument("--guidance", type=number, default=guidance, help=f"γ (default: {guidance:g})")
+    options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
+    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model")
+    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
+    options.add_argument("--upscaler-steps", type=positive, default=50, help="default: 50")
+    options.add_argument("--upscaler-guidance", type=number, default=4.0, help="default: 4")
+    options.add_argument("--noise-level", type=int, default=250, help="0 to 999 (default: 250)")
+    options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
+    add_device_options(options, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Pictures of a figure that share everything but the seed.
+
+    estimate_of(n, low_res): the estimate for n pictures, in stage 2 beside what it sees of the small ones, else None
+    algorithm: takes estimate, timesteps, schedule, noise, step and callback by name, as `sample` does
+    timesteps: those of stage 1, the options' when None
+    num_steps: how many steps the algorithm takes, as many as there are timesteps when None
+    upscale: the algorithm of stage 2
+    """
+
+    estimate_of: Callable[[int, Tensor | None], Estimate]
+    seeds: Sequence[int]
+    algorithm: Callable[..., Tensor] = sample
+    timesteps: Sequence[int] | None = None
+    num_steps: int | None = None
+    upscale: Callable[..., Tensor] = sample
+
+
+class Cascade:
+    """Both stages as a script's options ask for them: checked, with its prompts embedded, one loaded at a time."""
+
+    def __init__(self, args: Namespace, prompts: Sequence[str] | None, single_stage: bool = False):
+        """Refuses what can be refused before anything is computed, then embeds the prompts; None takes --embeds'."""
+        if single_stage and args.upscaler:
+            raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
+        self.args, self.unet, self.stage = args, None, None
+        self.device = pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.device)
+        check_writable(args.out, ".png")
+        if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
+            raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+        self.timesteps = pick_timesteps(args)
+        leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
+        sample_size = check_stage(args.model, 1, args.revision).sample_size
+        self.size = tuple(args.size or [sample_size] * 2)
+        self.final_size = self.size
+        if args.upscaler:
+            factor = check_stage(args.upscaler, 2, args.upscaler_revision).sample_size / sample_size
+            self.final_size = tuple(round(side * factor) for side in self.size)
+        self.embeds = load_embeds(args.embeds) if args.embeds else {}
+        self.prompts = list(prompts or [prompt for prompt in self.embeds if prompt not in ("", args.null_prompt)])
+        if not self.prompts:
+            raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
+        unknown = [prompt for prompt in [*self.prompts, args.null_prompt] if prompt not in self.embeds]
+        if unknown:
+            t5 = {"dtype": self.dtype, "device": self.device, "revision": args.revision}
+            self.embeds |= embed_prompts(args.model, unknown, **t5)
+
+    def from_index(self, i_start: int) -> list[int]:
+        """The timesteps from an index on. Raises ValueError when there is no such index."""
+        if not 0 <= i_start < len(self.timesteps):
+            raise ValueError(f"--i-start must be from 0 to {len(self.timesteps) - 1}, not {i_start}")
+        return self.timesteps[i_start:]
+
+    @property
+    def step(self) -> Step:
+        threshold = STAGE_1_THRESHOLD if self.stage == 1 else STAGE_2_THRESHOLD
+        return partial(SAMPLERS[self.args.sampler], threshold=threshold)
+
+    def load(self, stage: int, batch_size: int):
+        """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
+        args = self.args
+        if self.stage != stage:
+            self.unet = None  # before the next one is loaded
+            source, revision = ((args.model, args.revision), (args.upscaler, args.upscaler_revision))[stage - 1]
+            self.unet, self.stage = load_stage(source, self.dtype, self.device, revision), stage
+        check_size(self.unet, (self.size, self.final_size)[stage - 1], batch_size, self.device)
+
+    def embedded(self, prompt: str, n: int = 1) -> Tensor:
+        """A prompt's embeddings, n times: [n, 77, D_text] on the device."""
+        return self.embeds[prompt].to(self.device, torch.float32).expand(n, -1, -1)
+
+    def estimate(
+        self, prompt: str, n: int = 1, low_res: Tensor | None = None, guidance: float | None = None
+    ) -> Estimate:
+        """The guided estimate of a prompt for n pictures, of the stage that is loaded."""
+        args, text, null = self.args, self.embedded(prompt, n), self.embedded(self.args.null_prompt)
+        if self.stage == 1:
+            return stage_1(self.unet, text, null, args.guidance if guidance is None else guidance)
+        return stage_2(self.unet, low_res, text, null, args.upscaler_guidance, args.noise_level)
+
+    def plain(self, prompt: str, guidance: float | None = None) -> Callable[[int, Tensor | None], Estimate]:
+        """The `estimate_of` of a cell that draws one prompt."""
+        return lambda n, low_res: self.estimate(prompt, n, low_res, guidance)
+
+    def noise(self, seeds: Sequence[int]) -> Noise:
+        """`noise_source` for pictures of stage 1."""
+        return noise_source(seeds, (3, *self.size), self.device)
+
+    def draw(self, cells: Sequence[Cell]) -> list[Tensor]:
+        """Pictures [len(seeds), 3, H, W] in [-1, 1] of every cell, on the CPU, through stage 2 if there is one."""
+        size = self.args.batch_size
+        batches = [
+            (cell, cell.seeds[start : start + size]) for cell in cells for start in range(0, len(cell.seeds), size)
+        ]
+        largest = max(len(seeds) for _, seeds in batches)
+        self.load(1, largest)
+        counts = [cell.num_steps or len(cell.timesteps or self.timesteps) for cell, _ in batches]
+        with watch(self.unet, sum(counts), "stage 1") as callback:
+            pictures = [
+                self._run(
+                    cell.algorithm,
+                    cell.estimate_of(len(seeds), None),
+                    cell.timesteps or self.timesteps,
+                    self.noise(seeds),
+                    callback,
+                )
+                for cell, seeds in batches
+            ]
+        if self.args.upscaler:
+            self.load(2, largest)
+            with watch(self.unet, self.args.upscaler_steps * len(batches), "stage 2") as callback:
+                pictures = [
+                    self._upscale(cell, small, seeds, callback)
+                    for small, (cell, seeds) in zip(pictures, batches, strict=True)
+                ]
+        return list(torch.cat(pictures).cpu().split([len(cell.seeds) for cell in cells]))
+
+    def _run(self, algorithm, estimate: Estimate, timesteps: Sequence[int], noise: Noise, callback: Callback) -> Tensor:
+        options = {"schedule": SCHEDULE, "noise": noise, "step": self.step, "callback": callback}
+        return algorithm(estimate=estimate, timesteps=timesteps, **options)
+
+    def _upscale(self, cell: Cell, small: Tensor, seeds: Sequence[int], callback: Callback) -> Tensor:
+        noise = noise_source(seeds, (3, *self.final_size), self.device)
+        x_T = [noise()]  # drawn before the noise of low_res, as IF does
+        low_res = noised_upscaled(small, self.final_size, self.args.noise_level, noise)
+        estimate = cell.estimate_of(len(seeds), low_res)
+        timesteps = leading_timesteps(SCHEDULE.num_timesteps, self.args.upscaler_steps)
+        return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
+
+
+def pick_timesteps(args: Namespace) -> list[int]:
+    """Which timesteps --steps or --stride visit, noisiest first."""
+    stride = args.stride or (args.default_stride if args.steps is None else None)
+    if stride is not None:
+        return strided_timesteps(SCHEDULE.num_timesteps, stride)
+    steps = 100 if args.steps is None else args.steps
+    return named_timesteps(steps) if isinstance(steps, str) else leading_timesteps(SCHEDULE.num_timesteps, steps)
 
 
 def check_stage(source: str, stage: int, revision: str | None = None) -> UNetConfig:
@@ -43,7 +237,7 @@ def check_size(unet: UNet, size: tuple[int, int], batch_size: int, device: torch
 
 
 @contextmanager
-def watch(unet: UNet, steps: int, description: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
+def watch(unet: UNet, steps: int, description: str) -> Iterator[Callback]:
     """A progress bar for a sampler, whose callback it gives; stops at the UNet's first output that is not finite."""
     step = [0]
 

@@ -1,0 +1,28 @@
+"""A2: noisy pictures, and what a Gaussian blur makes of them.
+
+    python scripts/classical_denoise.py --image photo.jpg
+
+Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise asks. Needs no model.
+"""
+
+from common import parser, run
+from figures import save_table
+from noisy import add_noisy_options, noisy_pictures
+
+from ddpm.sampling import classical_denoise
+from ifmodel.cascade import SCHEDULE
+
+
+def main():
+    options = parser(__doc__)
+    add_noisy_options(options, out="out/classical_denoise.png")
+    options.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
+    args = options.parse_args()
+    noisy, labels = noisy_pictures(args, (args.size, args.size))
+    blurred = [classical_denoise(x_t[None], t, SCHEDULE)[0] for x_t, t in zip(noisy, args.timesteps, strict=True)]
+    rows = {"noisy": noisy, "blurred": blurred}
+    save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""A11: hybrid images, one thing from afar and another near by.
+
+    python scripts/hybrid_image.py --model DeepFloyd/IF-I-M-v1.0
+    python scripts/hybrid_image.py --model DeepFloyd/IF-I-M-v1.0 --components grey_colour \\
+        --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
+
+A prompt for each component: low_high_pass (two prompts: far, near), three_bands (coarse, middle, fine), grey_colour
+and motion_blur (moving, still). Rows: the picture and its first component, which is how it looks from afar; columns:
+seeds. Beside it lies the first seed as an animation that goes away and comes back.
+--keep FILE takes the first component from a picture instead, and makes up the rest (one prompt).
+"""
+
+from functools import partial
+
+from common import parser, positive, run
+from figures import save_gif, save_table
+from pictures import read_picture
+from stages import Cascade, Cell, add_cascade_options
+from turning import recede
+
+from ddpm.components import DECOMPOSITIONS, check_components
+from ddpm.sampling import complete, hybrid
+
+PAIRS = [
+    ("a lithograph of a skull", "a lithograph of waterfalls"),
+    ("a lithograph of a skull", "an oil painting of a snowy mountain village"),
+    ("an oil painting of an old man", "an oil painting of people around a campfire"),
+]
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--prompt", action="append", metavar="TEXT", help="for each component (default: three pairs)")
+    options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
+    options.add_argument("--keep", metavar="FILE", help="a picture whose first component is kept")
+    options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
+    add_cascade_options(options, out="out/hybrid_image.png", stride=30)
+    args = options.parse_args()
+    components = DECOMPOSITIONS[args.components]()
+    groups = [tuple(args.prompt)] if args.prompt else PAIRS
+    needed = 1 if args.keep else len(components)
+    if any(len(group) != needed for group in groups):
+        names = ", ".join(component.name for component in components)
+        raise ValueError(f"give {needed} --prompt for the components {names}, not {len(groups[0])}")
+    cascade = Cascade(args, [prompt for group in groups for prompt in group])
+    for size in (cascade.size, cascade.final_size):
+        check_components(components, (3, *size))
+
+    def cell(prompts: tuple[str, ...]) -> Cell:
+        def estimate(n, low_res):
+            return hybrid([cascade.estimate(prompt, n, low_res) for prompt in prompts], components)
+
+        seeds = range(args.seed, args.seed + args.num_images)
+        if not args.keep:
+            return Cell(estimate, seeds)
+        kept = [
+            partial(complete, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
+            for size in (cascade.size, cascade.final_size)
+        ]
+        return Cell(cascade.plain(prompts[0]), seeds, kept[0], upscale=kept[1])
+
+    drawn = cascade.draw([cell(prompts) for prompts in groups])
+    rows = [row for pictures in drawn for row in (pictures, components[0].of(pictures))]
+    whole = [", ".join(prompts) if args.keep else f"near: {prompts[-1]}" for prompts in groups]
+    first = [f"{components[0].name}: {args.keep or prompts[0]}" for prompts in groups]
+    labels = [label for pair in zip(whole, first, strict=True) for label in pair]
+    columns = [f"seed {args.seed + k}" for k in range(args.num_images)]
+    save_table(args.out, rows, row_labels=labels, column_labels=columns, seed=args.seed)
+    for i, pictures in enumerate(drawn):
+        frames, times = recede(pictures[0] / 2 + 0.5)
+        save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
+
+
+if __name__ == "__main__":
+    run(main)

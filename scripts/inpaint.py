@@ -1,0 +1,70 @@
+"""A9: holes in pictures, filled.
+
+    python scripts/inpaint.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --mask mask.png
+    python scripts/inpaint.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --mask circle:0.3,0.5,0.2 \\
+        --jump-length 10 --resamples 5
+
+A row for each picture: original, mask (white is the hole), hole to fill, result. A mask is a file,
+rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of the picture; one for each image, or one for all.
+With --resamples, RePaint goes back by --jump-length steps, so many times.
+"""
+
+from functools import partial
+
+import torch
+from common import parser, positive, run
+from figures import save_table
+from pictures import DRAWINGS, read_mask, read_picture
+from stages import Cascade, Cell, add_cascade_options
+
+from ddpm.sampling import inpaint, resampling_path
+
+MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
+    options.add_argument("--mask", action="append", metavar="MASK", help="one for each image, or one for all")
+    options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
+    options.add_argument("--jump-length", type=positive, default=10, help="steps to go back (default: 10)")
+    options.add_argument("--resamples", type=positive, default=1, help="times to do them, 1 for once (default: 1)")
+    add_cascade_options(options, out="out/inpaint.png", stride=30)
+    args = options.parse_args()
+    images = args.image or list(DRAWINGS)
+    masks = args.mask or (MASKS if not args.image else ["circle:0.5,0.5,0.25"])
+    masks = masks * len(images) if len(masks) == 1 else masks
+    if len(masks) != len(images):
+        raise ValueError(f"give one --mask, or one for each of the {len(images)} images, not {len(masks)}")
+    cascade = Cascade(args, [args.prompt])
+    resampling = {"jump_length": args.jump_length, "num_resamples": args.resamples}
+    path = list(resampling_path(cascade.timesteps, **resampling))
+    num_steps = sum(t_prev < t for t, t_prev in path)
+
+    def at(size):
+        return [(read_picture(image, size), read_mask(mask, size)) for image, mask in zip(images, masks, strict=True)]
+
+    def filling(x_orig, mask, **options):
+        return partial(inpaint, x_orig=x_orig.to(cascade.device), mask=mask.to(cascade.device), **options)
+
+    small, final = at(cascade.size), at(cascade.final_size)
+    cells = [
+        Cell(
+            cascade.plain(args.prompt),
+            [args.seed],
+            filling(*pair, **resampling),
+            num_steps=num_steps,
+            upscale=filling(*final_pair),
+        )
+        for pair, final_pair in zip(small, final, strict=True)
+    ]
+    rows = [
+        [x_orig[0], (2 * mask - 1).expand(1, 3, -1, -1)[0], torch.where(mask > 0, 0.0, x_orig)[0], result[0]]
+        for (x_orig, mask), result in zip(final, cascade.draw(cells), strict=True)
+    ]
+    columns = ["original", "mask", "hole to fill", "result"]
+    save_table(args.out, rows, column_labels=columns, title=args.prompt, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

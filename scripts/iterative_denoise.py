@@ -1,0 +1,55 @@
+"""A4: a noisy picture denoised step by step, and beside the blur and the single step.
+
+    python scripts/iterative_denoise.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg
+
+First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
+step and all steps make of the same noisy picture.
+"""
+
+from common import parser, positive, run
+from figures import save_table
+from noisy import add_image_option
+from pictures import read_picture
+from stages import Cascade, add_cascade_options, watch
+
+from ddpm.process import add_noise
+from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
+from ifmodel.cascade import SCHEDULE
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
+    add_image_option(options)
+    options.add_argument("--i-start", type=int, default=10, help="index of the first timestep (default: 10)")
+    options.add_argument("--every", type=positive, default=5, help="show every so many steps (default: 5)")
+    add_cascade_options(options, out="out/iterative_denoise.png", stride=30, guidance=1.0)
+    args = options.parse_args()
+    cascade = Cascade(args, [args.prompt], single_stage=True)
+    timesteps = cascade.from_index(args.i_start)
+    x_0 = read_picture(args.image, cascade.size).to(cascade.device)
+
+    cascade.load(1, 1)
+    noise, frames = cascade.noise([args.seed]), Trajectory(args.every)
+    x_t = add_noise(x_0, noise(), timesteps[0], SCHEDULE)
+    with watch(cascade.unet, len(timesteps) + 1, "A4") as callback:
+        estimate = cascade.estimate(args.prompt)
+        one_step = one_step_denoise(estimate, x_t, timesteps[0], SCHEDULE)
+        callback()
+
+        def report(*step):
+            frames(*step)
+            callback()
+
+        result = iterative_denoise(estimate, x_t, timesteps, SCHEDULE, noise=noise, step=cascade.step, callback=report)
+    first = [frame[2][0] for frame in frames] + [result[0]]
+    second = [x_0[0], x_t[0], classical_denoise(x_t, timesteps[0], SCHEDULE)[0], one_step[0], result[0]]
+    labels = [f"t = {frame[1]}" for frame in frames] + ["result"]
+    names = ["original", f"noisy, t = {timesteps[0]}", "blur", "one step", "iterative"]
+    save_table(args.out, [first], column_labels=labels, title="iterative denoising", seed=args.seed)
+    compared = args.out.with_stem(f"{args.out.stem}_compared")
+    save_table(compared, [second], column_labels=names, title="the same noisy picture, denoised", seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,38 @@
+"""A3: noisy pictures, and the model's estimate of the clean one in a single step.
+
+    python scripts/one_step_denoise.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg
+
+Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many pictures.
+"""
+
+from common import parser, run
+from figures import save_table
+from noisy import add_noisy_options, batch, noisy_pictures
+from stages import Cascade, add_cascade_options, watch
+
+from ddpm.sampling import one_step_denoise
+from ifmodel.cascade import SCHEDULE
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
+    add_noisy_options(options)
+    add_cascade_options(options, out="out/one_step_denoise.png", guidance=1.0)
+    args = options.parse_args()
+    cascade = Cascade(args, [args.prompt], single_stage=True)
+    noisy, labels = noisy_pictures(args, cascade.size)
+
+    cascade.load(1, 1)
+    denoised = []
+    with watch(cascade.unet, len(noisy), "A3") as callback:
+        estimate = cascade.estimate(args.prompt)
+        for x_t, t in zip(batch(noisy, cascade.device), args.timesteps, strict=True):
+            denoised.append(one_step_denoise(estimate, x_t, t, SCHEDULE)[0])
+            callback()
+    rows = {"noisy": noisy, "one step": denoised}
+    save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""The pictures that go into the scripts: files of any size and mode, masks, and three drawings of our own."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+LARGEST = 500_000_000  # pixels; beyond, a small file may fill the memory
+
+
+def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
+    """A picture as [1, 3, H, W] in [-1, 1]: upright, on white where transparent, its centre cut to shape and resized.
+
+    source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no picture.
+    """
+    picture = DRAWINGS[str(source)]() if str(source) in DRAWINGS else open_picture(source, size)
+    if picture.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them
+        pixels = numpy.asarray(picture, dtype=numpy.float64)
+        largest = 65535 if picture.mode.startswith("I") and pixels.max() > 255 else max(pixels.max(), 1)
+        picture = Image.fromarray((pixels.clip(0) / largest * 255).round().astype(numpy.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = ImageOps.fit(picture.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def open_picture(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """PIL's picture of a file, upright. Raises FileNotFoundError, or ValueError when it is no picture or too large."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {path}; drawings of our own are {', '.join(DRAWINGS)}")
+    Image.MAX_IMAGE_PIXELS = None  # LARGEST is checked instead, in one line
+    try:
+        picture = Image.open(path)
+        if picture.size[0] * picture.size[1] > LARGEST:
+            raise ValueError(f"{picture.size[0]} × {picture.size[1]} pixels are too many, resize it")
+        picture.draft("RGB", (4 * size[1], 4 * size[0]))  # a large JPEG is read at a fraction of its size
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:  # PIL raises a dozen kinds, from struct's to its own
+        raise ValueError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
+
+
+def read_mask(source: str, size: tuple[int, int]) -> Tensor:
+    """A mask [1, 1, H, W], 1 where new content goes and 0 where the picture stays.
+
+    source: a file, white for the hole; "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the
+        height and the width (the radius: of the shorter side)
+    Says on stderr how a file of another size, or one with greys, was read. Raises ValueError for anything else, and
+    for a mask with no hole or nothing but one.
+    """
+    h, w = size
+    shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
+    if shape is None:
+        picture = open_picture(source, size)
+        grey = numpy.asarray(picture.convert("L"), dtype=numpy.float32) / 255
+        if grey.shape != size:
+            print(f"mask {grey.shape[0]} × {grey.shape[1]}, resized to {h} × {w}", file=sys.stderr)
+            grey = numpy.asarray(picture.convert("L").resize((w, h), Image.Resampling.BOX), numpy.float32) / 255
+        if ((grey > 0.02) & (grey < 0.98)).any():
+            print("mask with greys: what is lighter than half is the hole", file=sys.stderr)
+        mask = torch.from_numpy(grey > 0.5)
+    else:
+        kind, count = shape[1], {"rectangle": 4, "circle": 3}[shape[1]]
+        try:
+            numbers = [float(part) for part in shape[2].split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != count:
+            raise ValueError(f"a {kind} is {count} numbers with commas between them, not {shape[2]!r}")
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+        if kind == "rectangle":
+            top, left, bottom, right = numbers
+            mask = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        else:
+            centre_y, centre_x, radius = numbers
+            mask = ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
+    if mask.all() or not mask.any():
+        raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")
+    return mask.float()[None, None]
+
+
+def village() -> Image.Image:
+    """Three houses below snowy mountains."""
+    picture, draw = canvas("#9ecbe8")
+    draw.ellipse((380, 40, 460, 120), fill="#ffe9a8")
+    for left, top, right, colour in ((-60, 120, 300, "#6d7f94"), (200, 70, 580, "#5b6b80"), (90, 170, 420, "#7c8ea3")):
+        middle = (left + right) // 2
+        draw.polygon([(left, 400), (middle, top), (right, 400)], fill=colour)
+        snow = [(middle - 45, top + 80), (middle, top), (middle + 45, top + 80), (middle, top + 55)]
+        draw.polygon(snow, fill="white")
+    draw.rectangle((0, 380, 512, 512), fill="#f4f7fa")
+    for left, colour in ((60, "#b5502f"), (220, "#c9803a"), (370, "#94402c")):
+        draw.rectangle((left, 370, left + 90, 450), fill=colour)
+        draw.polygon([(left - 12, 370), (left + 45, 315), (left + 102, 370)], fill="#fdfdfd")
+        draw.rectangle((left + 35, 405, left + 60, 450), fill="#4a2c1c")
+    return picture
+
+
+def rocket() -> Image.Image:
+    """A rocket among stars."""
+    picture, draw = canvas("#141a33")
+    for x, y in ((60, 80), (430, 60), (120, 300), (400, 380), (90, 440), (450, 220), (330, 130)):
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill="#fff6c8")
+    draw.polygon([(200, 350), (150, 440), (220, 410)], fill="#c0392b")
+    draw.polygon([(312, 350), (362, 440), (292, 410)], fill="#c0392b")
+    draw.ellipse((190, 60, 322, 420), fill="#e6e9ef")
+    draw.pieslice((190, 60, 322, 420), 230, 310, fill="#c0392b")
+    draw.ellipse((224, 180, 288, 244), fill="#4aa3df", outline="#7a8499", width=8)
+    draw.polygon([(222, 415), (256, 500), (290, 415)], fill="#f39c12")
+    return picture
+
+
+def face() -> Image.Image:
+    """A face under a hat."""
+    picture, draw = canvas("#f5efe2")
+    draw.rectangle((150, 400, 362, 512), fill="#34638c")
+    draw.ellipse((140, 130, 372, 430), fill="#e8b98f")
+    for x in (205, 307):
+        draw.ellipse((x - 18, 250, x + 18, 286), fill="white")
+        draw.ellipse((x - 8, 260, x + 8, 276), fill="#3a2a1c")
+    draw.polygon([(256, 280), (238, 330), (268, 330)], fill="#d09a6c")
+    draw.arc((205, 310, 307, 385), 20, 160, fill="#a03c2c", width=9)
+    draw.ellipse((80, 160, 432, 220), fill="#4b3526")
+    draw.rounded_rectangle((160, 50, 352, 195), 40, fill="#5d4330")
+    draw.rectangle((160, 155, 352, 185), fill="#a03c2c")
+    return picture
+
+
+def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An empty picture of 512 × 512, and a pen for it."""
+    picture = Image.new("RGB", (512, 512), colour)
+    return picture, ImageDraw.Draw(picture)
+
+
+DRAWINGS: dict[str, Callable[[], Image.Image]] = {"village": village, "rocket": rocket, "face": face}

@@ -1,0 +1,46 @@
+"""A7 and A8: image to image with SDEdit: pictures, noised and denoised from several places of the list.
+
+    python scripts/sdedit.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --image drawing.png
+    python scripts/sdedit.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg \\
+        --prompt "a rocket ship" --prompt "a photo of a dog" --prompt "a man wearing a hat"
+
+A row for each picture and prompt; columns: the steps left out, 1 to 20, where more leaves more of the picture, and
+the picture itself. An image is a file, or a drawing of ours: village, rocket, face.
+"""
+
+from functools import partial
+
+from common import parser, run
+from figures import save_table
+from pictures import DRAWINGS, read_picture
+from stages import Cascade, Cell, add_cascade_options
+
+from ddpm.sampling import sdedit
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
+    options.add_argument("--prompt", action="append", metavar="TEXT", help="(default: 'a high quality photo')")
+    options.add_argument("--i-start", type=int, nargs="+", default=[1, 3, 5, 7, 10, 20], help="default: 1 3 5 7 10 20")
+    add_cascade_options(options, out="out/sdedit.png", stride=30)
+    args = options.parse_args()
+    images, prompts = args.image or list(DRAWINGS), args.prompt or ["a high quality photo"]
+    cascade = Cascade(args, prompts)
+    counts = {i_start: len(cascade.from_index(i_start)) for i_start in args.i_start}
+    pictures = {image: read_picture(image, cascade.size).to(cascade.device) for image in images}
+
+    def cell(image: str, prompt: str, i_start: int) -> Cell:
+        algorithm = partial(sdedit, x_0=pictures[image], i_start=i_start)
+        return Cell(cascade.plain(prompt), [args.seed], algorithm, num_steps=counts[i_start])
+
+    lines = [(image, prompt) for image in images for prompt in prompts]
+    drawn = iter(cascade.draw([cell(*line, i_start) for line in lines for i_start in args.i_start]))
+    originals = {image: read_picture(image, cascade.final_size)[0] for image in images}
+    rows = [[*(next(drawn)[0] for _ in args.i_start), originals[image]] for image, _ in lines]
+    labels = [f"i_start = {i_start}" for i_start in args.i_start] + ["original"]
+    save_table(args.out, rows, row_labels=[prompt for _, prompt in lines], column_labels=labels, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

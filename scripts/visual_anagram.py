@@ -1,0 +1,64 @@
+"""A10: visual anagrams, pictures that show another thing when they are turned or rearranged.
+
+    python scripts/visual_anagram.py --model DeepFloyd/IF-I-M-v1.0
+    python scripts/visual_anagram.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
+        --prompt "a photo of a duck" --prompt "a photo of a rabbit" --view identity --view rotate_90 --num-images 20
+
+Good illusions are found, not made to order: a contact sheet shows --num-images seeds, upright and in the other
+views. Beside it lies the first seed as an animation that turns from one view to the next. Views: identity,
+vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, jigsaw, inner_circle, skew.
+"""
+
+from common import parser, positive, run
+from figures import save_gif, save_table
+from stages import Cascade, Cell, add_cascade_options
+from turning import turn
+
+from ddpm.sampling import anagram
+from ddpm.views import VIEWS, check_view
+
+PAIRS = [
+    ("an oil painting of an old man", "an oil painting of people around a campfire"),
+    ("an oil painting of a snowy mountain village", "a photo of a hipster barista"),
+    ("a photo of the amalfi coast", "an oil painting of a snowy mountain village"),
+]
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--prompt", action="append", metavar="TEXT", help="one for each view (default: three pairs)")
+    options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
+    options.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="default: mean")
+    options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
+    add_cascade_options(options, out="out/visual_anagram.png", stride=30)
+    args = options.parse_args()
+    groups = [tuple(args.prompt)] if args.prompt else PAIRS
+    names = args.view or ["identity", "vertical_flip"]
+    if any(len(group) != len(names) for group in groups):
+        raise ValueError(f"give a --prompt for each --view: there are {len(groups[0])} prompts for {', '.join(names)}")
+    views = [VIEWS[name]() for name in names]
+    cascade = Cascade(args, [prompt for group in groups for prompt in group])
+    for view in views:
+        for size in (cascade.size, cascade.final_size):
+            check_view(view, (3, *size))
+
+    def estimate_of(prompts):
+        def estimate(n, low_res):
+            seen = [None if low_res is None else view.view(low_res) for view in views]
+            parts = [cascade.estimate(prompt, n, small) for prompt, small in zip(prompts, seen, strict=True)]
+            return anagram(parts, views, args.reduction)
+
+        return estimate
+
+    seeds = range(args.seed, args.seed + args.num_images)
+    drawn = cascade.draw([Cell(estimate_of(prompts), seeds) for prompts in groups])
+    rows = [list(view.view(pictures)) for pictures in drawn for view in views]
+    labels = [f"{name}: {prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
+    save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)
+    for i, pictures in enumerate(drawn):
+        frames, times = turn(pictures[0] / 2 + 0.5, views)
+        save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,253 @@
+"""The scripts of Part A, end to end on a small random cascade, and what they refuse."""
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from test_generate import cascade  # noqa: F401
+from test_text import model_folder  # noqa: F401
+
+from ifmodel.text import embed_prompts
+
+PROMPTS = ["a rocket ship", "a photo of a dog"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def model(cascade):  # noqa: F811
+    return ["--model", cascade[0] / "stage_1", "--dtype", "float32", "--device", "cpu", "--steps", 3]
+
+
+@pytest.fixture
+def upscaler(cascade):  # noqa: F811
+    return ["--upscaler", cascade[0] / "stage_2", "--upscaler-steps", 2]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture with something in each quarter, of an odd size."""
+    x = torch.linspace(0, 255, 50)
+    pixels = torch.stack([x.expand(40, 50), x[:40, None].expand(40, 50), torch.full((40, 50), 90.0)], -1)
+    Image.fromarray(pixels.byte().numpy()).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def read(path) -> numpy.ndarray:
+    with Image.open(path) as image:
+        assert {"Command", "Seed", "Software"} <= set(image.text)
+        return numpy.asarray(image.convert("RGB")).astype(int)
+
+
+def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16):
+    """Run a script and look at its table and its cells; returns the cells."""
+    out = tmp_path / "out" / f"{name}.png"
+    status, printed, err = run_script(name, *options, "--out", out)
+    assert status == 0, err
+    assert str(out) in printed
+    assert read(out).std() > 10
+    found = {path.stem.removeprefix(f"{name}_"): read(path) for path in out.parent.glob(f"{name}_*.png")}
+    assert sorted(cell for cell in found if "compared" not in cell) == sorted(cells)
+    assert all(found[cell].shape == (size, size, 3) for cell in cells)
+    return found
+
+
+def table(rows: int, columns: int) -> list[str]:
+    return [f"{i}_{j}" for i in range(rows) for j in range(columns)]
+
+
+def test_a0_prompts_by_steps(run_script, tmp_path, model):
+    cells = draw(run_script, tmp_path, "generate", *model[:-2], "--steps-grid", 2, 3, cells=table(2, 3))
+    run_script("generate", *model, "--prompt", "a rocket ship", "--out", tmp_path / "alone.png")
+    assert abs(cells["1_2"] - read(tmp_path / "alone.png")).max() <= 1
+
+
+def test_a1_forward_process_grows_noisier(run_script, tmp_path, photo):
+    options = ["--image", photo, "--size", 16]
+    cells = draw(run_script, tmp_path, "forward_process", *options, cells=table(1, 8))
+    with Image.open(photo) as picture:
+        original = numpy.asarray(picture.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    distance = [abs(cells[f"0_{k}"] - original).mean() for k in range(8)]
+    assert distance[0] < 5 and distance == sorted(distance)
+
+
+def test_a2_the_blur_is_nearer_than_the_noise(run_script, tmp_path, photo):
+    options = ["--image", photo, "--size", 64, "--timesteps", 0, 250, 500]
+    cells = draw(run_script, tmp_path, "classical_denoise", *options, cells=table(2, 3), size=64)
+    clean = cells["0_0"]
+    for column in (1, 2):
+        assert abs(cells[f"1_{column}"] - clean).mean() < abs(cells[f"0_{column}"] - clean).mean()
+
+
+def test_a3_one_step(run_script, tmp_path, model, photo):
+    options = [*model, "--image", photo, "--timesteps", 0, 500]
+    cells = draw(run_script, tmp_path, "one_step_denoise", *options, cells=table(2, 2))
+    assert abs(cells["1_0"] - cells["0_0"]).mean() < 5 < abs(cells["1_1"] - cells["0_1"]).mean()
+
+
+def test_a4_frames_and_the_comparison(run_script, tmp_path, model, photo):
+    options = [*model[:-2], "--stride", 90, "--image", photo, "--i-start", 4, "--every", 3]
+    cells = draw(run_script, tmp_path, "iterative_denoise", *options, cells=table(1, 4))  # 3 frames of 8, the result
+    assert len([cell for cell in cells if cell.startswith("compared_")]) == 5
+    assert (cells["compared_0_4"] == cells["0_3"]).all()
+    assert (cells["compared_0_1"] == cells["0_0"]).all()
+
+
+def test_a5_a6_without_and_with_guidance(run_script, tmp_path, model):
+    cells = draw(run_script, tmp_path, "sample", *model, "--num-images", 2, cells=table(2, 2))
+    assert abs(cells["0_0"] - cells["1_0"]).max() > 1
+    again = draw(run_script, tmp_path / "b", "sample", *model, "--num-images", 2, "--guidance", 1, cells=table(2, 2))
+    assert (again["0_0"] == cells["0_0"]).all() and (again["1_1"] == cells["0_1"]).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_the_other_samplers_need_no_noise_but_the_first(run_script, tmp_path, model, sampler):
+    options = [*model, "--num-images", 1, "--sampler", sampler, "--steps", "smart27"]
+    cells = draw(run_script, tmp_path, "sample", *options, cells=table(2, 1))
+    ddpm = draw(run_script, tmp_path / "b", "sample", *model, "--num-images", 1, cells=table(2, 1))
+    assert abs(cells["0_0"] - ddpm["0_0"]).max() > 1
+
+
+@pytest.mark.parametrize("upscaled", [False, True])
+def test_a7_a8_later_starts_stay_nearer(run_script, tmp_path, model, upscaler, photo, upscaled):
+    options = [*model[:-2], "--steps", 10, "--image", photo, "--i-start", 0, 9, "--guidance", 2]
+    options += [*upscaler] if upscaled else [option for prompt in PROMPTS for option in ("--prompt", prompt)]
+    rows, size = (1, 32) if upscaled else (2, 16)
+    cells = draw(run_script, tmp_path, "sdedit", *options, cells=table(rows, 3), size=size)
+    if not upscaled:
+        assert abs(cells["0_1"] - cells["0_2"]).mean() < abs(cells["0_0"] - cells["0_2"]).mean() / 2
+        assert abs(cells["0_0"] - cells["1_0"]).max() > 1
+
+
+@pytest.mark.parametrize("upscaled", [False, True])
+def test_a9_known_pixels_are_the_pictures_own(run_script, tmp_path, model, upscaler, photo, upscaled):
+    options = [*model, "--image", photo, "--mask", "rectangle:0.5,0,1,0.5", "--jump-length", 1, "--resamples", 2]
+    options, size = (options + upscaler, 32) if upscaled else (options, 16)
+    cells = draw(run_script, tmp_path, "inpaint", *options, cells=table(1, 4), size=size)
+    half = size // 2
+    hole = numpy.zeros((size, size), bool)
+    hole[half:, :half] = True
+    assert (cells["0_1"][hole] == 255).all() and (cells["0_1"][~hole] == 0).all()
+    assert (cells["0_3"][~hole] == cells["0_0"][~hole]).all()
+    assert abs(cells["0_3"][hole] - cells["0_0"][hole]).max() > 10
+
+
+def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
+    grey = numpy.zeros((40, 40), numpy.uint8)
+    grey[:20], grey[20:30] = 255, 100
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    options = [*model, "--image", photo, "--mask", tmp_path / "mask.png", "--out", tmp_path / "out.png"]
+    status, _, err = run_script("inpaint", *options)
+    assert status == 0
+    assert "mask 40 × 40, resized to 16 × 16" in err and "lighter than half is the hole" in err
+    mask = read(tmp_path / "out_0_1.png")
+    assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
+
+
+@pytest.mark.parametrize("upscaled", [False, True])
+def test_a10_every_row_is_a_view_of_the_picture(run_script, tmp_path, model, upscaler, upscaled):
+    options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 2]
+    options, size = (options + upscaler, 32) if upscaled else (options, 16)
+    cells = draw(run_script, tmp_path, "visual_anagram", *options, cells=table(2, 2), size=size)
+    assert (cells["0_1"][::-1] == cells["1_1"]).all()
+    with Image.open(tmp_path / "out" / "visual_anagram_0.gif") as animation:
+        assert animation.n_frames > 20 and animation.size == (256, 256)
+
+
+def test_a10_three_views(run_script, tmp_path, model):
+    options = [*model, "--num-images", 1, "--reduction", "alternate"]
+    for view, prompt in zip(("identity", "negate", "jigsaw"), [*PROMPTS, "a hat"], strict=True):
+        options += ["--view", view, "--prompt", prompt]
+    cells = draw(run_script, tmp_path, "visual_anagram", *options, cells=table(3, 1))
+    assert abs(255 - cells["0_0"] - cells["1_0"]).max() <= 1
+
+
+@pytest.mark.parametrize("components", ["low_high_pass", "grey_colour"])
+def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
+    options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
+    options += ["--components", components]
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1), size=32)
+    if components == "low_high_pass":
+        assert numpy.diff(cells["1_0"], axis=1).std() < numpy.diff(cells["0_0"], axis=1).std() / 2
+    else:
+        assert abs(cells["1_0"] - cells["1_0"].mean(-1, keepdims=True)).max() < 1
+    with Image.open(tmp_path / "out" / "hybrid_image_0.gif") as animation:
+        assert animation.n_frames > 20
+
+
+def test_a11_keeping_the_greys_of_a_picture(run_script, tmp_path, model, photo):
+    options = [*model, "--keep", photo, "--components", "grey_colour", "--prompt", PROMPTS[0], "--num-images", 1]
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1))
+    draw(run_script, tmp_path / "b", "forward_process", "--image", photo, "--size", 16, "--timesteps", 0, cells=["0_0"])
+    # compared where no channel was clipped
+    kept = (cells["0_0"].min(-1) > 0) & (cells["0_0"].max(-1) < 255)
+    with Image.open(photo) as picture:
+        original = numpy.asarray(picture.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    assert kept.any()
+    assert abs(cells["0_0"].mean(-1) - original.mean(-1))[kept].max() <= 1.1
+
+
+def test_pictures_of_any_mode_are_read(run_script, tmp_path):
+    x = numpy.linspace(0, 1, 64)[None].repeat(48, 0)
+    rgb = Image.fromarray((x[..., None] * [255, 255, 255]).astype(numpy.uint8))
+    clear = rgb.convert("RGBA")
+    clear.putalpha(0)
+    turned = rgb.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    files = {
+        "rgb.png": rgb,
+        "grey.png": rgb.convert("L"),
+        "palette.png": rgb.convert("P"),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "sixteen.png": Image.fromarray((x * 65535).astype(numpy.uint16)),
+    }
+    read_as = {}
+    for name, picture in files.items():
+        picture.save(tmp_path / name)
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear.save(tmp_path / "clear.png")
+    for name in [*files, "turned.png", "clear.png"]:
+        options = ["--image", tmp_path / name, "--size", 16, "--timesteps", 0, "--out", tmp_path / "out" / "a.png"]
+        status, _, err = run_script("forward_process", *options)
+        assert status == 0, err
+        read_as[name] = read(tmp_path / "out" / "a_0_0.png")
+    for name in [*files, "turned.png"]:
+        assert abs(read_as[name] - read_as["rgb.png"]).mean() < 6, name
+    assert read_as["clear.png"].mean() > 245  # transparent: white
+
+
+def test_what_is_refused(refused, tmp_path, model, photo, capsys):
+    out = ["--out", tmp_path / "refused.png"]
+
+    def said(name, *options):
+        line = refused(name, *options, *out)
+        assert not out[1].exists()
+        return line
+
+    (tmp_path / "text.png").write_text("not a picture")
+    assert "cannot be read as a picture" in said("forward_process", "--image", tmp_path / "text.png")
+    assert "no picture at" in said("forward_process", "--image", tmp_path / "nowhere.png")
+    assert "outside this schedule" in said("forward_process", "--timesteps", 1000)
+    assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)
+    assert "a circle is 3 numbers" in said("inpaint", *model, "--image", photo, "--mask", "circle:1,2")
+    assert "has no hole" in said("inpaint", *model, "--image", photo, "--mask", "rectangle:0,0,0,0")
+    assert "one for each of the 1 images, not 2" in said(
+        "inpaint", *model, "--image", photo, "--mask", "circle:0,0,1", "--mask", "circle:0,0,1"
+    )
+    two = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    assert "give a --prompt for each --view" in said("visual_anagram", *model, "--prompt", "one")
+    line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "rotate_90")
+    assert "needs square pictures, not 16 × 24" in line
+    line = said("visual_anagram", *model, *two, "--view", "identity", "--view", "pixels")
+    assert "16 × 16 pixels cannot be cut into 64 × 64 patches" in line
+    assert "give 3 --prompt for the components coarse, middle, fine, not 2" in said(
+        "hybrid_image", *model, *two, "--components", "three_bands"
+    )
+    assert "'nan' is not a finite number" in said("sample", *model, "--guidance", "nan")
+    assert "neither a number of steps nor one of fast27" in said("sample", *model[:-2], "--steps", "smart26")
+    assert "not allowed with argument" in said("sample", *model, "--stride", 10)
+    assert "of stage 1 alone" in said("one_step_denoise", *model, "--upscaler", "x")
