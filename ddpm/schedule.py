@@ -103,7 +103,10 @@ def named_timesteps(name: str, num_timesteps: int = 1000) -> list[int]:
     timesteps, start = [], 0
     for section, count in enumerate(counts):
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
-        timesteps += [start + round(i * (size - 1) / max(count - 1, 1)) for i in range(count)]
+        stride, position = (size - 1) / max(count - 1, 1), 0.0
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride  # added up as in IF's code, since 49.5 and a little less are rounded apart
         start += size
     return timesteps[::-1]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import DATA, settled
+from conftest import DATA, ROOT, settled
 from PIL import Image
 from torchvision.datasets import MNIST
 
@@ -125,6 +125,28 @@ def test_evaluate_mnist_goes_on_where_it_was(run_script, tmp_path, weights):
     picture(tmp_path / "misread_g1.png")
 
 
+def test_digits_gallery_with_the_shipped_weights(run_script, tmp_path):
+    """A real trained model: most anagrams of 6 and 9 are read in both views, and what is known stays known."""
+    options = ("--data", DATA, "--samples", 10, "--steps", 15, "--dtype", "float32", "--only", "anagram", "inpaint")
+    status, out, err = run_script("digits_gallery", *options, "--out", tmp_path)
+    assert status == 0, err
+    measures = json.loads((tmp_path / "measures.json").read_text())
+    assert measures["anagram"]["both"] >= 0.7
+    assert measures["inpaint"]["confirmed"] >= 0.7
+    picture(tmp_path / "anagram.png")
+    picture(tmp_path / "inpaint.png")
+    assert "both" in out
+
+
+def test_digits_gallery_draws_the_others(run_script, tmp_path, weights):
+    options = ("--data", DATA, "--samples", 4, "--steps", 2, "--weights", weights["ClassUNet"], "--only")
+    status, _, err = run_script("digits_gallery", *options, "sdedit", "hybrid", "--out", tmp_path)
+    assert status == 0, err
+    assert json.loads((tmp_path / "measures.json").read_text()).keys() >= {"sdedit", "hybrid", "steps", "guidance"}
+    picture(tmp_path / "sdedit.png")
+    picture(tmp_path / "hybrid.png")
+
+
 def test_bench_mnist(run_script):
     options = ("--rounds", 1, "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--sample-digits", 2)
     status, out, err = run_script("bench_mnist", "--data", DATA, "--dtype", "float32", *options)
@@ -135,7 +157,7 @@ def test_bench_mnist(run_script):
 
 
 @pytest.mark.parametrize(
-    "name", ["train_ddpm", "train_denoiser", "sample_mnist", "denoise_mnist", "evaluate_mnist", "bench_mnist"]
+    "name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
 )
 def test_help_shows_a_command(run_script, name):
     status, out, _ = run_script(name, "--help")

@@ -1,0 +1,154 @@
+"""The algorithms of Part A on digits, with the shipped class-conditioned DDPM, and what the judge reads in them.
+
+    python scripts/digits_gallery.py --data data
+
+Four figures in out/digits_gallery, each with a number of samples that the judge examines:
+inpaint    the lower half of test digits, filled in for the digit that it was
+sdedit     test digits 3, led towards an 8
+anagram    a 6 that is a 9 when it is turned by 180°
+hybrid     a digit from afar (low pass) and another one near by
+Prints, and writes to measures.json, the share that the judge confirms.
+"""
+
+import json
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from figures import save_grid
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.checkpoint import SHIPPED, load_model
+from ddpm.components import low_high_pass, low_pass
+from ddpm.data import load_mnist
+from ddpm.files import write_atomically
+from ddpm.judge import Judge, examine
+from ddpm.mnist import ClassUNet
+from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
+from ddpm.schedule import linear_schedule, linspace_timesteps
+from ddpm.views import identity, rotate_180
+
+SHOWN = 10  # of each experiment's samples
+HYBRID_SIGMA = 3.0  # of the low pass, at 64 pixels
+EXPERIMENTS = ("inpaint", "sdedit", "anagram", "hybrid")
+
+
+class Digits:
+    """A class-conditioned DDPM with what every algorithm needs of it."""
+
+    def __init__(self, args: Namespace):
+        self.args, self.device = args, pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.device)
+        self.model = load_model(args.weights, ClassUNet, self.device)
+        self.judge = load_model(SHIPPED["judge"], Judge, self.device)
+        self.schedule = linear_schedule(self.model.num_timesteps)
+        self.timesteps = linspace_timesteps(self.schedule.num_timesteps, args.steps)
+
+    def estimate(self, digits: Tensor):
+        """The guided estimate for one digit each."""
+        c = F.one_hot(digits, 10).float().to(self.device)
+        return guided(self.model, c, torch.zeros_like(c), self.args.guidance)
+
+    def draw(self, name: str, algorithm, estimate, count: int, num_steps: int | None = None) -> Tensor:
+        """`count` digits in [0, 1] by an algorithm of ddpm.sampling, one for each seed."""
+        noise = noise_source(range(self.args.seed, self.args.seed + count), (1, 28, 28), self.device)
+        bf16 = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with tqdm(total=num_steps or len(self.timesteps), desc=name, unit="step") as bar, bf16:
+            options = {"timesteps": self.timesteps, "schedule": self.schedule, "noise": noise}
+            return algorithm(estimate=estimate, **options, callback=lambda *_: bar.update()).clamp(0, 1)
+
+    def read(self, images: Tensor) -> Tensor:
+        """The digits that the judge reads."""
+        return examine(self.judge, images.to(self.device))[0]
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="(default: all)")
+    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="(default: the shipped one)")
+    options.add_argument("--samples", type=positive, default=100, help="of each experiment (default: 100)")
+    options.add_argument("--steps", type=positive, default=100, help="timesteps to visit (default: 100)")
+    options.add_argument("--guidance", type=number, default=5.0, help="γ (default: 5)")
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path("out/digits_gallery"), help="folder for the figures")
+    add_device_options(options)
+    args = options.parse_args()
+    check_writable(args.out / "measures.json")
+    digits = Digits(args)
+    real = load_mnist(args.data, "test") if {"inpaint", "sdedit"} & set(args.only) else None
+    measures = {}
+    for name in args.only:
+        drawn = {"inpaint": draw_inpaint, "sdedit": draw_sdedit, "anagram": draw_anagram, "hybrid": draw_hybrid}[name]
+        rows, title, measures[name] = drawn(digits, *([real] if name in ("inpaint", "sdedit") else []))
+        path = args.out / f"{name}.png"
+        rows = {label: row[:SHOWN].cpu() for label, row in rows.items()}
+        save_grid(path, list(rows.values()), row_labels=list(rows), title=title, seed=args.seed)
+        print(f"{path}: " + ", ".join(f"{what} {share:.0%}" for what, share in measures[name].items()))
+    described = {"steps": args.steps, "guidance": args.guidance, "samples": args.samples, "seed": args.seed}
+    write_atomically(args.out / "measures.json", json.dumps({**described, **measures}, indent=1).encode())
+
+
+def share(read: Tensor, asked: Tensor | int) -> float:
+    """The share of digits that are read as they were asked for."""
+    return (read == asked).double().mean().item()
+
+
+def draw_inpaint(digits: Digits, real: tuple[Tensor, Tensor]):
+    """The lower half of test digits."""
+    x, labels = real[0][: digits.args.samples].float() / 255, real[1][: digits.args.samples]
+    mask = torch.zeros(1, 1, 28, 28)
+    mask[:, :, 14:] = 1
+    filling = partial(inpaint, x_orig=x.to(digits.device), mask=mask.to(digits.device))
+    filled = digits.draw("inpaint", filling, digits.estimate(labels), len(x))
+    rows = {"original": x, "hole to fill": x * (1 - mask) + 0.5 * mask, "result": filled}
+    return rows, "inpainting: the lower half", {"confirmed": share(digits.read(filled), labels)}
+
+
+def draw_sdedit(digits: Digits, real: tuple[Tensor, Tensor]):
+    """Test digits 3, noised to half of the steps and led towards an 8."""
+    x = real[0][real[1] == 3][: digits.args.samples].float() / 255
+    eights, i_start = torch.full((len(x),), 8), len(digits.timesteps) // 2
+    editing = partial(sdedit, x_0=x.to(digits.device), i_start=i_start)
+    edited = digits.draw("sdedit", editing, digits.estimate(eights), len(x), len(digits.timesteps) - i_start)
+    near = (edited.cpu() - x).square().flatten(1).mean(1)
+    others = (edited.cpu().roll(1, 0) - x).square().flatten(1).mean(1)
+    kept = (near < others).double().mean().item()
+    measures = {"read as 8": share(digits.read(edited), 8), "nearer to its own 3 than to another": kept}
+    title = f"SDEdit: 3 towards 8, from t = {digits.timesteps[i_start]}"
+    return {"a real 3": x, "result": edited}, title, measures
+
+
+def draw_anagram(digits: Digits):
+    """Upright a 6, turned by 180° a 9."""
+    n, views = digits.args.samples, [identity(), rotate_180()]
+    estimates = [digits.estimate(torch.full((n,), digit)) for digit in (6, 9)]
+    drawn = digits.draw("anagram", sample, anagram(estimates, views), n)
+    turned = views[1].view(drawn)
+    upright, other = digits.read(drawn) == 6, digits.read(turned) == 9
+    measures = {"6": share(upright, True), "9 when turned": share(other, True), "both": share(upright & other, True)}
+    return {"upright": drawn, "turned": turned}, "anagrams: 6 and 9", measures
+
+
+def draw_hybrid(digits: Digits):
+    """Low pass: digits 0, 1, …; high pass: another digit for each."""
+    n = digits.args.samples
+    far = torch.arange(n) % 10
+    near = (far + 1 + torch.arange(n) // 10 % 9) % 10
+    estimates = [digits.estimate(digit) for digit in (far, near)]
+    drawn = digits.draw("hybrid", sample, hybrid(estimates, low_high_pass(HYBRID_SIGMA)), n)
+    low = low_pass(drawn, HYBRID_SIGMA)
+    high = (drawn - low).relu()
+    high = high / high.amax((1, 2, 3), keepdim=True)
+    seen_far, seen_near = digits.read(low) == far, digits.read(high) == near
+    measures = {"far": share(seen_far, True), "near": share(seen_near, True), "both": share(seen_far & seen_near, True)}
+    rows = {"hybrid": drawn, "low pass": low, "high pass": high}
+    return rows, "hybrids: one digit from afar, another near by", measures
+
+
+if __name__ == "__main__":
+    run(main)
