@@ -22,6 +22,7 @@ Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v sid
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 Step = Callable[..., tuple[Tensor, Tensor]]  # `ddpm_step` and its like: options are bound with functools.partial
 Noise = Callable[[], Tensor]  # a fresh z [B, C, H, W] at each call, see `noise_source`
+ALWAYS = (-math.inf, math.inf)  # the interval of t with guidance, unless it is limited
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), after each step
 
 
@@ -36,9 +37,7 @@ def unguided(model: Model, *conditioning) -> Estimate:
     return lambda x_t, t: split_output(model(x_t, t, *conditioning), x_t.shape[1])
 
 
-def guided(
-    model: Model, c, null, guidance_scale: float, *, interval: tuple[float, float] = (-math.inf, math.inf)
-) -> Estimate:
+def guided(model: Model, c, null, guidance_scale: float, *, interval: tuple[float, float] = ALWAYS) -> Estimate:
     """Classifier-free guidance, eps = eps_u + γ (eps_c - eps_u), both halves in one batched forward pass.
 
     c, null: the conditioning of B images and that of the null (or a negative) prompt: tensors [B, …], or objects of
@@ -50,7 +49,7 @@ def guided(
     if guidance_scale == 1:
         return unguided(model, c)
     conditional = unguided(model, c)
-    if guidance_scale == 0 and interval == (-math.inf, math.inf):
+    if guidance_scale == 0 and interval == ALWAYS:
         return unguided(model, null)
     both = getattr(type(c), "cat", torch.cat)([null, c])
 

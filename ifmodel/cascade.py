@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.process import add_noise, ddpm_step, dynamic_threshold
-from ddpm.sampling import Callback, Estimate, Noise, Step, guided, iterative_denoise, noise_source
+from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, iterative_denoise, noise_source
 from ddpm.schedule import cosine_schedule, leading_timesteps
 from ifmodel.unet import Text, UNet
 
@@ -23,14 +23,21 @@ STAGE_1_STEP: Step = partial(ddpm_step, variance="learned_range", threshold=STAG
 STAGE_2_STEP: Step = partial(ddpm_step, variance="learned_range", threshold=STAGE_2_THRESHOLD)
 
 
-def stage_1(unet: UNet, prompt_embeds: Tensor, null_embeds: Tensor, guidance_scale: float = 7.0) -> Estimate:
+def stage_1(
+    unet: UNet,
+    prompt_embeds: Tensor,
+    null_embeds: Tensor,
+    guidance_scale: float = 7.0,
+    interval: tuple[float, float] = ALWAYS,
+) -> Estimate:
     """The guided estimate of stage 1 for noisy pictures [N, 3, H, W].
 
     prompt_embeds: T5's output for the prompts, [N, 77, D_text]
     null_embeds: that for the null (or a negative) prompt, [1, 77, D_text], or one for each picture
+    guidance_scale, interval: as in `guided`
     """
     text, null = encode_texts(unet, prompt_embeds, null_embeds)
-    return guided(unet, text, null, guidance_scale)
+    return guided(unet, text, null, guidance_scale, interval=interval)
 
 
 def stage_2(

@@ -40,11 +40,13 @@ class Tokenizer:
             except (RuntimeError, OSError) as error:
                 raise ValueError(f"{folder / 'spiece.model'} is not a sentencepiece model: {error}") from None
             self._encode, self._decode = model.encode, model.decode
+            self.vocab_size = model.get_piece_size()
         elif (folder / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
 
             model = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
             self._encode, self._decode = lambda text: model.encode(text, add_special_tokens=False), model.decode
+            self.vocab_size = len(model)
         else:
             raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
-from ddpm.sampling import Callback, Estimate, Noise, Step, noise_source, sample
+from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
 from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, noised_upscaled, stage_1, stage_2
@@ -52,7 +52,15 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
     options.set_defaults(default_stride=stride)
     options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm")
+    options.add_argument("--eta", type=number, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
     options.add_argument("--guidance", type=number, default=guidance, help=f"γ (default: {guidance:g})")
+    options.add_argument(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="guided t (default: all)",
+    )
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
     options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model")
     options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
@@ -97,6 +105,8 @@ class Cascade:
         check_writable(args.out, ".png")
         if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
             raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+        if not 0 <= args.eta <= 1:
+            raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
         leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
         sample_size = check_stage(args.model, 1, args.revision).sample_size
@@ -123,7 +133,8 @@ class Cascade:
     @property
     def step(self) -> Step:
         threshold = STAGE_1_THRESHOLD if self.stage == 1 else STAGE_2_THRESHOLD
-        return partial(SAMPLERS[self.args.sampler], threshold=threshold)
+        options = {"eta": self.args.eta} if self.args.sampler == "ddim" else {}
+        return partial(SAMPLERS[self.args.sampler], threshold=threshold, **options)
 
     def load(self, stage: int, batch_size: int):
         """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
@@ -144,7 +155,8 @@ class Cascade:
         """The guided estimate of a prompt for n pictures, of the stage that is loaded."""
         args, text, null = self.args, self.embedded(prompt, n), self.embedded(self.args.null_prompt)
         if self.stage == 1:
-            return stage_1(self.unet, text, null, args.guidance if guidance is None else guidance)
+            scale = args.guidance if guidance is None else guidance
+            return stage_1(self.unet, text, null, scale, tuple(args.guidance_interval or ALWAYS))
         return stage_2(self.unet, low_res, text, null, args.upscaler_guidance, args.noise_level)
 
     def plain(self, prompt: str, guidance: float | None = None) -> Callable[[int, Tensor | None], Estimate]:

@@ -103,6 +103,21 @@ def test_a5_a6_without_and_with_guidance(run_script, tmp_path, model):
     assert (again["0_0"] == cells["0_0"]).all() and (again["1_1"] == cells["0_1"]).all()
 
 
+def test_guidance_in_an_interval(run_script, tmp_path, model):
+    """In none of the timesteps it is γ = 1, in all of them it is guidance."""
+    for name, interval in (("none", [998, 999]), ("all", [0, 999]), ("some", [300, 999])):
+        options = [*model, "--num-images", 1, "--guidance-interval", *interval]
+        cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
+        unlike = abs(cells["0_0"] - cells["1_0"]).max()
+        if name == "none":
+            assert unlike == 0
+            continue
+        assert unlike > 1
+    run_script("sample", *model, "--num-images", 1, "--out", tmp_path / "plain.png")
+    assert (read(tmp_path / "plain_1_0.png") == read(tmp_path / "all" / "out" / "sample_1_0.png")).all()
+    assert abs(read(tmp_path / "plain_1_0.png") - cells["1_0"]).max() > 0
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_the_other_samplers_need_no_noise_but_the_first(run_script, tmp_path, model, sampler):
     options = [*model, "--num-images", 1, "--sampler", sampler, "--steps", "smart27"]

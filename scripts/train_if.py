@@ -1,0 +1,269 @@
+"""Train a small IF, text encoder and stage 1, on a folder of captioned pictures.
+
+    python scripts/train_if.py --data emoji --curated --out out/tiny-if
+    torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/tiny-if
+
+First a tokenizer is trained on the captions, and the text encoder against the pictures (--text-steps); then both the
+encoder and the UNet. Writes to --out: state.safetensors (for --resume), log.csv with the loss and the caption gap,
+samples.png, and model/, with the averaged weights, which scripts/generate.py --model and diffusers load. Ctrl-C saves
+and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU with as many threads.
+"""
+
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
+from figures import save_grid
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.sampling import guided, noise_source, sample
+from ddpm.schedule import leading_timesteps
+from ddpm.training import stop_signal
+from ifmodel.captions import CaptionedPictures, curated, load_captioned
+from ifmodel.cascade import SCHEDULE, STAGE_1_STEP
+from ifmodel.text import Tokenizer
+from ifmodel.training import (
+    Average,
+    ContrastiveText,
+    TextToPicture,
+    build_encoder,
+    caption_gap,
+    contrastive_loss,
+    draw_batch,
+    save_model,
+    silence,
+    stage_1_config,
+    stage_1_loss,
+    train_tokenizer,
+)
+from ifmodel.unet import UNet, UNetConfig
+
+SHEET = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
+SUBJECTS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "people around a campfire"]
+
+
+def arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, required=True, help="folder with pictures and metadata.jsonl")
+    options.add_argument("--curated", action="store_true", help="take our list of names out of the emoji folder")
+    options.add_argument("--out", type=Path, default=Path("out/tiny-if"), help="default: out/tiny-if")
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--size", type=positive, default=32, help="height and width (default: 32)")
+    options.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 192], help="default: 64 128 192")
+    options.add_argument("--layers", type=positive, default=2, help="ResNets a level (default: 2)")
+    options.add_argument("--text-dim", type=positive, default=128, help="width of the text encoder (default: 128)")
+    options.add_argument("--text-steps", type=int, default=2000, help="contrastive steps before (default: 2000)")
+    options.add_argument("--text-batch", type=positive, default=128, help="their batch size (default: 128)")
+    options.add_argument("--steps", type=positive, default=40_000, help="of the UNet (default: 40000)")
+    options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
+    options.add_argument("--lr", type=float, default=4e-4, help="falls to a tenth over the run (default: 4e-4)")
+    options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    add_device_options(options)
+    return options.parse_args()
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    rank, world = start_processes(device)
+    dtype = pick_dtype(args.dtype, device)
+    state = args.out / "state.safetensors"
+    check_writable(state)
+    if state.exists() != args.resume:
+        told = (
+            "there is no run in {} to resume" if args.resume else "there is a run in {}: add --resume, or another --out"
+        )
+        raise ValueError(told.format(args.out))
+    data = load_captioned(args.data, args.size, curated() if args.curated else None)
+    tokenizer_folder = args.out / "tokenizer"
+    if rank == 0 and not args.resume:
+        train_tokenizer(data.all_captions(), tokenizer_folder)
+    if world > 1:
+        dist.barrier()
+    tokenizer = Tokenizer(tokenizer_folder)
+
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(tokenizer.vocab_size, args.text_dim).to(device)
+    config = stage_1_config(args.size, args.widths, args.layers, args.text_dim)
+    model = TextToPicture(encoder, UNet(UNetConfig.from_dict(config))).to(device, memory_format=torch.channels_last)
+    silence(model.unet)
+    if not args.resume:
+        train_text(args, data, tokenizer, encoder, device)
+    fit(args, data, tokenizer, model, config, dtype, rank, world)
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """This process's number and how many there are: torchrun says so in the environment."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return dist.get_rank(), world
+    return 0, 1
+
+
+def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device):
+    """The text encoder learns which caption is of which picture; the same in every process, without their talking."""
+    contrast = ContrastiveText(encoder).to(device)
+    optimizer = torch.optim.AdamW(contrast.parameters(), lr=1e-3, weight_decay=0.01)
+    bar = tqdm(range(args.text_steps), desc="text", unit="step")
+    found = 0.0
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
+        generator = torch.Generator().manual_seed((args.seed << 24) + step)
+        batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
+        similarities = contrast(batch.x_0, batch.tokens, batch.mask)
+        loss = contrastive_loss(similarities)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(contrast.parameters(), 1.0)
+        optimizer.step()
+        right = (similarities.argmax(1) == torch.arange(len(similarities), device=device)).float().mean().item()
+        found += 0.05 * (right - found)
+        bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
+
+
+def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: int, world: int):
+    """The UNet and the text encoder together, from --resume's state or the start, to --steps or until stopped."""
+    device = next(model.parameters()).device
+    parameters = [{"params": model.unet.parameters()}, {"params": model.encoder.parameters(), "share": 0.1}]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=device.type != "mps")
+    average, log, first, seconds = Average(model), ["step,loss,right,others,none"], 0, 0.0
+    if args.resume:
+        first, seconds, log = restore(args, model, optimizer, average)
+    held = draw_batch(data, tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
+    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+    started, saved, losses = time.monotonic() - seconds, time.monotonic(), []
+
+    def save(step: int):
+        if rank == 0:
+            seconds = round(time.monotonic() - started, 1)
+            save_run(args, model, optimizer, average, log, step, seconds)
+            save_model(args.out / "model", config, average.weights, model.encoder, args.out / "tokenizer")
+
+    step = first
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=rank > 0)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with stop_signal() as stopped:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * group.get("share", 1) * min(1, (step + 1) / 500) * 0.1 ** (step / args.steps)
+            generator = torch.Generator().manual_seed((args.seed << 24) + step)
+            batch = draw_batch(data, tokenizer, args.batch_size, generator).to(device)
+            with autocast:
+                loss = stage_1_loss(model, batch, generator, mine).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if world > 1:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= world
+                dist.all_reduce(loss := loss.detach())
+                loss = loss / world
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            average.update(model, step)
+            losses.append(loss.item())
+            if not losses[-1] < 1e3:
+                raise ValueError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr, or --resume the run")
+            if step % 10 == 0:
+                recent = losses[-100:]
+                bar.set_description(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
+            if (step + 1) % args.every == 0 and rank == 0:
+                with autocast:
+                    gap = caption_gap(model, held)
+                mean = sum(losses[-args.every :]) / len(losses[-args.every :])
+                log.append(",".join([str(step + 1), f"{mean:.5f}", *(f"{loss:.5f}" for loss in gap.values())]))
+                bar.write(
+                    f"step {step + 1}: loss {mean:.4f}; at t = 800 " + ", ".join(f"{k} {v:.5f}" for k, v in gap.items())
+                )
+                draw_sheet(args, model, tokenizer, average, autocast, step + 1)
+            if stopped():
+                break
+            if time.monotonic() - saved > 300:
+                save(step + 1)
+                saved = time.monotonic()
+    save(step + 1)
+    if step + 1 < args.steps:
+        bar.write(f"stopped and saved: go on with the same command and --resume (the run is in {args.out})")
+        raise SystemExit(130)
+    print(f"trained: {args.out / 'model'}")
+
+
+@torch.no_grad()
+def draw_sheet(args, model: TextToPicture, tokenizer: Tokenizer, average: Average, autocast, step: int):
+    """The sheet of samples, by the averaged weights: subjects across, styles down, γ = 4 and 25 steps."""
+    kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict(average.weights)
+    device = next(model.parameters()).device
+    prompts = [template.format(subject) for template in SHEET for subject in SUBJECTS]
+    tokens, mask = (tensor.to(device) for tensor in tokenizer([*prompts, ""]))
+    with autocast:
+        text = model.unet.encode_text(model.encoder(tokens, attention_mask=mask).last_hidden_state)
+        rows = list(range(len(prompts)))
+        estimate = guided(model.unet, text[rows], text[[len(prompts)] * len(prompts)], 4.0)
+        noise = noise_source([args.seed] * len(prompts), (3, args.size, args.size), device)
+        timesteps = leading_timesteps(SCHEDULE.num_timesteps, 25)
+        pictures = sample(estimate, timesteps, SCHEDULE, noise=noise, step=STAGE_1_STEP)
+    model.load_state_dict(kept)
+    rows = (pictures / 2 + 0.5).split(len(SUBJECTS))
+    zoom = max(1, 128 // args.size)
+    title = f"step {step}, γ = 4, 25 steps"
+    labels = {"row_labels": [template.format("…") for template in SHEET], "column_labels": SUBJECTS}
+    save_grid(args.out / "samples.png", rows, **labels, title=title, zoom=zoom, seed=args.seed)
+
+
+def save_run(args, model, optimizer, average: Average, log: list[str], step: int, seconds: float):
+    """Write state.safetensors and log.csv, each whole or not at all."""
+    tensors: dict[str, Tensor] = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    tensors |= {f"average.{name}": weight for name, weight in average.weights.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    # two names of the same memory, the tokens' embedding, are one tensor each in the file
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    metadata = {"recipe": recipe_of(args), "step": step, "seconds": seconds, "log": log}
+    save_tensors(args.out / "state.safetensors", tensors, metadata)
+    write_atomically(args.out / "log.csv", "\n".join([*log, ""]).encode())
+
+
+def recipe_of(args) -> dict:
+    """What, besides the data, decides the trained weights."""
+    names = ("size", "widths", "layers", "text_dim", "text_steps", "text_batch", "steps", "batch_size", "lr", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def restore(args, model, optimizer, average: Average) -> tuple[int, float, list[str]]:
+    """Put the state of --out back; returns the step to go on with, the seconds spent and the log."""
+    tensors, metadata = load_tensors(args.out / "state.safetensors")
+    if metadata.get("recipe") != recipe_of(args):
+        raise ValueError(f"the run in {args.out} has another recipe: {metadata.get('recipe')}, not {recipe_of(args)}")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    model.load_state_dict(part("model."))
+    for name, weight in part("average.").items():
+        average.weights[name].copy_(weight)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        index, kind = name.split(".")
+        moments.setdefault(int(index), {})[kind] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in moments.items():
+        for kind in ("exp_avg", "exp_avg_sq"):  # fused Adam walks both in memory order: keep channels_last
+            state[kind] = torch.empty_like(parameters[index]).copy_(state[kind])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return metadata["step"], metadata["seconds"], metadata["log"]
+
+
+if __name__ == "__main__":
+    run(main)
