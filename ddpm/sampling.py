@@ -196,8 +196,8 @@ def inpaint(
     jump_length, num_resamples: RePaint's j and r. After each j steps it noises x_t back by these j and denoises
         again, until they were done r times, so that the new part comes to agree with the known one; r = 1 never does
     The rest as in `iterative_denoise`; at its end the known pixels are exactly those of x_orig.
-    Not diffusers' IFInpaintingPipeline, which keeps the known pixels' noise of the first step until the last one;
-    where nothing is known, the two agree. RePaint's Algorithm 1 prints the variance 1-ᾱ in line 5 where the
+    Not diffusers' IFInpaintingPipeline, which shows the model the known pixels without any noise at every step; where
+    nothing is known, the two agree. RePaint's Algorithm 1 prints the variance 1-ᾱ in line 5 where the
     standard deviation √(1-ᾱ) is meant.
     Source: RePaint Algorithm 1, arXiv 2201.09865.
     """
