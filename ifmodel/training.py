@@ -1,4 +1,4 @@
-"""Training a small IF from captioned pictures: the text encoder against the pictures, then stage 1 with it.
+"""Training a small IF from captioned pictures: the text encoder against the pictures, stage 1 with it, then stage 2.
 
 A text encoder that starts from random weights beside a UNet says nearly the same of every caption, and the UNet
 learns to draw without listening. So it is trained first, contrastively, to tell by its caption which of many
@@ -17,10 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddpm.files import write_atomically
-from ddpm.process import add_noise
+from ddpm.process import add_noise, predict_x0
 from ddpm.training import variational_bound
 from ifmodel.captions import STYLES, CaptionedPictures
-from ifmodel.cascade import SCHEDULE
+from ifmodel.cascade import SCHEDULE, noised_upscaled
 from ifmodel.text import Tokenizer
 from ifmodel.unet import UNet
 
@@ -35,6 +35,16 @@ STAGE_1_CONFIG = {
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "out_channels": 6,
     "resnet_time_scale_shift": "scale_shift",
+}
+# … and that of a stage 2
+STAGE_2_CONFIG = {
+    **STAGE_1_CONFIG,
+    "class_embed_type": "timestep",
+    "in_channels": 6,
+    "mid_block_scale_factor": 1.4142271248762552,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "resnet_skip_time_act": True,
+    "time_embedding_act_fn": "gelu",
 }
 SCHEDULER_CONFIG = {
     "_class_name": "DDPMScheduler",
@@ -58,6 +68,13 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "watermarker": [None, None],
 }
+STAGE_2_INDEX = {
+    **MODEL_INDEX,
+    "_class_name": "IFSuperResolutionPipeline",
+    "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": [None, None],  # that of stage 1
+    "tokenizer": [None, None],
+}
 
 
 def stage_1_config(size: int, widths: Sequence[int], layers: int, text_dim: int) -> dict:
@@ -65,18 +82,31 @@ def stage_1_config(size: int, widths: Sequence[int], layers: int, text_dim: int)
 
     widths: of the levels, multiples of 32; text_dim: the width of the text encoder
     """
-    attention = len(widths) - 1
+    return {**STAGE_1_CONFIG, **_shape(size, widths, layers, text_dim, attention=len(widths) - 1)}
+
+
+def stage_2_config(size: int, widths: Sequence[int], layers: int, text_dim: int) -> dict:
+    """The config.json of a stage-2 UNet: attention at the coarsest level alone, so that 128 × 128 is cheap.
+
+    As in `stage_1_config`. Groups of fewer channels than IF's 32, since the finest level may have but 32 of them.
+    """
+    shape = _shape(size, widths, layers, text_dim, attention=1)
+    return {**STAGE_2_CONFIG, **shape, "norm_num_groups": 8, "time_embedding_dim": widths[-1]}
+
+
+def _shape(size: int, widths: Sequence[int], layers: int, text_dim: int, attention: int) -> dict:
+    """The fields of both configs that say how large a UNet is. attention: how many levels have it, the coarsest."""
+    resnets = len(widths) - attention
     return {
-        **STAGE_1_CONFIG,
         "addition_embed_type_num_heads": text_dim // 32,
         "attention_head_dim": 32,
         "block_out_channels": list(widths),
         "cross_attention_dim": widths[-1],
-        "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * attention],
+        "down_block_types": ["ResnetDownsampleBlock2D"] * resnets + ["SimpleCrossAttnDownBlock2D"] * attention,
         "encoder_hid_dim": text_dim,
         "layers_per_block": layers,
         "sample_size": size,
-        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * attention, "ResnetUpsampleBlock2D"],
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * attention + ["ResnetUpsampleBlock2D"] * resnets,
     }
 
 
@@ -88,23 +118,14 @@ def build_encoder(vocab_size: int, dim: int = 128, layers: int = 2) -> nn.Module
     return T5EncoderModel(T5Config(vocab_size=vocab_size, dropout_rate=0.0, feed_forward_proj="gated-gelu", **shape))
 
 
-def save_model(folder: Path, config: dict, weights: dict[str, Tensor], encoder: nn.Module, tokenizer: Path):
+def save_stage_1(folder: Path, config: dict, weights: dict[str, Tensor], encoder: nn.Module, tokenizer: Path):
     """Write a stage 1 in the Hub's layout, in float16: what generate.py, and diffusers, load.
 
     weights: those of a `TextToPicture`; encoder: where its config is from; tokenizer: a folder with spiece.model
     """
-    parts = {
-        "unet/diffusion_pytorch_model.safetensors": "unet.",
-        "text_encoder/model.safetensors": "encoder.",
-    }
-    for name, prefix in parts.items():
-        half = {
-            key.removeprefix(prefix): weight.half().contiguous()
-            for key, weight in weights.items()
-            if key.startswith(prefix) and not key.endswith("encoder.embed_tokens.weight")  # shared.weight again
-        }
-        write_atomically(folder / name, save(half, {"format": "pt"}))
     encoder_config = {**encoder.config.to_dict(), "architectures": ["T5EncoderModel"]}
+    _save_half(folder / "unet" / "diffusion_pytorch_model.safetensors", weights, "unet.")
+    _save_half(folder / "text_encoder" / "model.safetensors", weights, "encoder.")
     files = {
         "model_index.json": MODEL_INDEX,
         "scheduler/scheduler_config.json": SCHEDULER_CONFIG,
@@ -112,9 +133,35 @@ def save_model(folder: Path, config: dict, weights: dict[str, Tensor], encoder: 
         "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"},
         "unet/config.json": config,
     }
+    _save_json(folder, files)
+    write_atomically(folder / "tokenizer" / "spiece.model", (tokenizer / "spiece.model").read_bytes())
+
+
+def save_stage_2(folder: Path, config: dict, weights: dict[str, Tensor]):
+    """Write a stage 2 as `save_stage_1` does; the text encoder is that of stage 1."""
+    _save_half(folder / "unet" / "diffusion_pytorch_model.safetensors", weights, "unet.")
+    noising = {name: SCHEDULER_CONFIG[name] for name in ("_class_name", "beta_schedule", "num_train_timesteps")}
+    files = {
+        "image_noising_scheduler/scheduler_config.json": noising,
+        "model_index.json": STAGE_2_INDEX,
+        "scheduler/scheduler_config.json": {**SCHEDULER_CONFIG, "sample_max_value": 1.0},
+        "unet/config.json": config,
+    }
+    _save_json(folder, files)
+
+
+def _save_half(path: Path, weights: dict[str, Tensor], prefix: str):
+    half = {
+        name.removeprefix(prefix): weight.half().contiguous()
+        for name, weight in weights.items()
+        if name.startswith(prefix) and not name.endswith("encoder.embed_tokens.weight")  # shared.weight again
+    }
+    write_atomically(path, save(half, {"format": "pt"}))
+
+
+def _save_json(folder: Path, files: dict[str, dict]):
     for name, content in files.items():
         write_atomically(folder / name, json.dumps(content, indent=2, default=str).encode())
-    write_atomically(folder / "tokenizer" / "spiece.model", (tokenizer / "spiece.model").read_bytes())
 
 
 class PictureTower(nn.Module):
@@ -198,40 +245,86 @@ def draw_batch(
 
 def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Each picture [B, C, S, S] moved by up to so many pixels each way, its edge repeated."""
-    size = x.shape[-1]
-    padded = F.pad(x, (most,) * 4, mode="replicate")
-    corners = torch.randint(2 * most + 1, (len(x), 2), generator=generator).tolist()
-    moved = [picture[:, dy : dy + size, dx : dx + size] for picture, (dy, dx) in zip(padded, corners, strict=True)]
-    return torch.stack(moved)
+    return cropped(F.pad(x, (most,) * 4, mode="replicate"), x.shape[-1], generator)
+
+
+def cropped(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A random size × size part of each picture [B, C, S, S]."""
+    corners = torch.randint(x.shape[-1] - size + 1, (len(x), 2), generator=generator).tolist()
+    parts = [picture[:, y : y + size, left : left + size] for picture, (y, left) in zip(x, corners, strict=True)]
+    return torch.stack(parts)
 
 
 class TextToPicture(nn.Module):
-    """A text encoder and a UNet, trained together; what is shipped are its two parts."""
+    """A text encoder and a UNet, of either stage; what is shipped are its two parts."""
 
     def __init__(self, encoder: nn.Module, unet: UNet):
         super().__init__()
         self.encoder, self.unet = encoder, unet
 
-    def forward(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, batch: Batch, noise_level: Tensor | None = None) -> Tensor:
         embeds = self.encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state
-        return self.unet(x_t, t, self.unet.encode_text(embeds))
+        return self.unet(x_t, t, self.unet.encode_text(embeds), noise_level)
 
 
 def stage_1_loss(model: TextToPicture, batch: Batch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """L_simple + λ L_vlb for each picture, [B], at a random t for each.
+    """The loss of each picture, [B], at a random t for each.
 
     rows: this process's share of the batch; the noise is drawn for all, so that it does not depend on the shares
-    λ = 1/T and t is uniform, so the bound's term at t has the weight 1.
-    Source: Improved DDPM eq. 16, arXiv 2102.09672.
     """
     device = batch.x_0.device
     t = torch.randint(SCHEDULE.num_timesteps, (len(batch.x_0),), generator=generator).to(device)[rows]
     eps = torch.randn(batch.x_0.shape, generator=generator).to(device)[rows]
     batch = batch[rows]
     x_t = add_noise(batch.x_0, eps, t, SCHEDULE)
-    eps_hat, v = model(x_t, t, batch).float().chunk(2, dim=1)
+    return hybrid_loss(model(x_t, t, batch), batch.x_0, x_t, eps, t)
+
+
+def stage_2_loss(
+    model: TextToPicture,
+    batch: Batch,
+    generator: torch.Generator,
+    rows: slice = slice(None),
+    *,
+    small: int,
+    crop: int,
+    max_noise_level: int = 400,
+) -> Tensor:
+    """As `stage_1_loss`, for crops of the pictures beside crops of what stage 2 sees of the small ones.
+
+    small: the size of stage 1's pictures; crop: of the crops
+    The small pictures are noised to a random level, which the model is told, so that in sampling it forgives what
+    stage 1 draws. They are upscaled whole and cropped then: a crop upscaled alone would lie a little differently.
+    Source: Imagen §2.4, arXiv 2205.11487.
+    """
+    device, count = batch.x_0.device, len(batch.x_0)
+    t = torch.randint(SCHEDULE.num_timesteps, (count,), generator=generator).to(device)[rows]
+    noise_level = torch.randint(max_noise_level, (count,), generator=generator).to(device)
+    low_res = small_noised(batch.x_0, small, noise_level, generator)
+    both = cropped(torch.cat([batch.x_0, low_res], dim=1), crop, generator)[rows]
+    x_0, low_res = both.chunk(2, dim=1)
+    eps = torch.randn((count, 3, crop, crop), generator=generator).to(device)[rows]
+    x_t = add_noise(x_0, eps, t, SCHEDULE)
+    output = model(torch.cat([x_t, low_res], dim=1), t, batch[rows], noise_level[rows])
+    return hybrid_loss(output, x_0, x_t, eps, t)
+
+
+def small_noised(x_0: Tensor, small: int, noise_level: int | Tensor, generator: torch.Generator) -> Tensor:
+    """What stage 2 would see of pictures [B, 3, S, S], if stage 1 had drawn them small × small pixels large."""
+    size = x_0.shape[-1]
+    noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    return noised_upscaled(F.avg_pool2d(x_0, size // small), (size, size), noise_level, lambda: noise)
+
+
+def hybrid_loss(output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """L_simple + λ L_vlb of each picture, [B]: eps is learned from the first, the variance from the second alone.
+
+    λ = 1/T and t is uniform, so the bound's term at t has the weight 1.
+    Source: Improved DDPM eq. 16, arXiv 2102.09672.
+    """
+    eps_hat, v = output.float().chunk(2, dim=1)
     simple = (eps_hat - eps).square().flatten(1).mean(1)
-    return simple + variational_bound(batch.x_0, x_t, eps_hat.detach(), v, t, SCHEDULE)
+    return simple + variational_bound(x_0, x_t, eps_hat.detach(), v, t, SCHEDULE)
 
 
 @torch.no_grad()
@@ -255,6 +348,21 @@ def caption_gap(model: TextToPicture, batch: Batch, t: int = 800, seed: int = 0)
         eps_hat = model(x_t, times, other).float().chunk(2, dim=1)[0]
         losses[name] = F.mse_loss(eps_hat, eps).item()
     return losses
+
+
+@torch.no_grad()
+def upscaling_error(model: TextToPicture, batch: Batch, small: int, t: int = 800, noise_level: int = 50) -> dict:
+    """Mean squared errors of bicubic upscaling and of stage 2's estimate of x_0, from the same small pictures."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(batch.x_0.shape, generator=generator).to(batch.x_0.device)
+    times, levels = (torch.full((len(eps),), value, device=eps.device) for value in (t, noise_level))
+    x_t = add_noise(batch.x_0, eps, t, SCHEDULE)
+    low_res = small_noised(batch.x_0, small, noise_level, generator)
+    eps_hat = model(torch.cat([x_t, low_res], dim=1), times, batch, levels).float().chunk(2, dim=1)[0]
+    x_0 = predict_x0(x_t, eps_hat, t, SCHEDULE).clamp(-1, 1)
+    size = batch.x_0.shape[-1]
+    upscaled = F.interpolate(F.avg_pool2d(batch.x_0, size // small), (size, size), mode="bicubic").clamp(-1, 1)
+    return {"stage_2": F.mse_loss(x_0, batch.x_0).item(), "bicubic": F.mse_loss(upscaled, batch.x_0).item()}
 
 
 class Average:

@@ -1,21 +1,28 @@
-"""Train a small IF, text encoder and stage 1, on a folder of captioned pictures.
+"""Train a small IF, text encoder, stage 1 and stage 2, on a folder of captioned pictures.
 
-    python scripts/train_if.py --data emoji --curated --out out/tiny-if
-    torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/tiny-if
+    python scripts/train_if.py --data emoji --curated --out out/stage-1
+    python scripts/train_if.py --data emoji --curated --stage-2-of out/stage-1/model --out out/stage-2
+    torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/stage-1
 
-First a tokenizer is trained on the captions, and the text encoder against the pictures (--text-steps); then both the
-encoder and the UNet. Writes to --out: state.safetensors (for --resume), log.csv with the loss and the caption gap,
-samples.png, and model/, with the averaged weights, which scripts/generate.py --model and diffusers load. Ctrl-C saves
-and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU with as many threads.
+Stage 1: first a tokenizer is trained on the captions, and the text encoder against the pictures (--text-steps); then
+both the encoder and the UNet. Stage 2 keeps the text encoder of its stage 1 as it is, and learns on crops. Writes to
+--out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage 2 its error
+beside that of bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py and
+diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU
+with as many threads.
 """
 
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
 from figures import save_grid
 from torch import Tensor
@@ -26,23 +33,30 @@ from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.training import stop_signal
 from ifmodel.captions import CaptionedPictures, curated, load_captioned
-from ifmodel.cascade import SCHEDULE, STAGE_1_STEP
+from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
 from ifmodel.text import Tokenizer
 from ifmodel.training import (
     Average,
+    Batch,
     ContrastiveText,
     TextToPicture,
     build_encoder,
     caption_gap,
     contrastive_loss,
     draw_batch,
-    save_model,
+    save_stage_1,
+    save_stage_2,
     silence,
+    small_noised,
     stage_1_config,
     stage_1_loss,
+    stage_2_config,
+    stage_2_loss,
     train_tokenizer,
+    upscaling_error,
 )
 from ifmodel.unet import UNet, UNetConfig
+from ifmodel.weights import load_config
 
 SHEET = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
 SUBJECTS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "people around a campfire"]
@@ -52,11 +66,14 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="folder with pictures and metadata.jsonl")
     options.add_argument("--curated", action="store_true", help="take our list of names out of the emoji folder")
-    options.add_argument("--out", type=Path, default=Path("out/tiny-if"), help="default: out/tiny-if")
+    options.add_argument("--stage-2-of", type=Path, metavar="FOLDER", help="train stage 2 for this stage 1")
+    options.add_argument("--out", type=Path, default=Path("out/stage-1"), help="default: out/stage-1")
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    options.add_argument("--size", type=positive, default=32, help="height and width (default: 32)")
-    options.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 192], help="default: 64 128 192")
-    options.add_argument("--layers", type=positive, default=2, help="ResNets a level (default: 2)")
+    options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
+    options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64)")
+    default = "default: 64 96 192; stage 2: 32 48 64 96"
+    options.add_argument("--widths", type=positive, nargs="+", help=f"channels of the levels ({default})")
+    options.add_argument("--layers", type=positive, default=1, help="ResNets a level (default: 1)")
     options.add_argument("--text-dim", type=positive, default=128, help="width of the text encoder (default: 128)")
     options.add_argument("--text-steps", type=int, default=2000, help="contrastive steps before (default: 2000)")
     options.add_argument("--text-batch", type=positive, default=128, help="their batch size (default: 128)")
@@ -66,7 +83,10 @@ def arguments() -> Namespace:
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
     options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
-    return options.parse_args()
+    args = options.parse_args()
+    args.size = args.size or (128 if args.stage_2_of else 32)
+    args.widths = args.widths or ([32, 48, 64, 96] if args.stage_2_of else [64, 96, 192])
+    return args
 
 
 def main():
@@ -82,21 +102,88 @@ def main():
         )
         raise ValueError(told.format(args.out))
     data = load_captioned(args.data, args.size, curated() if args.curated else None)
-    tokenizer_folder = args.out / "tokenizer"
-    if rank == 0 and not args.resume:
-        train_tokenizer(data.all_captions(), tokenizer_folder)
-    if world > 1:
-        dist.barrier()
-    tokenizer = Tokenizer(tokenizer_folder)
-
     torch.manual_seed(args.seed)
-    encoder = build_encoder(tokenizer.vocab_size, args.text_dim).to(device)
-    config = stage_1_config(args.size, args.widths, args.layers, args.text_dim)
-    model = TextToPicture(encoder, UNet(UNetConfig.from_dict(config))).to(device, memory_format=torch.channels_last)
-    silence(model.unet)
-    if not args.resume:
-        train_text(args, data, tokenizer, encoder, device)
-    fit(args, data, tokenizer, model, config, dtype, rank, world)
+    stage = Stage2(args, data, device) if args.stage_2_of else Stage1(args, data, device, rank, world)
+    fit(args, data, stage, dtype, rank, world)
+
+
+class Stage1:
+    """What is special in training stage 1: text encoder and UNet learn together, once the first knows its captions."""
+
+    def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device, rank: int, world: int):
+        self.args, folder = args, args.out / "tokenizer"
+        if rank == 0 and not args.resume:
+            train_tokenizer(data.all_captions(), folder)
+        if world > 1:
+            dist.barrier()
+        self.tokenizer = Tokenizer(folder)
+        encoder = build_encoder(self.tokenizer.vocab_size, args.text_dim).to(device)
+        self.config = stage_1_config(args.size, args.widths, args.layers, args.text_dim)
+        self.model = TextToPicture(encoder, UNet(UNetConfig.from_dict(self.config)))
+        self.model.to(device, memory_format=torch.channels_last)
+        silence(self.model.unet)
+        if not args.resume:
+            train_text(args, data, self.tokenizer, encoder, device)
+        parts = [{"params": self.model.unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
+        self.parameters, self.loss = parts, stage_1_loss
+
+    def watch(self, held: Batch) -> dict[str, float]:
+        return caption_gap(self.model, held)
+
+    def draw_sheet(self, held: Batch, step: int):
+        """Subjects across, styles down, γ = 4 and 25 steps."""
+        args, unet, device = self.args, self.model.unet, held.x_0.device
+        prompts = [template.format(subject) for template in SHEET for subject in SUBJECTS]
+        tokens, mask = (tensor.to(device) for tensor in self.tokenizer([*prompts, ""]))
+        text = unet.encode_text(self.model.encoder(tokens, attention_mask=mask).last_hidden_state)
+        estimate = guided(unet, text[list(range(len(prompts)))], text[[len(prompts)] * len(prompts)], 4.0)
+        noise = noise_source([args.seed] * len(prompts), (3, args.size, args.size), device)
+        timesteps = leading_timesteps(SCHEDULE.num_timesteps, 25)
+        pictures = sample(estimate, timesteps, SCHEDULE, noise=noise, step=STAGE_1_STEP)
+        labels = {"row_labels": [template.format("…") for template in SHEET], "column_labels": SUBJECTS}
+        rows, zoom = (pictures / 2 + 0.5).split(len(SUBJECTS)), max(1, 128 // args.size)
+        title = f"step {step}, γ = 4, 25 steps"
+        save_grid(args.out / "samples.png", rows, **labels, title=title, zoom=zoom, seed=args.seed)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]):
+        save_stage_1(folder, self.config, weights, self.model.encoder, self.args.out / "tokenizer")
+
+
+class Stage2:
+    """What is special in training stage 2: the text encoder is that of a stage 1, and stays as it is."""
+
+    def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device):
+        from transformers import T5EncoderModel
+
+        self.args, self.small = args, load_config(args.stage_2_of).sample_size
+        if args.size % self.small or args.crop > args.size:
+            raise ValueError(f"--size {args.size} must be a multiple of stage 1's {self.small}, and not below --crop")
+        self.tokenizer = Tokenizer(args.stage_2_of / "tokenizer")
+        encoder = T5EncoderModel.from_pretrained(args.stage_2_of / "text_encoder", dtype=torch.float32)
+        self.config = stage_2_config(args.size, args.widths, args.layers, encoder.config.d_model)
+        self.model = TextToPicture(encoder.requires_grad_(False), UNet(UNetConfig.from_dict(self.config)))
+        self.model.to(device, memory_format=torch.channels_last)
+        silence(self.model.unet)
+        self.parameters = [{"params": self.model.unet.parameters()}]
+        self.loss = partial(stage_2_loss, small=self.small, crop=args.crop)
+
+    def watch(self, held: Batch) -> dict[str, float]:
+        return upscaling_error(self.model, held[:16], self.small)
+
+    def draw_sheet(self, held: Batch, step: int):
+        """Small pictures, what is made of them, and the pictures from which the small ones are."""
+        args, few, nothing = self.args, held[:6], torch.Generator().manual_seed(0)
+        embeds = self.model.encoder(few.tokens, attention_mask=few.mask).last_hidden_state
+        small = F.avg_pool2d(few.x_0, args.size // self.small)
+        seeds = [args.seed] * len(small)
+        options = {"num_steps": 25, "guidance_scale": 1.0, "noise_level": 50, "size": (args.size, args.size)}
+        pictures = upscale(self.model.unet, small, embeds, embeds, seeds=seeds, **options)
+        rows = [(x / 2 + 0.5).clamp(0, 1) for x in (small_noised(few.x_0, self.small, 0, nothing), pictures, few.x_0)]
+        labels = {"row_labels": [f"{self.small} px", "stage 2", f"{args.size} px"], "column_labels": [""] * len(small)}
+        save_grid(args.out / "samples.png", rows, **labels, title=f"step {step}, 25 steps", zoom=1, seed=args.seed)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]):
+        save_stage_2(folder, self.config, weights)
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -130,15 +217,15 @@ def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, e
         bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
 
 
-def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: int, world: int):
-    """The UNet and the text encoder together, from --resume's state or the start, to --steps or until stopped."""
+def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):
+    """Train a stage from --resume's state or the start, to --steps or until stopped."""
+    model = stage.model
     device = next(model.parameters()).device
-    parameters = [{"params": model.unet.parameters()}, {"params": model.encoder.parameters(), "share": 0.1}]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=device.type != "mps")
-    average, log, first, seconds = Average(model), ["step,loss,right,others,none"], 0, 0.0
+    optimizer = torch.optim.AdamW(stage.parameters, lr=args.lr, weight_decay=0.01, fused=device.type != "mps")
+    average, log, first, seconds = Average(model), [], 0, 0.0
     if args.resume:
         first, seconds, log = restore(args, model, optimizer, average)
-    held = draw_batch(data, tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
+    held = draw_batch(data, stage.tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     started, saved, losses = time.monotonic() - seconds, time.monotonic(), []
 
@@ -146,7 +233,7 @@ def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: 
         if rank == 0:
             seconds = round(time.monotonic() - started, 1)
             save_run(args, model, optimizer, average, log, step, seconds)
-            save_model(args.out / "model", config, average.weights, model.encoder, args.out / "tokenizer")
+            stage.save(args.out / "model", average.weights)
 
     step = first
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=rank > 0)
@@ -156,9 +243,9 @@ def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: 
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group.get("share", 1) * min(1, (step + 1) / 500) * 0.1 ** (step / args.steps)
             generator = torch.Generator().manual_seed((args.seed << 24) + step)
-            batch = draw_batch(data, tokenizer, args.batch_size, generator).to(device)
+            batch = draw_batch(data, stage.tokenizer, args.batch_size, generator).to(device)
             with autocast:
-                loss = stage_1_loss(model, batch, generator, mine).mean()
+                loss = stage.loss(model, batch, generator, mine).mean()
             optimizer.zero_grad()
             loss.backward()
             if world > 1:
@@ -178,14 +265,15 @@ def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: 
                 recent = losses[-100:]
                 bar.set_description(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
             if (step + 1) % args.every == 0 and rank == 0:
-                with autocast:
-                    gap = caption_gap(model, held)
-                mean = sum(losses[-args.every :]) / len(losses[-args.every :])
-                log.append(",".join([str(step + 1), f"{mean:.5f}", *(f"{loss:.5f}" for loss in gap.values())]))
-                bar.write(
-                    f"step {step + 1}: loss {mean:.4f}; at t = 800 " + ", ".join(f"{k} {v:.5f}" for k, v in gap.items())
+                with averaged(model, average), autocast, torch.no_grad():
+                    seen = stage.watch(held)
+                    stage.draw_sheet(held, step + 1)
+                recent = losses[-args.every :]
+                log = log or [",".join(["step", "loss", *seen])]
+                log.append(
+                    ",".join([str(step + 1), *(f"{x:.5f}" for x in (sum(recent) / len(recent), *seen.values()))])
                 )
-                draw_sheet(args, model, tokenizer, average, autocast, step + 1)
+                bar.write(f"{log[0]}: {log[-1]}")
             if stopped():
                 break
             if time.monotonic() - saved > 300:
@@ -198,27 +286,15 @@ def fit(args, data, tokenizer, model: TextToPicture, config: dict, dtype, rank: 
     print(f"trained: {args.out / 'model'}")
 
 
-@torch.no_grad()
-def draw_sheet(args, model: TextToPicture, tokenizer: Tokenizer, average: Average, autocast, step: int):
-    """The sheet of samples, by the averaged weights: subjects across, styles down, γ = 4 and 25 steps."""
+@contextmanager
+def averaged(model: TextToPicture, average: Average) -> Iterator[None]:
+    """The model with its averaged weights, for a while."""
     kept = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.load_state_dict(average.weights)
-    device = next(model.parameters()).device
-    prompts = [template.format(subject) for template in SHEET for subject in SUBJECTS]
-    tokens, mask = (tensor.to(device) for tensor in tokenizer([*prompts, ""]))
-    with autocast:
-        text = model.unet.encode_text(model.encoder(tokens, attention_mask=mask).last_hidden_state)
-        rows = list(range(len(prompts)))
-        estimate = guided(model.unet, text[rows], text[[len(prompts)] * len(prompts)], 4.0)
-        noise = noise_source([args.seed] * len(prompts), (3, args.size, args.size), device)
-        timesteps = leading_timesteps(SCHEDULE.num_timesteps, 25)
-        pictures = sample(estimate, timesteps, SCHEDULE, noise=noise, step=STAGE_1_STEP)
-    model.load_state_dict(kept)
-    rows = (pictures / 2 + 0.5).split(len(SUBJECTS))
-    zoom = max(1, 128 // args.size)
-    title = f"step {step}, γ = 4, 25 steps"
-    labels = {"row_labels": [template.format("…") for template in SHEET], "column_labels": SUBJECTS}
-    save_grid(args.out / "samples.png", rows, **labels, title=title, zoom=zoom, seed=args.seed)
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept)
 
 
 def save_run(args, model, optimizer, average: Average, log: list[str], step: int, seconds: float):
@@ -237,7 +313,8 @@ def save_run(args, model, optimizer, average: Average, log: list[str], step: int
 def recipe_of(args) -> dict:
     """What, besides the data, decides the trained weights."""
     names = ("size", "widths", "layers", "text_dim", "text_steps", "text_batch", "steps", "batch_size", "lr", "seed")
-    return {name: getattr(args, name) for name in names}
+    recipe = {name: getattr(args, name) for name in names}
+    return {**recipe, "stage": 2, "crop": args.crop} if args.stage_2_of else recipe
 
 
 def restore(args, model, optimizer, average: Average) -> tuple[int, float, list[str]]:
