@@ -1,0 +1,325 @@
+"""Training a small IF: its data, its losses, resuming, two processes, and the folders it writes."""
+
+import errno
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import IFPipeline, IFSuperResolutionPipeline
+from PIL import Image, ImageDraw
+
+import ifmodel.training as training
+from ddpm.files import load_tensors
+from ifmodel import UNet, UNetConfig
+from ifmodel.captions import ALIASES, STYLES, curated, load_captioned, with_article
+from ifmodel.text import Tokenizer, embed_prompts
+
+COLOURS = ["red", "lime", "blue", "black", "orange", "purple"]
+SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures, each of another colour and shape, and what they are called."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for k, colour in enumerate(COLOURS):
+        picture = Image.new("RGBA", (64, 64))
+        ImageDraw.Draw(picture).regular_polygon((32, 32, 24), 3 + k, fill=colour)
+        picture.save(folder / f"{k}.png")
+        lines.append(json.dumps({"file_name": f"{k}.png", "text": f"{colour} shape", "tags": ["polygon"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return load_captioned(folder, 16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    training.train_tokenizer(data.all_captions(), folder)
+    return Tokenizer(folder)
+
+
+def small_model(tokenizer, config):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig.from_dict(config))
+    training.silence(unet)
+    return training.TextToPicture(training.build_encoder(tokenizer.vocab_size, 32), unet)
+
+
+def stage_1_options(folder, out, steps, *more):
+    return ["--data", folder, "--out", out, "--size", 16, "--text-steps", 2, "--steps", steps, *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Both stages after a few steps, by the script, in processes of their own."""
+    out = tmp_path_factory.mktemp("trained")
+    script = [sys.executable, ROOT / "scripts" / "train_if.py"]
+    stage_1 = stage_1_options(folder, out / "1", 3, "--every", 3)
+    stage_2 = ["--data", folder, "--out", out / "2", "--stage-2-of", out / "1" / "model", "--size", 32, "--crop", 16]
+    for options in (stage_1, [*stage_2, "--steps", 3, "--every", 3, *SMALL]):
+        subprocess.run([str(part) for part in script + options], check=True, capture_output=True)
+    return out
+
+
+def test_pictures_lie_on_white_in_four_styles_that_differ(data):
+    assert data.pictures.shape == (6, len(STYLES), 3, 16, 16)
+    photo, oil, lithograph, sketch = data.pictures[0].float()
+    assert photo[:, 0, 0].tolist() == [255, 255, 255]  # what was transparent
+    assert photo[0, 8, 8] > 200 > 50 > photo[2, 8, 8]  # red
+    assert oil[2, 0, 0] < 240  # on a coloured ground
+    assert lithograph.std(0).max() == sketch.std(0).max() == 0  # grey
+
+
+def test_captions_fit_their_style(data):
+    generator = torch.Generator().manual_seed(0)
+    said = [data.caption(0, style, generator) for style in range(4) for _ in range(50)]
+    assert all(caption.startswith("an oil painting of a red shape") for caption in said[50:100])
+    assert all(caption.startswith("a sketch of a red shape") for caption in said[150:])
+    assert {"a photo of a red shape", "a red shape", "a high quality photo"} <= set(said[:50])
+    assert any("polygon" in caption for caption in said)
+
+
+def test_the_list_has_every_prompt_of_the_assignment():
+    phrases = {phrase for name in curated() for phrase in (with_article(name), *ALIASES.get(name, ()))}
+    for wanted in ("a rocket ship", "a snowy mountain village", "people around a campfire", "an old man", "a dog"):
+        assert wanted in phrases
+    for wanted in ("a man wearing a hat", "a skull", "waterfalls", "the amalfi coast", "a hipster barista"):
+        assert wanted in phrases
+    assert len(curated()) == len(set(curated())) > 200
+
+
+def test_text_and_pictures_find_each_other(data, tokenizer):
+    torch.manual_seed(0)
+    contrast = training.ContrastiveText(training.build_encoder(tokenizer.vocab_size, 32), dim=16)
+    optimizer = torch.optim.AdamW(contrast.parameters(), lr=3e-3)
+    found = []
+    for step in range(200):
+        batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(step), drop=0)
+        similarities = contrast(batch.x_0, batch.tokens, batch.mask)
+        found.append((similarities.argmax(1) == torch.arange(6)).float().mean().item())
+        optimizer.zero_grad()
+        training.contrastive_loss(similarities).backward()
+        optimizer.step()
+    assert sum(found[-20:]) / 20 > 0.5 > 0.3 > sum(found[:5]) / 5  # by chance, one in six
+
+
+def test_a_tenth_of_the_captions_is_dropped(data, tokenizer):
+    batch = training.draw_batch(data, tokenizer, 3000, torch.Generator().manual_seed(0))
+    dropped = batch.mask.sum(1) == 1
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert (batch.tokens[dropped][:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reach_every_parameter(data, tokenizer, stage):
+    config = (training.stage_1_config if stage == 1 else training.stage_2_config)(16, [32, 32], 1, 32)
+    model = small_model(tokenizer, config)
+    with torch.no_grad():
+        for parameter in model.unet.parameters():  # `silence` starts branches at zero, where gradients stop
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    batch = training.draw_batch(data, tokenizer, 4, torch.Generator().manual_seed(0), drop=0)
+    options = {} if stage == 1 else {"small": 8, "crop": 8}
+    loss = training.stage_1_loss if stage == 1 else training.stage_2_loss
+    losses = loss(model, batch, torch.Generator().manual_seed(0), **options)
+    assert losses.shape == (4,)
+    losses.mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
+    """The bound must not pull at eps: its gradient there is stopped, as Improved DDPM does."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(2, 3, 8, 8, generator=generator)
+    t = torch.tensor([10, 500])
+    x_t = training.add_noise(x_0, eps, t, training.SCHEDULE)
+    output = torch.cat([eps, torch.zeros_like(eps)], 1).requires_grad_()
+    training.hybrid_loss(output, x_0, x_t, eps, t).sum().backward()
+    eps_grad, v_grad = output.grad.chunk(2, dim=1)
+    assert not eps_grad.any() and v_grad.any()
+
+
+def test_a_crop_of_what_stage_2_sees_lies_where_its_picture_does(data):
+    """The small picture is upscaled whole, so a crop of both is of the same place."""
+    x_0 = data.pictures[:, 0].float() / 127.5 - 1
+    low_res = training.small_noised(x_0, 8, 0, torch.Generator().manual_seed(0))
+    crops = training.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
+    picture, seen = crops.chunk(2, dim=1)
+    assert (picture - seen).square().mean() < 0.25 * (picture - seen.roll(1, 0)).square().mean()
+
+
+def test_the_gap_is_zero_for_a_model_that_does_not_listen(data, tokenizer):
+    model = small_model(tokenizer, training.stage_1_config(16, [32, 32], 1, 32))  # says zero
+    batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(0), drop=0)
+    gap = training.caption_gap(model, batch)
+    assert gap["right"] == gap["others"] == gap["none"]
+
+
+def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeypatch):
+    status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "whole", 4))
+    assert status == 0, err
+    draw, calls = training.draw_batch, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2 + 1 + 2:  # two batches for the text, the held one, the second step
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(training, "draw_batch", interrupted)
+    options = stage_1_options(folder, tmp_path / "parts", 4)
+    assert run_script("train_if", *options)[0] == 130
+    monkeypatch.setattr(training, "draw_batch", draw)
+    assert load_tensors(tmp_path / "parts" / "state.safetensors")[1]["step"] == 2
+    status, _, err = run_script("train_if", *options, "--resume")
+    assert status == 0, err
+    whole, parts = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_are_as_good_as_one(folder, tmp_path):
+    """torchrun with two processes on the CPU: the loss curve of one process with the same global batch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    curves = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        script = [
+            ROOT / "scripts" / "train_if.py",
+            *stage_1_options(folder, out, 2, "--every", 1, "--lr", 0.2),
+        ]  # 4e-4 after the warm-up
+        command = [str(part) for part in [sys.executable, *launch, *script]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = (out / "log.csv").read_text().splitlines()[1:]
+        curves.append([float(row.split(",")[1]) for row in rows])
+    assert len(curves[0]) == 2
+    assert curves[0] == pytest.approx(curves[1], abs=2e-5)
+    assert abs(curves[0][0] - curves[0][1]) > 1e-3
+
+
+def test_generate_draws_with_both_stages_as_diffusers_does(run_script, trained, tmp_path):
+    """diffusers loads the folders that were written, and its pictures are ours."""
+    prompt, out = "a red shape", tmp_path / "out.png"
+    options = ["--model", trained / "1" / "model", "--upscaler", trained / "2" / "model", "--prompt", prompt]
+    options += ["--steps", 4, "--guidance", 3, "--upscaler-steps", 3, "--upscaler-guidance", 2, "--noise-level", 50]
+    status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
+    assert status == 0, err
+    with Image.open(out) as picture:
+        found = numpy.asarray(picture).astype(int)
+
+    stage_1 = IFPipeline.from_pretrained(trained / "1" / "model", torch_dtype=torch.float32)
+    shared = {"tokenizer": stage_1.tokenizer, "text_encoder": stage_1.text_encoder}
+    stage_2 = IFSuperResolutionPipeline.from_pretrained(trained / "2" / "model", **shared)
+
+    def call(pipeline, **options):
+        generator = torch.Generator().manual_seed(20040805)
+        return pipeline(prompt=prompt, generator=generator, clean_caption=False, **options).images
+
+    small = call(stage_1, num_inference_steps=4, guidance_scale=3.0, output_type="pt")
+    large = call(stage_2, image=small, num_inference_steps=3, guidance_scale=2.0, noise_level=50)
+    expected = numpy.asarray(large[0]).astype(int)
+    assert found.shape == expected.shape == (32, 32, 3)
+    assert expected.std() > 10
+    assert abs(found - expected).max() <= 1
+
+
+def test_the_sheets_and_logs(trained):
+    for stage, columns in (("1", "step,loss,right,others,none"), ("2", "step,loss,stage_2,bicubic")):
+        header, row = (trained / stage / "log.csv").read_text().splitlines()
+        assert header == columns
+        assert row.startswith("3,") and len(row.split(",")) == len(columns.split(","))
+        with Image.open(trained / stage / "samples.png") as picture:
+            assert numpy.asarray(picture.convert("L")).std() > 10
+
+
+def copied(folder, tmp_path):
+    other = tmp_path / "copy"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    return other
+
+
+def test_bad_folders_are_refused(refused, folder, tmp_path):
+    other = copied(folder, tmp_path)
+
+    def told(*more):
+        return refused("train_if", *stage_1_options(other, tmp_path / "out", 2, *more))
+
+    good = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(good + '\n{"file_name": "0.png"')
+    assert "line 7" in told()
+    (other / "metadata.jsonl").write_text(good + '\n{"file_name": "0.png", "text": " "}')
+    assert "line 7" in told() and "caption" in told()
+    (other / "metadata.jsonl").write_text("")
+    assert "no captions" in told()
+    (other / "metadata.jsonl").unlink()
+    assert "metadata.jsonl" in told()
+    (other / "metadata.jsonl").write_text(good)
+    assert "too small: 64 × 64" in told("--size", 128)
+    assert "has no snow-capped mountain" in told("--curated")
+    (other / "3.png").write_bytes(b"no picture")
+    assert "3.png cannot be read as a picture" in told()
+    (other / "3.png").unlink()
+    assert "lacks 1 pictures: 3.png" in told()
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+
+
+def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
+    assert "no run" in refused("train_if", *stage_1_options(folder, tmp_path / "none", 2, "--resume"))
+    assert "--resume" in refused("train_if", *stage_1_options(folder, trained / "1", 3))
+    assert "another recipe" in refused("train_if", *stage_1_options(folder, trained / "1", 4, "--resume"))
+    stage_2 = ["--data", folder, "--out", tmp_path / "2", "--stage-2-of", trained / "1" / "model", *SMALL]
+    assert "multiple of stage 1's 16" in refused("train_if", *stage_2, "--size", 24, "--crop", 8)
+    stage_2[5] = tmp_path / "none"
+    assert str(tmp_path / "none") in refused("train_if", *stage_2, "--size", 32, "--crop", 16)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    fsync = os.fsync
+    draw, calls = training.draw_batch, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2 + 1 + 1:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "draw_batch", interrupted)
+    script = ROOT / "scripts" / "train_if.py"
+    options = stage_1_options(folder, out, 3)
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 130
+    before = (out / "state.safetensors").read_bytes()
+    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device, not written" in refused("train_if", *options, "--resume")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert (out / "state.safetensors").read_bytes() == before
+    assert not list(out.glob(".*"))
