@@ -11,7 +11,8 @@ from ddpm.mnist import ClassUNet, TimeUNet, UNet
 
 MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, Judge)}
 SHIPPED = {
-    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("denoiser", "ddpm_class", "judge")
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors"
+    for name in ("denoiser", "ddpm_time", "ddpm_class", "judge")
 }
 
 

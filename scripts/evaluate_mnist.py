@@ -5,7 +5,8 @@
 
 For each guidance: the share of samples that the judge reads as the digit asked for, and the Fréchet distance
 (FID, on the judge's penultimate features) between the samples and as many real test digits. The floor is the
-same distance for as many real training digits. For the denoiser: the test error at every noise level of B1.
+same distance for as many real training digits. A time-conditioned DDPM (--weights) is asked for no digit: its samples
+have the distance alone. For the denoiser: the test error at every noise level of B1.
 
 Writes report.json, guidance.png and the misread samples to --out. All samples are kept there too, a hundred to
 a file: a stopped evaluation goes on where it was.
@@ -25,7 +26,7 @@ from ddpm.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.data import load_mnist
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.judge import Judge, examine, frechet_distance, train_judge
-from ddpm.mnist import ClassUNet, UNet, sample_digits
+from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
 from ddpm.schedule import linear_schedule
 from ddpm.training import SIGMAS, noisy_digits
 
@@ -36,7 +37,7 @@ JUDGE_EPOCHS = 6
 def main():
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
-    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a class-conditioned DDPM")
+    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM (default: the shipped B5)")
     options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
     options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
     options.add_argument("--samples", type=positive, default=10_000, help="samples for each guidance (default: 10000)")
@@ -55,7 +56,7 @@ def main():
     check_writable(args.out / "report.json")
     if args.samples < 2:
         raise ValueError("--samples must be at least 2: one digit has no covariance")
-    ddpm, denoiser = load_model(args.weights, ClassUNet, device), load_model(args.denoiser, UNet, device)
+    ddpm, denoiser = load_model(args.weights, (ClassUNet, TimeUNet), device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
     judge = get_judge(args, train_images, train_labels)
@@ -72,12 +73,16 @@ def main():
     }
     print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
     print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
-    labels = torch.arange(args.samples) % 10
-    for guidance in args.guidance:
+    labels, conditioned = torch.arange(args.samples) % 10, isinstance(ddpm, ClassUNet)
+    for guidance in args.guidance if conditioned else [1.0]:
         images = sample_set(ddpm, guidance, args, device, dtype)
         read, features = examine(judge, images.to(device))
         right = read == labels
         fid = frechet_distance(features[:count], real[:count])
+        if not conditioned:
+            report["fid"] = fid
+            print(f"without labels: FID {fid:.2f} ({count} samples)")
+            break
         report["guidance"].append({"guidance": guidance, "confirmed": right.double().mean().item(), "fid": fid})
         print(f"γ = {guidance:g}: {right.double().mean():.2%} confirmed, FID {fid:.2f} ({count} samples)")
         misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
@@ -91,7 +96,8 @@ def main():
     report["denoiser_mse"] = denoiser_errors(denoiser, test_images[: args.digits] / 255, args.seed)
     for sigma, error in report["denoiser_mse"].items():
         print(f"σ = {sigma}: {error:.5f} ({float(sigma) ** 2:.2f})")
-    draw_guidance(args.out / "guidance.png", report, args.seed)
+    if conditioned:
+        draw_guidance(args.out / "guidance.png", report, args.seed)
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
 
@@ -107,7 +113,7 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
     return load_model(SHIPPED["judge"], Judge, images.device)
 
 
-def sample_set(model: ClassUNet, guidance: float, args, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sample_set(model: TimeUNet, guidance: float, args, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Samples k = 0 … of the digits k mod 10 from seeds seed + k, made in chunks that are kept on disk."""
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12]
     dtype_name = str(dtype).removeprefix("torch.")
@@ -118,8 +124,9 @@ def sample_set(model: ClassUNet, guidance: float, args, device: torch.device, dt
         if not path.exists():
             numbers = range(start, start + CHUNK)
             labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
+            asked = labels if isinstance(model, ClassUNet) else None
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                chunk = sample_digits(model, labels, seeds, schedule, num_steps=args.steps, guidance_scale=guidance)
+                chunk = sample_digits(model, asked, seeds, schedule, num_steps=args.steps, guidance_scale=guidance)
             save_tensors(path, {"images": chunk, "labels": torch.tensor(labels)}, {})
         images.append(load_tensors(path)[0]["images"])
     return torch.cat(images)[: args.samples]

@@ -7,7 +7,7 @@ from conftest import DATA
 from ddpm.checkpoint import SHIPPED, load_model
 from ddpm.data import load_mnist
 from ddpm.files import load_tensors
-from ddpm.judge import examine
+from ddpm.judge import examine, frechet_distance
 from ddpm.mnist import sample_digits
 from ddpm.schedule import linear_schedule
 from ddpm.training import noisy_digits
@@ -27,7 +27,7 @@ def test_each_file_loads_and_says_what_it_was_trained_on(name):
     stored = load_tensors(SHIPPED[name])[0]
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int64}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    widths = {"denoiser": 128, "ddpm_class": 64, "judge": 32}
+    widths = {"denoiser": 128, "ddpm_time": 64, "ddpm_class": 64, "judge": 32}
     assert model.config["width"] == widths[name]
 
 
@@ -53,3 +53,14 @@ def test_the_judge_reads_what_the_ddpm_was_asked_to_write():
     images = sample_digits(load_model(SHIPPED["ddpm_class"]), labels, seeds, linear_schedule(), **options)
     read, _ = examine(load_model(SHIPPED["judge"]), images)
     assert (read == torch.tensor(labels)).sum() >= 14
+
+
+def test_the_time_conditioned_ddpm_writes_what_the_judge_takes_for_digits(digits):
+    """Few and quick samples, nearer to real digits than blurred real ones are."""
+    images, _ = digits
+    samples = sample_digits(load_model(SHIPPED["ddpm_time"]), None, range(40), linear_schedule(), num_steps=30)
+    blurred = torch.nn.functional.avg_pool2d(images[:40], 5, stride=1, padding=2)
+    judge = load_model(SHIPPED["judge"])
+    (read, features), (_, worse), (_, real) = (examine(judge, some) for some in (samples, blurred, images))
+    assert frechet_distance(features, real) < 0.5 * frechet_distance(worse, real)
+    assert len(read.unique()) >= 7
