@@ -2,7 +2,7 @@
 
     from ifmodel import load_unet
 
-    unet = load_unet("folder-or-hub-id", dtype=torch.bfloat16)
+    unet = load_unet("tiny-if/I")  # the small model that is shipped; or a folder, or a Hub id
     text = unet.encode_text(prompt_embeds)  # once per prompt
     out = unet(x_t, t, text)  # [B, 3, H, W] -> [B, 6, H, W], eps and v
 

@@ -18,6 +18,7 @@ from ifmodel.config import UNetConfig
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
+SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny-if" / stage for stage in ("I", "II")}
 CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
 
 
@@ -30,7 +31,8 @@ def load_unet(
 ) -> UNet:
     """The UNet of a folder or a Hub repository, in evaluation mode.
 
-    source: a folder that holds unet/, as diffusers saves it, or a Hub id such as "DeepFloyd/IF-I-M-v1.0"
+    source: a folder that holds unet/, as diffusers saves it; a Hub id such as "DeepFloyd/IF-I-M-v1.0"; or one of
+        SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
     variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
 
@@ -135,6 +137,8 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     patterns: the files to download, such as "config.json"; nothing else is
     Raises ValueError, in one line that says what to do, when the repository cannot be had.
     """
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)] / subfolder
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download

@@ -113,7 +113,9 @@ def bench_sampling(device: torch.device, count: int, steps: int):
     sample_digits(model, labels, seeds, SCHEDULE, num_steps=1)
     started = time.perf_counter()
     with tqdm(total=count * steps, desc="sampling", leave=False) as bar:
-        sample_digits(model, labels, seeds, SCHEDULE, num_steps=steps, callback=lambda done: bar.update(done - bar.n))
+        sample_digits(
+            model, labels, seeds, SCHEDULE, num_steps=steps, callback=lambda done, _: bar.update(done - bar.n)
+        )
     print(f"sampling {count} digits, {steps} steps, γ = 5, float32: {time.perf_counter() - started:.1f} s")
 
     if device.type == "mps":

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
-from figures import save_grid
+from figures import save_gif, save_grid
+from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddpm.checkpoint import SHIPPED, load_model
@@ -34,6 +36,9 @@ def arguments() -> Namespace:
     options.add_argument(
         "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"
     )
+    options.add_argument(
+        "--animate", action="store_true", help="also --out as a .gif: how they came to be, at most 100"
+    )
     options.add_argument("--save", type=Path, metavar="FILE.safetensors", help="images [N, 1, 28, 28], labels [N]")
     add_device_options(options, default="float32")  # so that every machine draws the same digits
     return options.parse_args()
@@ -54,11 +59,19 @@ def main():
         else schedule.num_timesteps
     )
     by_class = isinstance(model, ClassUNet)
+    if args.animate and args.per_class > 10:
+        raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
     labels = [digit for digit in range(10) for _ in range(args.per_class)]
     # without classes there is nothing to tell the rows apart but their noise
     seeds = [args.seed + (k % args.per_class if by_class else k) for k in range(len(labels))]
 
-    total = len(labels) * steps
+    total, frames = len(labels) * steps, []
+
+    def report(done: int, x_t: Tensor):
+        bar.update(done - bar.n)
+        if args.animate and (done // len(labels) - 1) % max(1, steps // 24) == 0:
+            frames.append(x_t.float().cpu().clamp(0, 1))
+
     with (
         tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(labels)} digits, {steps} steps") as bar,
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
@@ -70,12 +83,15 @@ def main():
             schedule,
             num_steps=steps,
             guidance_scale=args.guidance,
-            callback=lambda done: bar.update(done - bar.n),
+            callback=report,
         )
 
     title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
     if args.per_class > MOST_ROWS:
         title += f", the first {MOST_ROWS} of {args.per_class}"
+    if args.animate:
+        times = [80] * len(frames) + [3000]
+        save_gif(args.out.with_suffix(".gif"), [tiled(x, args.per_class) for x in [*frames, images]], times)
     rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MOST_ROWS]
     names = [str(digit) for digit in range(10)] if by_class else []
     save_grid(args.out, rows, column_labels=names, title=title, seed=args.seed)
@@ -88,6 +104,12 @@ def main():
             {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name},
         )
         print(args.save)
+
+
+def tiled(x: Tensor, rows: int) -> Tensor:
+    """Digits [10 · rows, 1, 28, 28] -> one picture [3, H, W], two pixels for one, a column for each of ten."""
+    grid = make_grid(x.view(10, rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1), nrow=10, padding=2, pad_value=1.0)
+    return grid.repeat_interleave(2, -2).repeat_interleave(2, -1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, st
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, noised_upscaled, stage_1, stage_2
 from ifmodel.text import embed_prompts, load_embeds
-from ifmodel.weights import check_memory, load_config
+from ifmodel.weights import SHIPPED, check_memory, load_config
+
+MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
+SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
+TINY_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
 
 SAMPLERS: dict[str, Step] = {
     "ddpm": partial(ddpm_step, variance="learned_range"),
@@ -39,9 +43,18 @@ def steps_or_name(text: str) -> int | str:
         raise ArgumentTypeError(f"{text!r} is neither a number of steps nor one of {names}") from None
 
 
-def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float = 7.0):
-    """The options of every script that runs IF. stride: visit every stride-th timestep unless --steps is given."""
-    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model")
+def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
+    """The options of every script that runs IF.
+
+    stride: visit every stride-th timestep unless --steps is given
+    guidance: the default of --guidance, the model's when None
+    """
+
+    def by_model(name: str) -> str:
+        return f"default: {SETTINGS[name]:g}; {TINY_SETTINGS[name]:g} for tiny-if"
+
+    stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
+    options.add_argument("--model", default=MODEL, metavar="FOLDER_OR_HUB_ID", help=stage_1)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
     options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
@@ -53,7 +66,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.set_defaults(default_stride=stride)
     options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm")
     options.add_argument("--eta", type=number, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
-    options.add_argument("--guidance", type=number, default=guidance, help=f"γ (default: {guidance:g})")
+    told = by_model("guidance") if guidance is None else f"default: {guidance:g}"
+    options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({told})")
     options.add_argument(
         "--guidance-interval",
         type=int,
@@ -62,11 +76,12 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
         help="guided t (default: all)",
     )
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
-    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model")
+    stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
+    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
     options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--upscaler-steps", type=positive, default=50, help="default: 50")
-    options.add_argument("--upscaler-guidance", type=number, default=4.0, help="default: 4")
-    options.add_argument("--noise-level", type=int, default=250, help="0 to 999 (default: 250)")
+    options.add_argument("--upscaler-steps", type=positive, help=by_model("upscaler_steps"))
+    options.add_argument("--upscaler-guidance", type=number, help=by_model("upscaler_guidance"))
+    options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model('noise_level')})")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
@@ -97,8 +112,9 @@ class Cascade:
 
     def __init__(self, args: Namespace, prompts: Sequence[str] | None, single_stage: bool = False):
         """Refuses what can be refused before anything is computed, then embeds the prompts; None takes --embeds'."""
-        if single_stage and args.upscaler:
+        if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
+        settle(args, single_stage)
         self.args, self.unet, self.stage = args, None, None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
@@ -209,6 +225,18 @@ class Cascade:
         return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
 
 
+def settle(args: Namespace, single_stage: bool):
+    """Fill in the options whose defaults depend on the model."""
+    tiny = args.model == MODEL
+    if args.upscaler == "none" or single_stage:
+        args.upscaler = None
+    elif args.upscaler is None and tiny:
+        args.upscaler = UPSCALER
+    for name, value in (TINY_SETTINGS if tiny else SETTINGS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def pick_timesteps(args: Namespace) -> list[int]:
     """Which timesteps --steps or --stride visit, noisiest first."""
     stride = args.stride or (args.default_stride if args.steps is None else None)
@@ -235,7 +263,7 @@ def load_stage(source: str, dtype: torch.dtype, device: torch.device, revision: 
         return load_unet(source, dtype, device, variants[0], revision)
     except FileNotFoundError:
         unet = load_unet(source, dtype, device, variants[1], revision)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and source not in SHIPPED:
         print(f"{source} has its weights in float16 alone: computing with them in float32", file=sys.stderr)
     return unet
 

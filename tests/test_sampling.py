@@ -107,7 +107,15 @@ def test_a_sample_does_not_depend_on_those_beside_it(model):
 
 def test_progress_is_counted_in_steps_of_digits(model):
     seen = []
-    sample_digits(model, [1, 2, 3], [1, 2, 3], linear_schedule(), num_steps=2, batch_size=2, callback=seen.append)
+    sample_digits(
+        model,
+        [1, 2, 3],
+        [1, 2, 3],
+        linear_schedule(),
+        num_steps=2,
+        batch_size=2,
+        callback=lambda done, _: seen.append(done),
+    )
     assert seen == [2, 4, 5, 6]
 
 

@@ -1,0 +1,328 @@
+"""How good a small IF is: does it draw what it was asked for, and do the algorithms work on it?
+
+    python scripts/evaluate_if.py --data emoji --curated
+
+For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest
+training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
+pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with
+DPM-Solver++, then at the best of them for other samplers and numbers of steps. Then anagrams and hybrids of random
+pairs, in which both things must be recognised, and stage 2 beside bicubic upscaling.
+
+Writes report.json, curves.png and samples of each kind to --out; all pictures are kept there too, so a stopped
+evaluation goes on where it was.
+"""
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from figures import save_figure, save_grid
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.components import low_high_pass, low_pass
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.judge import frechet_distance
+from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
+from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
+from ddpm.schedule import leading_timesteps
+from ddpm.views import identity, vertical_flip
+from ifmodel import load_unet
+from ifmodel.captions import STYLES, CaptionedPictures, curated, load_captioned
+from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
+from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
+from ifmodel.text import embed_prompts
+
+STEPS = {"ddpm": partial(ddpm_step, variance="learned_range"), "ddim": ddim_step, "dpm++": dpm_solver_step}
+SAMPLERS = [("dpm++", 5), ("dpm++", 10), ("dpm++", 50), ("ddim", 20), ("ddpm", 10), ("ddpm", 20), ("ddpm", 100)]
+TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
+JUDGE_STEPS = 1500
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    check_writable(args.out / "report.json")
+    data = load_captioned(args.data, 128, curated() if args.curated else None)
+    judge, known = get_judge(args, data)
+    model = SmallIF(args, device, pick_dtype(args.dtype, device))
+    asked = prompts_of(data, args.prompts, args.seed)
+    report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(judge, data, known)}
+    reference = known[[one.row for one in asked]]
+    others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
+    report["distance_floor"] = frechet_distance(others, reference)
+    print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
+
+    def measure(guidance: float, sampler: str, steps: int) -> dict:
+        pictures = model.draw_prompts(asked, guidance, sampler, steps)
+        found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
+        same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
+        same = found == torch.tensor([one.row for one in asked])
+        plain = torch.tensor([one.style == 0 for one in asked])
+        row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
+        row["distance"] = frechet_distance(features_of(judge, pictures), reference)
+        told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
+        print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
+        labels = [one.prompt for one in asked[:8]]
+        name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
+        draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
+        return row
+
+    report["guidance"] = [measure(guidance, "dpm++", 20) for guidance in args.guidance]
+    best = max(report["guidance"], key=lambda row: (row["plain"] + row["styled"], -row["distance"]))["guidance"]
+    report["best_guidance"] = best
+    report["samplers"] = [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps]
+    report["anagrams"] = anagrams(args, model, judge, known, data, best)
+    report["hybrids"] = hybrids(args, model, judge, known, data, best)
+    if args.upscaler != "none":
+        report["stage_2"] = {
+            kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in held_out(args, data).items()
+        }
+    draw_curves(args.out / "curves.png", report, args.seed)
+    write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+    print(args.out / "report.json")
+
+
+def arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
+    options.add_argument("--curated", action="store_true", help="as in train_if.py; the other pictures test stage 2")
+    options.add_argument("--model", default="tiny-if/I", metavar="FOLDER", help="default: tiny-if/I")
+    options.add_argument("--upscaler", default="tiny-if/II", metavar="FOLDER", help="or none (default: tiny-if/II)")
+    options.add_argument("--prompts", type=positive, default=200, help="default: 200")
+    options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
+    options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
+    options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
+    options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
+    options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
+    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
+    add_device_options(options)
+    return options.parse_args()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the training picture that it asks for: its name, its style, and its row of name × style."""
+
+    prompt: str
+    name: int
+    style: int
+
+    @property
+    def row(self) -> int:
+        return self.name * len(STYLES) + self.style
+
+
+def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
+    """Half of them plain, the others with the other styles in turn; of random pictures."""
+    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(seed)).tolist()
+    asked = []
+    for k in range(count):
+        name, style = order[k % len(order)], 0 if k % 2 == 0 else 1 + (k // 2) % (len(STYLES) - 1)
+        asked.append(Asked(TEMPLATES[style].format(data.phrases[name][0]), name, style))
+    return asked
+
+
+def pairs_of(data: CaptionedPictures, count: int, seed: int) -> list[tuple[Asked, Asked]]:
+    """Random pairs of different pictures, both plain."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [torch.randperm(len(data.names), generator=generator)[:2].tolist() for _ in range(count)]
+    return [tuple(Asked(TEMPLATES[0].format(data.phrases[name][0]), name, 0) for name in pair) for pair in chosen]
+
+
+class SmallIF:
+    """Both stages, with what the evaluation asks of them; what was drawn before is read from --out."""
+
+    def __init__(self, args: Namespace, device: torch.device, dtype: torch.dtype):
+        self.args, self.device = args, device
+        self.unet = load_unet(args.model, dtype, device)
+        self.upscaler = None if args.upscaler == "none" else load_unet(args.upscaler, dtype, device)
+        weights = b"".join(parameter.detach().float().cpu().numpy().tobytes() for parameter in self.unet.parameters())
+        self.identity = f"{hashlib.sha256(weights).hexdigest()[:12]}_{str(dtype).removeprefix('torch.')}_{args.seed}"
+
+    def embedded(self, prompts: Sequence[str]) -> Tensor:
+        """[N, 77, D_text]"""
+        embeds = embed_prompts(self.args.model, prompts)
+        return torch.stack([embeds[prompt] for prompt in prompts]).to(self.device)
+
+    def estimate(self, prompts: Sequence[str], guidance: float) -> Estimate:
+        return stage_1(self.unet, self.embedded(prompts), self.embedded([""]), guidance)
+
+    def draw_prompts(self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int) -> Tensor:
+        name = f"prompts_{len(asked)}_g{guidance:g}_{sampler}_{steps}"
+        return self.draw(
+            name, len(asked), lambda rows: self.estimate([one.prompt for one in asked[rows]], guidance), sampler, steps
+        )
+
+    def draw(self, name: str, count: int, estimate_of: Callable, sampler: str = "dpm++", steps: int = 20) -> Tensor:
+        """Pictures [N, 3, S, S] in [-1, 1], number k from seed + k, those of estimate_of(rows) at a time."""
+        path = self.args.out / "pictures" / f"{name}_{self.identity}.safetensors"
+        if path.is_file():
+            return load_tensors(path)[0]["pictures"]
+        step = partial(STEPS[sampler], threshold=STAGE_1_THRESHOLD)
+        side, pictures = self.unet.config.sample_size, []
+        for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
+            rows = slice(start, min(start + self.args.batch_size, count))
+            seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
+            noise = noise_source(seeds, (3, side, side), self.device)
+            timesteps = leading_timesteps(SCHEDULE.num_timesteps, steps)
+            pictures.append(sample(estimate_of(rows), timesteps, SCHEDULE, noise=noise, step=step).cpu())
+        drawn = torch.cat(pictures).clamp(-1, 1)
+        save_tensors(path, {"pictures": drawn}, {"name": name})
+        return drawn
+
+
+def get_judge(args: Namespace, data: CaptionedPictures) -> tuple[PictureJudge, Tensor]:
+    """The judge of these pictures, trained once and kept in --out, and the features of every name × style."""
+    identity = hashlib.sha256(data.pictures.numpy().tobytes()).hexdigest()[:12]
+    path = args.out / f"judge_{identity}.safetensors"
+    if not path.is_file():
+        trained = train_picture_judge(data.pictures, steps=JUDGE_STEPS, seed=args.seed)
+        save_tensors(path, trained.state_dict(), {"steps": JUDGE_STEPS})
+    judge = PictureJudge(*data.pictures.shape[:2])
+    judge.load_state_dict(load_tensors(path)[0])
+    judge.eval()
+    return judge, features_of(judge, data.pictures.flatten(0, 1) / 127.5 - 1)
+
+
+def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
+    """How often the judge finds the training pictures themselves, at 32 pixels and moved by one."""
+    small = F.avg_pool2d(data.pictures.flatten(0, 1) / 127.5 - 1, 4).roll((1, -1), (2, 3))
+    blurred, high = low_pass(small, 2.0), high_passed(small)
+    rows = torch.arange(len(known))
+    shares = {}
+    for name, x in (("small and moved", small), ("low-passed", blurred), ("high-passed", high)):
+        shares[name] = share(nearest(judge, x, known) // len(STYLES) == rows // len(STYLES))
+        print(f"the judge finds {shares[name]:.1%} of the training pictures, {name}")
+    return shares
+
+
+def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, guidance: float) -> dict[str, float]:
+    """Random pairs, upright and flipped: how often each, and both, are the nearest."""
+    pairs, views = pairs_of(data, args.pairs, args.seed), [identity(), vertical_flip()]
+
+    def estimate_of(rows: slice) -> Estimate:
+        sides = zip(*pairs[rows], strict=True)
+        return anagram([model.estimate([one.prompt for one in side], guidance) for side in sides], views)
+
+    pictures = model.draw(f"anagrams_{args.pairs}_g{guidance:g}", len(pairs), estimate_of)
+    seen = [view.view(pictures) for view in views]
+    labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
+    draw(args, "anagrams.png", [part[:8] for part in seen], ["upright", "flipped"], labels)
+    return recognised("anagrams", ["upright", "flipped"], seen, pairs, judge, known)
+
+
+def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, guidance: float) -> dict[str, float]:
+    """Random pairs, far and near: how often each, and both, are the nearest."""
+    pairs, components = pairs_of(data, args.pairs, args.seed + 1), low_high_pass()
+
+    def estimate_of(rows: slice) -> Estimate:
+        sides = zip(*pairs[rows], strict=True)
+        return hybrid([model.estimate([one.prompt for one in side], guidance) for side in sides], components)
+
+    pictures = model.draw(f"hybrids_{args.pairs}_g{guidance:g}", len(pairs), estimate_of)
+    seen = [low_pass(pictures), high_passed(pictures)]
+    labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
+    draw(args, "hybrids.png", [pictures[:8], *(part[:8] for part in seen)], ["drawn", "low pass", "high pass"], labels)
+    return recognised("hybrids", ["low pass", "high pass"], seen, pairs, judge, known)
+
+
+def recognised(what: str, names, seen: Sequence[Tensor], pairs, judge, known: Tensor) -> dict[str, float]:
+    """The share of pairs whose first, second, and both things are the nearest, whatever their style."""
+    found = [
+        nearest(judge, part, known) // len(STYLES) == torch.tensor([pair[k].name for pair in pairs])
+        for k, part in enumerate(seen)
+    ]
+    shares = {**dict(zip(names, map(share, found), strict=True)), "both": share(found[0] & found[1])}
+    print(f"{what}: " + ", ".join(f"{name} {value:.0%}" for name, value in shares.items()))
+    return shares
+
+
+def held_out(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
+    """Plain pictures [64, 3, 128, 128] in [-1, 1] that stage 2 was trained on and, if there are any, was not."""
+    sets = {"trained on": data.pictures[:64, 0]}
+    if args.curated:
+        everything = load_captioned(args.data, 128)
+        rest = [k for k, name in enumerate(everything.names) if name not in set(data.names)]
+        sets["never seen"] = everything.pictures[rest[:: max(1, len(rest) // 64)][:64], 0]
+    return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
+
+
+def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Tensor, kind: str) -> dict[str, float]:
+    """Stage 2, told nothing, and bicubic upscaling of the same small pictures: how near each is to the large ones."""
+    side = model.unet.config.sample_size
+    small = F.avg_pool2d(pictures, pictures.shape[-1] // side)
+    bicubic = F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(-1, 1)
+    null, drawn = model.embedded([""]), []
+    for start in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
+        part = small[start : start + 8].to(model.device)
+        text = null.expand(len(part), -1, -1)
+        options = {"num_steps": 20, "guidance_scale": 1.0, "noise_level": args.noise_level}
+        seeds = range(args.seed + start, args.seed + start + len(part))
+        drawn.append(upscale(model.upscaler, part, text, text, seeds=seeds, **options).cpu())
+    drawn = torch.cat(drawn).clamp(-1, 1)
+    reference, measures = features_of(judge, pictures), {}
+    for name, x in (("stage 2", drawn), ("bicubic", bicubic)):
+        mse = (x - pictures).square().flatten(1).mean(1)
+        measures[f"{name}, PSNR"] = (10 * torch.log10(4 / mse)).mean().item()
+        near = F.cosine_similarity(features_of(judge, x), reference)
+        measures[f"{name}, feature distance"] = (1 - near).mean().item()
+    print(f"stage 2, pictures {kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items()))
+    rows, labels = [small, bicubic, drawn, pictures], [f"{side} px", "bicubic", "stage 2", "original"]
+    rows = [F.interpolate(x[:8], pictures.shape[-2:], mode="nearest") for x in rows]
+    draw(args, f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [""] * 8)
+    return measures
+
+
+def share(right: Tensor) -> float:
+    return right.double().mean().item() if len(right) else float("nan")
+
+
+def data_rows(data: CaptionedPictures, asked: Sequence[Asked]) -> Tensor:
+    """The training pictures that prompts ask for, [N, 3, 32, 32] in [-1, 1]."""
+    return F.avg_pool2d(torch.stack([data.pictures[one.name, one.style] for one in asked]) / 127.5 - 1, 4)
+
+
+def draw(args: Namespace, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
+    """A figure in --out, of pictures in [-1, 1], of one size."""
+    pictures = [[x / 2 + 0.5 for x in row] for row in rows]
+    zoom = max(1, 128 // rows[0].shape[-1])
+    options = {"row_labels": row_labels, "column_labels": labels, "zoom": zoom, "seed": args.seed}
+    save_grid(args.out / name, pictures, **options)
+
+
+def draw_curves(path: Path, report: dict, seed: int):
+    """Share found and distance, against guidance and against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = sorted(report["guidance"], key=lambda row: row["guidance"])
+    for name in ("plain", "styled"):
+        left.plot([row["guidance"] for row in rows], [100 * row[name] for row in rows], "o-", label=f"found, {name}, %")
+    left.plot([row["guidance"] for row in rows], [row["distance"] for row in rows], "s--", label="distance")
+    left.set(xlabel="guidance γ", ylim=(0, None), title="DPM-Solver++, 20 steps")
+    best = [row for row in report["guidance"] if row["guidance"] == report["best_guidance"]]
+    for sampler in ("dpm++", "ddim", "ddpm"):
+        rows = sorted(
+            (row for row in [*report["samplers"], *best] if row["sampler"] == sampler), key=lambda r: r["steps"]
+        )
+        right.plot([row["steps"] for row in rows], [row["distance"] for row in rows], "o-", label=sampler)
+    right.axhline(report["distance_floor"], color="0.5", linestyle=":", label="other training pictures")
+    right.set(xlabel="steps", ylabel="distance", xscale="log", ylim=(0, None), title=f"γ = {report['best_guidance']:g}")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+    save_figure(path, figure, seed)
+
+
+if __name__ == "__main__":
+    run(main)

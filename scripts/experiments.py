@@ -1,0 +1,295 @@
+"""The assignment's experiments: for each, the script with its options, its figures, its equation and its function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.process import add_noise, ddpm_step
+from ddpm.sampling import (
+    anagram,
+    classical_denoise,
+    guided,
+    hybrid,
+    inpaint,
+    iterative_denoise,
+    one_step_denoise,
+    sample,
+    sdedit,
+)
+from ddpm.training import ddpm_loss, denoiser_loss, noisy_digits
+
+CASCADE = frozenset({"model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype"})
+STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One part of the page.
+
+    keys: the assignment's numbers; says: a sentence or two; equation: in HTML
+    functions: those that do it, whose source is shown
+    script, options: what is run; out: its --out, a file or "" for the folder; fast: more options, with --fast
+    figures: files and what they show
+    takes: which of reproduce.py's own options the script is given
+    runs: False for what takes too long for a page; its figures are those of the training that was done
+    """
+
+    keys: tuple[str, ...]
+    title: str
+    says: str
+    equation: str
+    functions: tuple[Callable, ...]
+    script: str
+    options: tuple[str, ...]
+    out: str
+    figures: tuple[tuple[str, str], ...]
+    takes: frozenset[str]
+    fast: tuple[str, ...] = ()
+    runs: bool = True
+
+    @property
+    def key(self) -> str:
+        return ", ".join(self.keys)
+
+    @property
+    def folder(self) -> str:
+        return "-".join(self.keys)
+
+
+NOISED = "x<sub>t</sub> = √<o>ᾱ<sub>t</sub></o> x<sub>0</sub> + √<o>1 − ᾱ<sub>t</sub></o> ε"
+ESTIMATE = "x̂<sub>0</sub> = (x<sub>t</sub> − √<o>1 − ᾱ<sub>t</sub></o> ε<sub>θ</sub>) / √<o>ᾱ<sub>t</sub></o>"
+STEP = (
+    "x<sub>t′</sub> = √<o>ᾱ<sub>t′</sub></o> β / (1 − ᾱ<sub>t</sub>) x̂<sub>0</sub> + "
+    "√<o>α</o> (1 − ᾱ<sub>t′</sub>) / (1 − ᾱ<sub>t</sub>) x<sub>t</sub> + σ z, "
+    "&ensp;α = ᾱ<sub>t</sub> / ᾱ<sub>t′</sub>, β = 1 − α"
+)
+GUIDED = "ε = ε<sub>u</sub> + γ (ε<sub>c</sub> − ε<sub>u</sub>)"
+QUICK = ("--upscaler", "none", "--stride", "60")
+
+EXPERIMENTS = [
+    Experiment(
+        ("A0",),
+        "Text to pictures",
+        "Both stages, with more and more steps. All pictures of a column start from the same noise.",
+        STEP,
+        (ddpm_step, iterative_denoise),
+        "generate",
+        ("--steps-grid", "2", "4", "6", "8", "12", "16"),
+        "steps.png",
+        (("steps.png", "Rows: numbers of steps. Columns: prompts."),),
+        CASCADE,
+        ("--upscaler", "none"),
+    ),
+    Experiment(
+        ("A1",),
+        "The forward process",
+        "A picture disappears in noise as t grows.",
+        NOISED,
+        (add_noise,),
+        "forward_process",
+        (),
+        "forward.png",
+        (("forward.png", "One picture at eight timesteps."),),
+        frozenset(),
+    ),
+    Experiment(
+        ("A2",),
+        "Classical denoising",
+        "No model: a Gaussian blur, as wide as the noise asks. It cannot tell a line from noise.",
+        "x̂<sub>0</sub> = G<sub>σ(t)</sub> ∗ x<sub>t</sub> / √<o>ᾱ<sub>t</sub></o>",
+        (classical_denoise,),
+        "classical_denoise",
+        (),
+        "blurred.png",
+        (("blurred.png", "Noisy above, blurred below."),),
+        frozenset(),
+    ),
+    Experiment(
+        ("A3",),
+        "One-step denoising",
+        "The UNet estimates the noise once, and the clean picture follows. The more noise, the more the answer is the "
+        "mean of all pictures that it may have been.",
+        ESTIMATE,
+        (one_step_denoise,),
+        "one_step_denoise",
+        (),
+        "one_step.png",
+        (("one_step.png", "Noisy above, the estimate below."),),
+        STAGE_1,
+    ),
+    Experiment(
+        ("A4",),
+        "Iterative denoising",
+        "The same noisy picture, step by step instead of at once.",
+        STEP,
+        (iterative_denoise, ddpm_step),
+        "iterative_denoise",
+        (),
+        "iterative.png",
+        (
+            ("iterative.png", "Every fifth step, and the result."),
+            ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy picture."),
+        ),
+        STAGE_1,
+    ),
+    Experiment(
+        ("A5", "A6"),
+        "Sampling from noise, without guidance and with it",
+        "Nothing but noise to begin with. Guidance goes further in the direction in which the prompt moves the "
+        "estimate.",
+        GUIDED,
+        (sample, guided),
+        "sample",
+        (),
+        "samples.png",
+        (("samples.png", "Above γ = 1, below with guidance; the same noise in each column."),),
+        CASCADE,
+        QUICK,
+    ),
+    Experiment(
+        ("A7",),
+        "Image to image",
+        "SDEdit: noise a drawing, and denoise it from there. The later the start, the more of the drawing stays.",
+        "x<sub>t</sub> = √<o>ᾱ<sub>t</sub></o> x<sub>drawing</sub> + √<o>1 − ᾱ<sub>t</sub></o> ε, "
+        "&ensp;t = timesteps[i<sub>start</sub>]",
+        (sdedit,),
+        "sdedit",
+        (),
+        "sdedit.png",
+        (("sdedit.png", "Three drawings; from the left, the start moves towards the drawing."),),
+        CASCADE,
+        ("--upscaler", "none", "--image", "rocket"),
+    ),
+    Experiment(
+        ("A8",),
+        "Image to image, with a prompt",
+        "The same, towards something else.",
+        GUIDED,
+        (sdedit, guided),
+        "sdedit",
+        (
+            *("--image", "rocket", "--prompt", "a rocket ship", "--prompt", "a photo of a dog"),
+            *("--prompt", "a man wearing a hat"),
+        ),
+        "prompted.png",
+        (("prompted.png", "One drawing and three prompts."),),
+        CASCADE,
+        ("--upscaler", "none"),
+    ),
+    Experiment(
+        ("A9",),
+        "Inpainting",
+        "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
+        "exactly those of the picture.",
+        "x<sub>t</sub> ← m x<sub>t</sub> + (1 − m) (√<o>ᾱ<sub>t</sub></o> x<sub>orig</sub> + "
+        "√<o>1 − ᾱ<sub>t</sub></o> ε)",
+        (inpaint,),
+        "inpaint",
+        (),
+        "inpainted.png",
+        (("inpainted.png", "White in the mask is the hole."),),
+        CASCADE,
+        QUICK,
+    ),
+    Experiment(
+        ("A10",),
+        "Visual anagrams",
+        "One picture, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
+        "ε = ½ (ε<sub>θ</sub>(x<sub>t</sub>, p<sub>1</sub>) + flip ε<sub>θ</sub>(flip x<sub>t</sub>, p<sub>2</sub>))",
+        (anagram,),
+        "visual_anagram",
+        (),
+        "anagrams.png",
+        (
+            ("anagrams.png", "Each pair of rows is the same pictures, upright and flipped."),
+            *((f"anagrams_{k}.gif", "The first seed, turning.") for k in range(3)),
+        ),
+        CASCADE,
+        (*QUICK, "--num-images", "2"),
+    ),
+    Experiment(
+        ("A11",),
+        "Hybrid images",
+        "One prompt for what is seen from afar, another for what is seen near by.",
+        "ε = lowpass ε<sub>1</sub> + highpass ε<sub>2</sub>",
+        (hybrid,),
+        "hybrid_image",
+        (),
+        "hybrids.png",
+        (
+            ("hybrids.png", "Each pair of rows: the pictures, and how they look from afar."),
+            *((f"hybrids_{k}.gif", "The first seed, going away and coming back.") for k in range(3)),
+        ),
+        CASCADE,
+        (*QUICK, "--num-images", "2"),
+    ),
+    Experiment(
+        ("B1", "B3"),
+        "Noise on digits, and the one-step denoiser at every level",
+        "The denoiser was trained at σ = 0.5 alone; these are digits of the test set, at the other levels too.",
+        "z = x + σ ε",
+        (noisy_digits,),
+        "denoise_mnist",
+        (),
+        "",
+        (
+            ("b1_noising.png", "B1: the noise."),
+            ("b3_denoised.png", "B3: noisy and denoised."),
+        ),
+        frozenset({"data", "device"}),
+    ),
+    Experiment(
+        ("B2",),
+        "Training the one-step denoiser",
+        "Five epochs of MNIST, not repeated here: this is the training of the shipped weights, see weights.md.",
+        "L = E ‖D<sub>θ</sub>(x + σ ε) − x‖²",
+        (denoiser_loss, UNet),
+        "train_denoiser",
+        (),
+        "",
+        (
+            ("loss_denoiser.png", "The loss of every step."),
+            ("b2_epoch1.png", "Test digits after the first epoch."),
+            ("b2_epoch5.png", "Test digits after the fifth."),
+        ),
+        frozenset(),
+        runs=False,
+    ),
+    Experiment(
+        ("B4",),
+        "A time-conditioned DDPM",
+        "Twenty epochs; the model is told how noisy its picture is, and nothing else. The loss and the digits after "
+        "epoch 5 are from the training, the others were drawn now.",
+        "L = E ‖ε − ε<sub>θ</sub>(x<sub>t</sub>, t)‖²",
+        (ddpm_loss, TimeUNet),
+        "sample_mnist",
+        ("--weights", "ddpm/weights/ddpm_time.safetensors", "--steps", "100"),
+        "digits.png",
+        (
+            ("digits.png", "Drawn from noise, now."),
+            ("b4_epoch05.png", "After epoch 5 of the training."),
+            ("loss_ddpm_time.png", "The loss of every step."),
+        ),
+        frozenset({"device", "dtype"}),
+        ("--steps", "25"),
+    ),
+    Experiment(
+        ("B5",),
+        "A class-conditioned DDPM",
+        "The same, told which digit to draw, with guidance γ = 5. The loss and the digits after epoch 5 are from the "
+        "training, the others were drawn now.",
+        GUIDED,
+        (sample_digits, ClassUNet),
+        "sample_mnist",
+        ("--animate",),
+        "digits.png",
+        (
+            ("digits.png", "Drawn from noise, now."),
+            ("digits.gif", "How they came to be."),
+            ("b5_epoch05.png", "After epoch 5 of the training."),
+            ("loss_ddpm_class.png", "The loss of every step."),
+        ),
+        frozenset({"device", "dtype"}),
+        ("--steps", "25"),
+    ),
+]

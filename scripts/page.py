@@ -1,0 +1,106 @@
+"""The page of scripts/reproduce.py: plain HTML and CSS in one file, with its figures beside it."""
+
+import html
+import inspect
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from experiments import Experiment
+
+from ddpm.files import write_atomically
+
+if TYPE_CHECKING:
+    from reproduce import Made
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1e21; --quiet: #5c6370; --ground: #fdfdfc; --card: #f1f2f4;
+  --link: #0b57a4 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e6ea; --quiet: #9aa3b2; --ground: #16181c; --card: #22262c; --link: #8ab8f0 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.55 system-ui, sans-serif }
+a { color: var(--link) }
+nav { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1.5rem 0; padding: 0; list-style: none }
+section { margin-top: 3rem; border-top: 1px solid var(--card); padding-top: .5rem }
+.equation { margin: 1rem 0; padding: .6rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto;
+  font: italic 1.1rem/1.9 "STIX Two Math", "Cambria Math", "Latin Modern Math", Georgia, serif }
+.equation sub { font-size: .7em } .equation o { text-decoration: overline }
+figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .9rem }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start }
+.figures figure { max-width: 100% }
+img { display: block; max-width: 100%; height: auto; background: white; border-radius: .3rem }
+.pixels { image-rendering: pixelated }
+pre { margin: .6rem 0; padding: .7rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto;
+  font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace }
+summary { cursor: pointer } .failed { color: #c0392b }
+"""
+
+
+def write_page(out: Path, made: Sequence["Made"], chosen: Sequence[Experiment]):
+    """Write out/index.html: a section for each experiment that is made, and a word on those that are not yet."""
+    done = {one.experiment.key: one for one in made}
+    entries = "".join(f'<a href="#{e.folder}">{e.key} {html.escape(e.title)}</a>' for e in chosen if e.key in done)
+    waiting = ", ".join(e.key for e in chosen if e.key not in done)
+    waiting = f'<p class="quiet">Not made yet: {waiting}.</p>' if waiting else ""
+    sections = "".join(section(one, out) for one in made)
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Pixel diffusion in plain PyTorch: every experiment</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Pixel diffusion in plain PyTorch</h1>
+<p>Every experiment of “Fun with Diffusion Models”: A with a text-to-image cascade, B with digits. Each has its
+equation, its figure, the command that made it, and the function that did it, as it is in the repository.</p>
+<p class="quiet">{versions}. Each figure has its command, seed and versions in its metadata too.</p>
+<nav>{entries}</nav>
+{waiting}
+{sections}
+</body>
+</html>
+"""
+    write_atomically(out / "index.html", page.encode())
+
+
+def section(made: "Made", out: Path) -> str:
+    """One experiment's part of the page."""
+    experiment = made.experiment
+    body = f'<p class="failed">This failed: {html.escape(made.failure)}.</p>' if made.failure else ""
+    for name, says in experiment.figures:
+        if (out / experiment.folder / name).is_file():
+            source, kind = f"{experiment.folder}/{name}", ' class="pixels"' if name.endswith(".gif") else ""
+            alt = html.escape(f"{experiment.key}: {says}")
+            image = f'<a href="{source}"><img{kind} src="{source}" alt="{alt}" loading="lazy"></a>'
+            body += f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
+    sources = "".join(source_of(function, out) for function in experiment.functions)
+    seconds = f"{made.seconds:.0f} s. " if experiment.runs else "Not run for this page. "
+    return f"""<section id="{experiment.folder}">
+<h2>{experiment.key} · {html.escape(experiment.title)}</h2>
+<p>{html.escape(experiment.says)}</p>
+<p class="equation">{experiment.equation}</p>
+<div class="figures">{body}</div>
+<pre>{html.escape(made.command)}</pre>
+<p class="quiet">{seconds}</p>
+{sources}
+</section>
+"""
+
+
+def source_of(function: Callable, out: Path) -> str:
+    """The source of a function or class, folded, with a link to its file."""
+    path = Path(inspect.getsourcefile(function))
+    _, line = inspect.getsourcelines(function)
+    link = os.path.relpath(path, out)
+    where = f'<a href="{html.escape(link)}">{path.parent.name}/{path.name}</a>, line {line}'
+    source = html.escape(inspect.getsource(function))
+    return f"<details><summary><code>{function.__name__}</code> in {where}</summary><pre>{source}</pre></details>\n"
