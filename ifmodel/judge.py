@@ -5,6 +5,8 @@ blurred and high-passed. It knows nothing of diffusion. Its penultimate features
 training picture is looked up, and in which the Fréchet distance of ddpm.judge is measured.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class PictureJudge(nn.Module):
             return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
         widths = (3, width, 2 * width, 4 * width, 4 * width)
-        self.blocks = nn.Sequential(*(block(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(block(i, o) for i, o in itertools.pairwise(widths)))
         self.penultimate = nn.Linear(4 * width * (SIZE // 16) ** 2, num_features)
         self.names, self.styles = nn.Linear(num_features, num_names), nn.Linear(num_features, num_styles)
 
@@ -43,10 +45,10 @@ class PictureJudge(nn.Module):
 
 def high_passed(x: Tensor, sigma: float = 2.0) -> Tensor:
     """What a blur takes away from pictures [B, 3, H, W], on grey; σ in pixels of a 64-pixel picture."""
-    return x - low_pass(x, sigma)
+    return x - low_pass(x, sigma, kernel_size=13)
 
 
-def train_picture_judge(pictures: Tensor, *, steps: int = 1500, batch_size: int = 128, seed: int = 20040805):
+def train_picture_judge(pictures: Tensor, *, steps: int = 2000, batch_size: int = 64, seed: int = 20040805):
     """Train a judge on pictures [N, S, 3, H, W] uint8, of N names in S styles. Returns a `PictureJudge`."""
     torch.manual_seed(seed)
     judge = PictureJudge(*pictures.shape[:2]).train()
@@ -76,7 +78,7 @@ def disturbed(x: Tensor) -> Tensor:
     blurred, high, noised, plain = x.chunk(4)
     sigma = 0.5 + 2.5 * torch.rand(()).item()
     noised = noised + 0.4 * torch.rand(()) * torch.randn_like(noised)
-    return torch.cat([low_pass(blurred, sigma), high_passed(high), noised, plain])
+    return torch.cat([low_pass(blurred, sigma, kernel_size=19), high_passed(high), noised, plain])
 
 
 @torch.no_grad()

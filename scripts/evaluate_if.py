@@ -43,7 +43,6 @@ from ifmodel.text import embed_prompts
 STEPS = {"ddpm": partial(ddpm_step, variance="learned_range"), "ddim": ddim_step, "dpm++": dpm_solver_step}
 SAMPLERS = [("dpm++", 5), ("dpm++", 10), ("dpm++", 50), ("ddim", 20), ("ddpm", 10), ("ddpm", 20), ("ddpm", 100)]
 TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
-JUDGE_STEPS = 1500
 
 
 def main():
@@ -100,6 +99,7 @@ def arguments() -> Namespace:
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
     options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
+    options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
     options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
     options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
@@ -183,10 +183,10 @@ class SmallIF:
 def get_judge(args: Namespace, data: CaptionedPictures) -> tuple[PictureJudge, Tensor]:
     """The judge of these pictures, trained once and kept in --out, and the features of every name × style."""
     identity = hashlib.sha256(data.pictures.numpy().tobytes()).hexdigest()[:12]
-    path = args.out / f"judge_{identity}.safetensors"
+    path = args.out / f"judge_{identity}_{args.judge_steps}_{args.seed}.safetensors"
     if not path.is_file():
-        trained = train_picture_judge(data.pictures, steps=JUDGE_STEPS, seed=args.seed)
-        save_tensors(path, trained.state_dict(), {"steps": JUDGE_STEPS})
+        trained = train_picture_judge(data.pictures, steps=args.judge_steps, seed=args.seed)
+        save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
     judge = PictureJudge(*data.pictures.shape[:2])
     judge.load_state_dict(load_tensors(path)[0])
     judge.eval()

@@ -16,9 +16,7 @@ TIMESTEPS = list(range(0, 1000, 125))
 
 
 def add_image_option(options: ArgumentParser):
-    options.add_argument(
-        "--image", default="village", metavar="FILE", help=f"or a drawing of ours: {', '.join(DRAWINGS)}"
-    )
+    options.add_argument("--image", default="face", metavar="FILE", help=f"or a drawing of ours: {', '.join(DRAWINGS)}")
 
 
 def add_noisy_options(options: ArgumentParser, out: str | None = None):

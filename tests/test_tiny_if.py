@@ -1,0 +1,131 @@
+"""The tiny IF that is shipped: what is in it, diffusers draws the same with it, and it draws what it is asked for."""
+
+import json
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA
+from diffusers import IFPipeline, IFSuperResolutionPipeline
+from PIL import Image
+
+from ifmodel import load_unet
+from ifmodel.captions import load_captioned
+from ifmodel.cascade import generate
+from ifmodel.text import embed_prompts
+from ifmodel.weights import SHIPPED
+
+STAGE_1, STAGE_2 = SHIPPED["tiny-if/I"], SHIPPED["tiny-if/II"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+
+
+def test_it_is_small_and_in_safetensors_alone():
+    files = [path for path in STAGE_1.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".model"}
+    assert {path.relative_to(STAGE_1.parent).parts[1] for path in files if path.suffix == ".safetensors"} == {
+        "unet",
+        "text_encoder",
+    }
+
+
+def test_diffusers_draws_the_same_pictures(run_script, tmp_path):
+    """Both stages by our script's defaults, in float32, and by diffusers' pipelines from the same folders."""
+    prompt, out = "a photo of a rocket ship", tmp_path / "out.png"
+    options = ["--prompt", prompt, "--steps", 6, "--upscaler-steps", 4, "--upscaler-guidance", 2]
+    status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
+    assert status == 0, err
+    with Image.open(out) as picture:
+        found = numpy.asarray(picture).astype(int)
+
+    stage_1 = IFPipeline.from_pretrained(STAGE_1, torch_dtype=torch.float32)
+    shared = {"tokenizer": stage_1.tokenizer, "text_encoder": stage_1.text_encoder}
+    stage_2 = IFSuperResolutionPipeline.from_pretrained(STAGE_2, torch_dtype=torch.float32, **shared)
+
+    def call(pipeline, **options):
+        generator = torch.Generator().manual_seed(20040805)
+        return pipeline(prompt=prompt, generator=generator, clean_caption=False, **options).images
+
+    small = call(stage_1, num_inference_steps=6, guidance_scale=4.0, output_type="pt")
+    large = call(stage_2, image=small, num_inference_steps=4, guidance_scale=2.0, noise_level=50)
+    expected = numpy.asarray(large[0]).astype(int)
+    assert found.shape == expected.shape == (128, 128, 3)
+    assert expected.std() > 10
+    assert abs(found - expected).max() <= 1
+
+
+def test_it_draws_what_it_is_asked_for():
+    """Twelve prompts; at least ten pictures are nearer to their own training picture than to the eleven others."""
+    data = load_captioned(DATA / "emoji", 32)
+    prompts = [f"a photo of {phrases[0]}" for phrases in data.phrases]
+    embeds = embed_prompts("tiny-if/I", [*prompts, ""])
+    text, null = torch.stack([embeds[prompt] for prompt in prompts]), embeds[""][None]
+    options = {"num_steps": 20, "guidance_scale": 4.0}
+    drawn = generate(load_unet("tiny-if/I"), text, null, seeds=range(12), **options)
+
+    def coarse(x):  # without its brightness
+        x = F.avg_pool2d(x, 4).flatten(1)
+        return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+    likeness = coarse(drawn) @ coarse(data.pictures[:, 0] / 127.5 - 1).T
+    assert (likeness.argmax(1) == torch.arange(12)).sum() >= 10
+
+
+def test_a_folder_of_that_name_is_not_needed_and_others_are_not_found(refused, tmp_path):
+    line = refused("sample", "--model", "tiny-if/III", "--out", tmp_path / "out.png")
+    assert "tiny-if/III" in line
+    line = refused("sample", "--model", "tiny-if/II", "--out", tmp_path / "out.png")
+    assert "give it as --upscaler" in line
+
+
+def test_upscaler_none_leaves_stage_2_out(run_script, tmp_path):
+    for more, side in (([], 128), (["--upscaler", "none"], 32)):
+        out = tmp_path / f"{side}.png"
+        options = ["--prompt", "a skull", "--steps", 1, "--upscaler-steps", 1, *more, "--out", out]
+        status, _, err = run_script("generate", *options)
+        assert status == 0, err
+        with Image.open(out) as picture:
+            assert picture.size == (side, side)
+
+
+def test_evaluation(run_script, refused, tmp_path):
+    """Its measures on twelve pictures, kept and used again by a second run, and what it refuses."""
+    options = [
+        "--data",
+        DATA / "emoji",
+        "--judge-steps",
+        30,
+        "--prompts",
+        4,
+        "--pairs",
+        2,
+        "--guidance",
+        2,
+        "--seed",
+        1,
+    ]
+    options += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
+    status, printed, err = run_script("evaluate_if", *options)
+    assert status == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["guidance"] for row in report["guidance"]] == [2]
+    assert [(row["sampler"], row["steps"]) for row in report["samplers"]] == [("dpm++", 5)]
+    for row in [*report["guidance"], *report["samplers"]]:
+        assert row["plain"] in (0, 0.5, 1) and row["styled"] in (0, 0.5, 1) and row["distance"] > 0
+    for kind in ("anagrams", "hybrids"):
+        assert report[kind]["both"] <= min(report[kind].values()) <= 1
+    assert report["stage_2"]["trained on"]["bicubic, PSNR"] > 15
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams.png").is_file()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    assert run_script("evaluate_if", *options)[1] == printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()} == before
+
+    assert "metadata.jsonl" in refused("evaluate_if", "--data", tmp_path, "--out", tmp_path / "other")
+    line = refused("evaluate_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
+    assert "'0' is not a whole number" in line
