@@ -26,7 +26,7 @@ STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}
 class Experiment:
     """One part of the page.
 
-    keys: the assignment's numbers; says: a sentence or two; equation: in HTML
+    keys: the assignment's numbers; says: a sentence or two; equation: in TeX, as far as matplotlib sets it
     functions: those that do it, whose source is shown
     script, options: what is run; out: its --out, a file or "" for the folder; fast: more options, with --fast
     figures: files and what they show
@@ -56,14 +56,14 @@ class Experiment:
         return "-".join(self.keys)
 
 
-NOISED = "x<sub>t</sub> = √<o>ᾱ<sub>t</sub></o> x<sub>0</sub> + √<o>1 − ᾱ<sub>t</sub></o> ε"
-ESTIMATE = "x̂<sub>0</sub> = (x<sub>t</sub> − √<o>1 − ᾱ<sub>t</sub></o> ε<sub>θ</sub>) / √<o>ᾱ<sub>t</sub></o>"
+NOISED = r"x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon"
+ESTIMATE = r"\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\; \epsilon_\theta(x_t, t)}{\sqrt{\bar\alpha_t}}"
 STEP = (
-    "x<sub>t′</sub> = √<o>ᾱ<sub>t′</sub></o> β / (1 − ᾱ<sub>t</sub>) x̂<sub>0</sub> + "
-    "√<o>α</o> (1 − ᾱ<sub>t′</sub>) / (1 − ᾱ<sub>t</sub>) x<sub>t</sub> + σ z, "
-    "&ensp;α = ᾱ<sub>t</sub> / ᾱ<sub>t′</sub>, β = 1 − α"
+    r"x_{t'} = \frac{\sqrt{\bar\alpha_{t'}}\, \beta}{1 - \bar\alpha_t}\, \hat x_0 + "
+    r"\frac{\sqrt{\alpha}\, (1 - \bar\alpha_{t'})}{1 - \bar\alpha_t}\, x_t + \sigma z, "
+    r"\quad \alpha = \frac{\bar\alpha_t}{\bar\alpha_{t'}}, \; \beta = 1 - \alpha"
 )
-GUIDED = "ε = ε<sub>u</sub> + γ (ε<sub>c</sub> − ε<sub>u</sub>)"
+GUIDED = r"\epsilon = \epsilon_u + \gamma\, (\epsilon_c - \epsilon_u)"
 QUICK = ("--upscaler", "none", "--stride", "60")
 
 EXPERIMENTS = [
@@ -96,7 +96,7 @@ EXPERIMENTS = [
         ("A2",),
         "Classical denoising",
         "No model: a Gaussian blur, as wide as the noise asks. It cannot tell a line from noise.",
-        "x̂<sub>0</sub> = G<sub>σ(t)</sub> ∗ x<sub>t</sub> / √<o>ᾱ<sub>t</sub></o>",
+        r"\hat x_0 = G_{\sigma(t)} * x_t / \sqrt{\bar\alpha_t}",
         (classical_denoise,),
         "classical_denoise",
         (),
@@ -150,8 +150,8 @@ EXPERIMENTS = [
         ("A7",),
         "Image to image",
         "SDEdit: noise a drawing, and denoise it from there. The later the start, the more of the drawing stays.",
-        "x<sub>t</sub> = √<o>ᾱ<sub>t</sub></o> x<sub>drawing</sub> + √<o>1 − ᾱ<sub>t</sub></o> ε, "
-        "&ensp;t = timesteps[i<sub>start</sub>]",
+        r"x_t = \sqrt{\bar\alpha_t}\, x_{\mathrm{drawing}} + \sqrt{1 - \bar\alpha_t}\; \epsilon, "
+        r"\quad t = t_{i_{\mathrm{start}}}",
         (sdedit,),
         "sdedit",
         (),
@@ -181,8 +181,8 @@ EXPERIMENTS = [
         "Inpainting",
         "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
         "exactly those of the picture.",
-        "x<sub>t</sub> ← m x<sub>t</sub> + (1 − m) (√<o>ᾱ<sub>t</sub></o> x<sub>orig</sub> + "
-        "√<o>1 − ᾱ<sub>t</sub></o> ε)",
+        r"x_t \leftarrow m\, x_t + (1 - m) "
+        r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
         (inpaint,),
         "inpaint",
         (),
@@ -195,7 +195,7 @@ EXPERIMENTS = [
         ("A10",),
         "Visual anagrams",
         "One picture, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
-        "ε = ½ (ε<sub>θ</sub>(x<sub>t</sub>, p<sub>1</sub>) + flip ε<sub>θ</sub>(flip x<sub>t</sub>, p<sub>2</sub>))",
+        r"\epsilon = \frac{1}{2} (\epsilon_\theta(x_t, p_1) + \mathrm{flip}(\epsilon_\theta(\mathrm{flip}(x_t), p_2)))",
         (anagram,),
         "visual_anagram",
         (),
@@ -211,7 +211,7 @@ EXPERIMENTS = [
         ("A11",),
         "Hybrid images",
         "One prompt for what is seen from afar, another for what is seen near by.",
-        "ε = lowpass ε<sub>1</sub> + highpass ε<sub>2</sub>",
+        r"\epsilon = \mathrm{lowpass}(\epsilon_\theta(x_t, p_1)) + \mathrm{highpass}(\epsilon_\theta(x_t, p_2))",
         (hybrid,),
         "hybrid_image",
         (),
@@ -227,7 +227,7 @@ EXPERIMENTS = [
         ("B1", "B3"),
         "Noise on digits, and the one-step denoiser at every level",
         "The denoiser was trained at σ = 0.5 alone; these are digits of the test set, at the other levels too.",
-        "z = x + σ ε",
+        r"z = x + \sigma \epsilon",
         (noisy_digits,),
         "denoise_mnist",
         (),
@@ -242,7 +242,7 @@ EXPERIMENTS = [
         ("B2",),
         "Training the one-step denoiser",
         "Five epochs of MNIST, not repeated here: this is the training of the shipped weights, see weights.md.",
-        "L = E ‖D<sub>θ</sub>(x + σ ε) − x‖²",
+        r"L = \mathbb{E}\; || D_\theta(x + \sigma \epsilon) - x ||^2",
         (denoiser_loss, UNet),
         "train_denoiser",
         (),
@@ -260,7 +260,7 @@ EXPERIMENTS = [
         "A time-conditioned DDPM",
         "Twenty epochs; the model is told how noisy its picture is, and nothing else. The loss and the digits after "
         "epoch 5 are from the training, the others were drawn now.",
-        "L = E ‖ε − ε<sub>θ</sub>(x<sub>t</sub>, t)‖²",
+        r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
         (ddpm_loss, TimeUNet),
         "sample_mnist",
         ("--weights", "ddpm/weights/ddpm_time.safetensors", "--steps", "100"),

@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import io
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from experiments import Experiment
+from matplotlib.font_manager import FontProperties
 
 from ddpm.files import write_atomically
 
 if TYPE_CHECKING:
     from reproduce import Made
+
+INK = "#010203"  # replaced by the colour of the text
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --quiet: #5c6370; --ground: #fdfdfc; --card: #f1f2f4;
@@ -28,9 +32,8 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
 a { color: var(--link) }
 nav { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1.5rem 0; padding: 0; list-style: none }
 section { margin-top: 3rem; border-top: 1px solid var(--card); padding-top: .5rem }
-.equation { margin: 1rem 0; padding: .6rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto;
-  font: italic 1.1rem/1.9 "STIX Two Math", "Cambria Math", "Latin Modern Math", Georgia, serif }
-.equation sub { font-size: .7em } .equation o { text-decoration: overline }
+.equation { margin: 1rem 0; padding: .8rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto }
+.equation svg { display: block }
 figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .9rem }
 .figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start }
 .figures figure { max-width: 100% }
@@ -83,11 +86,11 @@ def section(made: "Made", out: Path) -> str:
             image = f'<a href="{source}"><img{kind} src="{source}" alt="{alt}" loading="lazy"></a>'
             body += f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
     sources = "".join(source_of(function, out) for function in experiment.functions)
-    seconds = f"{made.seconds:.0f} s. " if experiment.runs else "Not run for this page. "
+    seconds = f"Took {max(made.seconds, 1):.0f} s." if experiment.runs else "Not run for this page."
     return f"""<section id="{experiment.folder}">
 <h2>{experiment.key} · {html.escape(experiment.title)}</h2>
 <p>{html.escape(experiment.says)}</p>
-<p class="equation">{experiment.equation}</p>
+<div class="equation" role="img" aria-label="{html.escape(experiment.equation)}">{typeset(experiment.equation)}</div>
 <div class="figures">{body}</div>
 <pre>{html.escape(made.command)}</pre>
 <p class="quiet">{seconds}</p>
@@ -96,8 +99,21 @@ def section(made: "Made", out: Path) -> str:
 """
 
 
+def typeset(tex: str) -> str:
+    """An equation as SVG, in the colour of the text around it."""
+    from matplotlib import rc_context
+    from matplotlib.mathtext import math_to_image
+
+    buffer = io.StringIO()
+    with rc_context({"mathtext.fontset": "stix", "svg.hashsalt": "page"}):
+        math_to_image(f"${tex}$", buffer, prop=FontProperties(size=15), format="svg", color=INK)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
 def source_of(function: Callable, out: Path) -> str:
     """The source of a function or class, folded, with a link to its file."""
+    function = inspect.unwrap(function)  # what torch.no_grad() has wrapped
     path = Path(inspect.getsourcefile(function))
     _, line = inspect.getsourcelines(function)
     link = os.path.relpath(path, out)

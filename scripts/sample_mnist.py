@@ -69,7 +69,7 @@ def main():
 
     def report(done: int, x_t: Tensor):
         bar.update(done - bar.n)
-        if args.animate and (done // len(labels) - 1) % max(1, steps // 24) == 0:
+        if args.animate and (done // len(labels) - 1) % max(1, steps // 20) == 0:
             frames.append(x_t.float().cpu().clamp(0, 1))
 
     with (
@@ -109,6 +109,7 @@ def main():
 def tiled(x: Tensor, rows: int) -> Tensor:
     """Digits [10 · rows, 1, 28, 28] -> one picture [3, H, W], two pixels for one, a column for each of ten."""
     grid = make_grid(x.view(10, rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1), nrow=10, padding=2, pad_value=1.0)
+    grid = (grid * 15).round() / 15  # few greys make a small file
     return grid.repeat_interleave(2, -2).repeat_interleave(2, -1)
 
 
