@@ -55,6 +55,38 @@ ASSUMED = {
 # Fields that say nothing about these blocks: where the file was written, and options of other blocks
 IGNORED = ("_diffusers_version", "_name_or_path", "downsample_padding", "upcast_attention")
 
+# What the config.json of every IF stage 1 says beside its widths
+STAGE_1_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim_type": "text_proj",
+    "in_channels": 3,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "out_channels": 6,
+    "resnet_time_scale_shift": "scale_shift",
+}
+# … and that of a stage 2
+STAGE_2_CONFIG = {
+    **STAGE_1_CONFIG,
+    "class_embed_type": "timestep",
+    "in_channels": 6,
+    "mid_block_scale_factor": 1.4142271248762552,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "resnet_skip_time_act": True,
+    "time_embedding_act_fn": "gelu",
+}
+# The published models: stage, widths, layers of each level. Those of IF-I-M, IF-I-L and IF-II-M are what gives their
+# parameter counts.
+PUBLISHED = {
+    "IF-I-M": (1, (192, 384, 576, 768), 3),
+    "IF-I-L": (1, (320, 640, 960, 1280), 3),
+    "IF-I-XL": (1, (704, 1408, 2112, 2816), 3),
+    "IF-II-M": (2, (128, 256, 512, 768, 768), (2, 2, 3, 4, 2)),
+    "IF-II-L": (2, (160, 320, 640, 960, 1280), (2, 2, 3, 5, 5)),
+}
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -161,6 +193,26 @@ class UNetConfig:
                 raise ValueError(f"a width of {width} does not divide into {self.norm_num_groups} groups")
             if attention and width % self.attention_head_dim:
                 raise ValueError(f"a width of {width} does not divide into heads of {self.attention_head_dim}")
+
+
+def published_config(name: str) -> dict:
+    """The config.json of a published model, one of PUBLISHED."""
+    stage, widths, layers = PUBLISHED[name]
+    resnets = 1 if stage == 1 else 3
+    attention = len(widths) - resnets
+    return {
+        **(STAGE_1_CONFIG if stage == 1 else STAGE_2_CONFIG),
+        "addition_embed_type_num_heads": 64,
+        "attention_head_dim": 64,
+        "block_out_channels": list(widths),
+        "cross_attention_dim": widths[-1],
+        "down_block_types": [RESNET_BLOCKS[0]] * resnets + [ATTENTION_BLOCKS[0]] * attention,
+        "encoder_hid_dim": 4096,
+        "layers_per_block": layers if isinstance(layers, int) else list(layers),
+        "sample_size": 64 if stage == 1 else 256,
+        "time_embedding_dim": None if stage == 1 else widths[-1],
+        "up_block_types": [ATTENTION_BLOCKS[1]] * attention + [RESNET_BLOCKS[1]] * resnets,
+    }
 
 
 def _per_level(config: dict, name: str, default, levels: int) -> tuple:

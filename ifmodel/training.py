@@ -21,31 +21,10 @@ from ddpm.process import add_noise, predict_x0
 from ddpm.training import variational_bound
 from ifmodel.captions import STYLES, CaptionedPictures
 from ifmodel.cascade import SCHEDULE, noised_upscaled
+from ifmodel.config import STAGE_1_CONFIG, STAGE_2_CONFIG
 from ifmodel.text import Tokenizer
 from ifmodel.unet import UNet
 
-# What the config.json of every IF stage 1 says beside its widths
-STAGE_1_CONFIG = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "gelu",
-    "addition_embed_type": "text",
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim_type": "text_proj",
-    "in_channels": 3,
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "out_channels": 6,
-    "resnet_time_scale_shift": "scale_shift",
-}
-# … and that of a stage 2
-STAGE_2_CONFIG = {
-    **STAGE_1_CONFIG,
-    "class_embed_type": "timestep",
-    "in_channels": 6,
-    "mid_block_scale_factor": 1.4142271248762552,
-    "resnet_out_scale_factor": 1.4142271248762552,
-    "resnet_skip_time_act": True,
-    "time_embedding_act_fn": "gelu",
-}
 SCHEDULER_CONFIG = {
     "_class_name": "DDPMScheduler",
     "beta_schedule": "squaredcos_cap_v2",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import generate, upscale
+from ifmodel.config import published_config
 
 STAGE_1 = {
     "sample_size": 16,
@@ -71,34 +72,8 @@ CONFIGS = {
     "to the text alone in the middle": {**STAGE_1, "mid_block_only_cross_attention": True},
     "silu and fewer groups": {**STAGE_1, "act_fn": "silu", "norm_num_groups": 16, "norm_eps": 1e-6},
 }
-# What the published repositories hold; the counts are those of diffusers' model
-GEOMETRIES = {
-    "IF-I-M": (1, [192, 384, 576, 768], 3, 0.372),
-    "IF-I-L": (1, [320, 640, 960, 1280], 3, 0.935),
-    "IF-I-XL": (1, [704, 1408, 2112, 2816], 3, 4.305),
-    "IF-II-M": (2, [128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 0.461),
-    "IF-II-L": (2, [160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1.243),
-}
-
-
-def geometry(name: str) -> dict:
-    """The config.json of a published model."""
-    stage, widths, layers, _ = GEOMETRIES[name]
-    plain = {1: 1, 2: 3}[stage]
-    with_attention = len(widths) - plain
-    return {
-        **(STAGE_1 if stage == 1 else STAGE_2),
-        "sample_size": 64 if stage == 1 else 256,
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "down_block_types": ["ResnetDownsampleBlock2D"] * plain + [ATTENTION_DOWN] * with_attention,
-        "up_block_types": [ATTENTION_UP] * with_attention + ["ResnetUpsampleBlock2D"] * plain,
-        "addition_embed_type_num_heads": 64,
-        "attention_head_dim": 64,
-        "cross_attention_dim": widths[-1],
-        "encoder_hid_dim": 4096,
-        "time_embedding_dim": widths[-1] if stage == 2 else None,
-    }
+# Billions of parameters of the published models, those of diffusers' model
+COUNTS = {"IF-I-M": 0.372, "IF-I-L": 0.935, "IF-I-XL": 4.305, "IF-II-M": 0.461, "IF-II-L": 1.243}
 
 
 def pair(config: dict, dtype=torch.float64) -> tuple[UNet, UNet2DConditionModel]:
@@ -155,15 +130,15 @@ def test_other_sizes_equal_diffusers(config, size):
     assert relative_error(found, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", COUNTS)
 def test_the_published_models_have_diffusers_names_shapes_and_counts(name):
-    config = geometry(name)
+    config = published_config(name)
     with torch.device("meta"):
         ours, theirs = UNet(UNetConfig.from_dict(config)), UNet2DConditionModel(**config)
     shapes = {key: value.shape for key, value in theirs.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
     count = sum(parameter.numel() for parameter in ours.parameters())
-    assert round(count / 1e9, 3) == GEOMETRIES[name][3]
+    assert round(count / 1e9, 3) == COUNTS[name]
 
 
 def layers(module, kind):
@@ -406,7 +381,7 @@ def test_a_picture_does_not_depend_on_those_beside_it():
 
 @pytest.mark.slow
 def test_the_real_if_i_m_geometry_equals_diffusers():
-    found, expected = both(geometry("IF-I-M"), torch.float32, size=(64, 64), batch=1)
+    found, expected = both(published_config("IF-I-M"), torch.float32, size=(64, 64), batch=1)
     assert relative_error(found, expected) < 1e-5
 
 
@@ -425,7 +400,7 @@ print(int(status["VmHWM"].split()[0]) * 1024, int(status["RssAnon"].split()[0]) 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
 def test_if_i_xl_loads_without_a_second_copy(tmp_path):
     """8.6 GB of fp16 weights: the process peaks at 1.1 × that, and nearly all of it is the mapped file."""
-    config = geometry("IF-I-XL")
+    config = published_config("IF-I-XL")
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in UNet(UNetConfig.from_dict(config)).state_dict().items()}
     block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()
