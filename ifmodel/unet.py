@@ -169,14 +169,14 @@ class UNet(nn.Module):
         config, pixels = self.config, batch * height * width
         sizes = [pixels // 4**level * dim for level, dim in enumerate(config.block_out_channels)]
         skips = sum(size * (layers + 1) for size, layers in zip(sizes, config.layers_per_block, strict=True))
-        return (skips + 12 * max(sizes)) * self.conv_in.weight.element_size()
+        return (skips + 12 * max(sizes)) * self.encoder_hid_proj.weight.element_size()
 
     def encode_text(self, prompt_embeds: Tensor) -> Text:
         """T5's output [B, L, D_text] -> everything in this UNet that depends on the prompt alone."""
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.encoder_hid_dim:
             shape, dim = list(prompt_embeds.shape), self.config.encoder_hid_dim
             raise ValueError(f"prompt_embeds must be [B, L, {dim}] for this UNet, not {shape}")
-        prompt_embeds = prompt_embeds.to(self.conv_in.weight)  # its dtype and device
+        prompt_embeds = prompt_embeds.to(self.encoder_hid_proj.weight)  # its dtype and device
         projected = self.encoder_hid_proj(prompt_embeds)
         attentions = (layer for block in self._blocks() for layer in block.attentions)
         keys_values = tuple(layer.text_keys_values(projected) for layer in attentions)
@@ -191,7 +191,8 @@ class UNet(nn.Module):
         Raises ValueError when these do not fit each other or the model.
         """
         self._check(x_t, text, noise_level)
-        x, keys_values = x_t.to(self.conv_in.weight.dtype), iter(text.keys_values)
+        # channels last: what convolutions work on fastest, and what makes attention's transposes free
+        x, keys_values = x_t.to(text.pooled.dtype, memory_format=torch.channels_last), iter(text.keys_values)
         time = self.time_embedding(_one_each(t, x))
         if noise_level is not None:
             time = time + self.class_embedding(_one_each(noise_level, x))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm.files import first_line, write_atomically
 from ifmodel.config import UNetConfig
+from ifmodel.packed import can_pack, pack_convolutions
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -28,6 +29,7 @@ def load_unet(
     device: str | torch.device = "cpu",
     variant: str | None = None,
     revision: str | None = None,
+    pack: bool = True,
 ) -> UNet:
     """The UNet of a folder or a Hub repository, in evaluation mode.
 
@@ -35,6 +37,8 @@ def load_unet(
         SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
     variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
+    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but then
+        state_dict() no longer has them
 
     The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the
     dtype of the file on the CPU, they are not copied at all.
@@ -58,6 +62,10 @@ def load_unet(
             raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
     _check_names(folder, expected, {name: tensor.shape for name, tensor in loaded.items()})
     unet.load_state_dict(loaded, assign=True)
+    if torch.device(device).type != "cpu":
+        unet.to(memory_format=torch.channels_last)
+    elif pack and can_pack():
+        pack_convolutions(unet)
     return unet.eval().requires_grad_(False)
 
 

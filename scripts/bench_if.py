@@ -51,6 +51,7 @@ def main():
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="default: the model's")
     options.add_argument("--batch-size", type=positive, default=1, help="pictures at a time (default: 1)")
     options.add_argument("--compile", action="store_true", help="also both sides with torch.compile")
+    options.add_argument("--no-pack", action="store_true", help="also ours without ifmodel.packed")
     options.add_argument("--growth", action="store_true", help="also ours with more pictures, steps and pixels")
     options.add_argument("--out", type=Path, default=Path("out/bench_if.json"), help="default: out/bench_if.json")
     add_device_options(options, ("float32", "bfloat16", "float16"))
@@ -99,6 +100,7 @@ class Work:
         self.root = root
         self.config_dict = json.loads((root / "unet" / "config.json").read_text())
         self.ours = load_unet(root, dtype, device)
+        self.weights = load_unet(root, dtype, device, pack=False).state_dict()
         self.config = self.ours.config
         self.size = tuple(args.size or [self.config.sample_size] * 2)
         generator = torch.Generator().manual_seed(SEED)
@@ -110,7 +112,7 @@ class Work:
     def theirs(self, dtype: torch.dtype, memory_format=torch.contiguous_format):
         """diffusers' UNet with the same weights."""
         unet = diffusers.UNet2DConditionModel.from_config(self.config_dict)
-        unet.load_state_dict(self.ours.state_dict())
+        unet.load_state_dict(self.weights)
         return unet.to(self.device, dtype).to(memory_format=memory_format).eval().requires_grad_(False)
 
 
@@ -155,8 +157,12 @@ def step_sides(work: Work) -> dict[str, Callable]:
         documented = torch.float32 if work.device.type == "cpu" else work.dtype
         sides["diffusers, documented"] = their_step(work, work.theirs(documented))
         sides["diffusers, tuned"] = their_step(work, work.theirs(work.dtype, torch.channels_last))
+    if work.args.no_pack:
+        sides["ours, not packed"] = our_step(work, load_unet(work.root, work.dtype, work.device, pack=False))
     if work.args.compile:
-        sides["ours, compiled"] = our_step(work, torch.compile(work.ours))
+        sides["ours, compiled"] = our_step(
+            work, torch.compile(load_unet(work.root, work.dtype, work.device, pack=False))
+        )
         if diffusers is not None:
             unet = work.theirs(work.dtype, torch.channels_last)
             sides["diffusers, compiled"] = their_step(work, torch.compile(unet))
@@ -213,7 +219,7 @@ def floor_of(work: Work) -> dict[str, float]:
     matmul = min(times_of({"matmul": lambda: a @ b}, 20, work.device)["matmul"])
     copy = min(times_of({"copy": lambda: target.copy_(source)}, 10, work.device)["copy"])
     flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, source.nbytes / copy
-    size = sum(parameter.nbytes for parameter in work.ours.parameters())
+    size = sum(tensor.nbytes for tensor in work.weights.values())
     return {
         "tflop": flops / 1e12,
         "tflops": rate / 1e12,
@@ -279,7 +285,7 @@ def growth(work: Work, rounds: int) -> list[dict]:
 @torch.no_grad()
 def peak_memory(work: Work) -> dict[str, float]:
     """Of a step on the GPU, beside the weights."""
-    weights = sum(parameter.nbytes for parameter in work.ours.parameters())
+    weights = sum(tensor.nbytes for tensor in work.weights.values())
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(work.device)
