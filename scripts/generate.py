@@ -1,11 +1,12 @@
-"""Text to pictures with DeepFloyd IF (A0): 64 × 64 with stage 1, and 256 × 256 with --upscaler, stage 2.
+"""Text to pictures (A0): small ones with stage 1, and larger ones from these with stage 2.
 
-    python scripts/generate.py --model DeepFloyd/IF-I-M-v1.0 --prompt "a photo of a dog" --out out/dog.png
+    python scripts/generate.py --prompt "a photo of a dog" --out out/dog.png
+    python scripts/generate.py --steps-grid 2 4 6 8 12 16
     python scripts/generate.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
-    python scripts/generate.py --model DeepFloyd/IF-I-M-v1.0 --steps-grid 2 4 6 8 12 16
 
-A model is a folder as diffusers saves it, or a Hub id. One prompt and one image make the picture itself; more
+A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
+given. One prompt and one image make the picture itself; more
 make a labelled grid, with each picture beside it in a file of its own. Picture k of a prompt starts from
 seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps, the assignment's three
 prompts unless others are given. T5 runs only for prompts that --embeds and the cache do not know, and is freed

@@ -1,7 +1,7 @@
 """A11: hybrid images, one thing from afar and another near by.
 
-    python scripts/hybrid_image.py --model DeepFloyd/IF-I-M-v1.0
-    python scripts/hybrid_image.py --model DeepFloyd/IF-I-M-v1.0 --components grey_colour \\
+    python scripts/hybrid_image.py
+    python scripts/hybrid_image.py --components grey_colour \\
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
 A prompt for each component: low_high_pass (two prompts: far, near), three_bands (coarse, middle, fine), grey_colour

@@ -1,7 +1,7 @@
 """A9: holes in pictures, filled.
 
-    python scripts/inpaint.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --mask mask.png
-    python scripts/inpaint.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --mask circle:0.3,0.5,0.2 \\
+    python scripts/inpaint.py --image photo.jpg --mask mask.png
+    python scripts/inpaint.py --image photo.jpg --mask circle:0.3,0.5,0.2 \\
         --jump-length 10 --resamples 5
 
 A row for each picture: original, mask (white is the hole), hole to fill, result. A mask is a file,

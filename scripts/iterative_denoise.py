@@ -1,6 +1,6 @@
 """A4: a noisy picture denoised step by step, and beside the blur and the single step.
 
-    python scripts/iterative_denoise.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg
+    python scripts/iterative_denoise.py --image photo.jpg
 
 First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
 step and all steps make of the same noisy picture.

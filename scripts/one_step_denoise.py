@@ -1,6 +1,6 @@
 """A3: noisy pictures, and the model's estimate of the clean one in a single step.
 
-    python scripts/one_step_denoise.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg
+    python scripts/one_step_denoise.py --image photo.jpg
 
 Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many pictures.
 """

@@ -1,6 +1,6 @@
 """A5 and A6: pictures from pure noise, without guidance and with it, side by side.
 
-    python scripts/sample.py --model DeepFloyd/IF-I-M-v1.0
+    python scripts/sample.py
 
 Rows: γ = 1 and --guidance (default 7), for the same prompt and the same noise; columns: seeds.
 """

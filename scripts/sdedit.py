@@ -1,7 +1,7 @@
 """A7 and A8: image to image with SDEdit: pictures, noised and denoised from several places of the list.
 
-    python scripts/sdedit.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg --image drawing.png
-    python scripts/sdedit.py --model DeepFloyd/IF-I-M-v1.0 --image photo.jpg \\
+    python scripts/sdedit.py --image photo.jpg --image drawing.png
+    python scripts/sdedit.py --image photo.jpg \\
         --prompt "a rocket ship" --prompt "a photo of a dog" --prompt "a man wearing a hat"
 
 A row for each picture and prompt; columns: the steps left out, 1 to 20, where more leaves more of the picture, and

@@ -1,6 +1,6 @@
 """A10: visual anagrams, pictures that show another thing when they are turned or rearranged.
 
-    python scripts/visual_anagram.py --model DeepFloyd/IF-I-M-v1.0
+    python scripts/visual_anagram.py
     python scripts/visual_anagram.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
         --prompt "a photo of a duck" --prompt "a photo of a rabbit" --view identity --view rotate_90 --num-images 20
 
