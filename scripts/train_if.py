@@ -9,7 +9,7 @@ both the encoder and the UNet. Stage 2 keeps the text encoder of its stage 1 as 
 --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage 2 its error
 beside that of bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py and
 diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU
-with as many threads.
+with as many threads. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
 import os
@@ -320,8 +320,11 @@ def recipe_of(args) -> dict:
 def restore(args, model, optimizer, average: Average) -> tuple[int, float, list[str]]:
     """Put the state of --out back; returns the step to go on with, the seconds spent and the log."""
     tensors, metadata = load_tensors(args.out / "state.safetensors")
-    if metadata.get("recipe") != recipe_of(args):
-        raise ValueError(f"the run in {args.out} has another recipe: {metadata.get('recipe')}, not {recipe_of(args)}")
+    before, now = metadata.get("recipe"), recipe_of(args)
+    if before != {**now, "steps": (before or {}).get("steps")}:
+        raise ValueError(f"the run in {args.out} has another recipe: {before}, not {now}")
+    if metadata["step"] >= args.steps:
+        raise ValueError(f"the run in {args.out} has done its {metadata['step']} steps: add --steps with more")
 
     def part(prefix: str) -> dict[str, Tensor]:
         found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

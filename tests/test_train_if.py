@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,14 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, trained, tmp_path):
+    shutil.copytree(trained / "1", tmp_path / "longer")
+    status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "longer", 4, "--resume", "--every", 1))
+    assert status == 0, err
+    steps = [row.split(",")[0] for row in (tmp_path / "longer" / "log.csv").read_text().splitlines()[1:]]
+    assert steps == ["3", "4"]
+
+
 def test_two_processes_are_as_good_as_one(folder, tmp_path):
     """torchrun with two processes on the CPU: the loss curve of one process with the same global batch."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -288,7 +297,8 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
 def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     assert "no run" in refused("train_if", *stage_1_options(folder, tmp_path / "none", 2, "--resume"))
     assert "--resume" in refused("train_if", *stage_1_options(folder, trained / "1", 3))
-    assert "another recipe" in refused("train_if", *stage_1_options(folder, trained / "1", 4, "--resume"))
+    assert "another recipe" in refused("train_if", *stage_1_options(folder, trained / "1", 4, "--resume", "--lr", 1))
+    assert "done its 3 steps" in refused("train_if", *stage_1_options(folder, trained / "1", 3, "--resume"))
     stage_2 = ["--data", folder, "--out", tmp_path / "2", "--stage-2-of", trained / "1" / "model", *SMALL]
     assert "multiple of stage 1's 16" in refused("train_if", *stage_2, "--size", 24, "--crop", 8)
     stage_2[5] = tmp_path / "none"
