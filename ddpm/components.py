@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,18 @@ class Component:
     of: Callable[[Tensor], Tensor]
 
 
+def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
+    """torchvision's blur of x [B, C, H, W]; the kernel has 2 · radius + 1 pixels a side and reflects at the edges."""
+    from torchvision.transforms.v2.functional import gaussian_blur  # here, since torchvision takes long to import
+
+    radius = min(radius, min(x.shape[-2:]) - 1)  # it can reflect but once
+    return gaussian_blur(x, [2 * radius + 1] * 2, [sigma] * 2)
+
+
 def low_pass(x: Tensor, sigma: float = 2.0, kernel_size: int = 33) -> Tensor:
     """A Gaussian blur of x [B, C, H, W]; sigma and kernel_size are those at 64 pixels."""
     scale = min(x.shape[-2:]) / 64
-    radius = min(round(kernel_size // 2 * max(scale, 1)), min(x.shape[-2:]) - 1)  # it reflects at the edges, once
-    return gaussian_blur(x, [2 * radius + 1] * 2, [sigma * scale] * 2)
+    return gaussian_blur(x, sigma * scale, round(kernel_size // 2 * max(scale, 1)))
 
 
 def low_high_pass(sigma: float = 2.0) -> list[Component]:

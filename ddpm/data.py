@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.datasets import MNIST
 
 from ddpm.files import first_line
 
@@ -16,6 +15,8 @@ def load_mnist(root: str | Path, split: str = "train", limit: int | None = None)
     Returns images [N, 1, 28, 28] uint8 in 0 … 255 and labels [N] int64; the first `limit` of them if given.
     Raises FileNotFoundError when the files are not there and not to be had, ValueError when one is damaged.
     """
+    from torchvision.datasets import MNIST  # here, since torchvision takes long to import
+
     raw = Path(root) / "MNIST" / "raw"
     complete = all((raw / name).is_file() for name in FILES)
     try:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
-from ddpm.components import Component
+from ddpm.components import Component, gaussian_blur
 from ddpm.process import add_noise, ddpm_step, predict_x0
 from ddpm.schedule import CLEAN, Schedule
 from ddpm.views import View
@@ -83,8 +82,7 @@ def classical_denoise(x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
     sigma = 2 * ((1 - alpha_cumprod) / alpha_cumprod) ** 0.35 * side / 64
     if sigma == 0:
         return x_t
-    radius = min(math.ceil(3 * sigma), side - 1)  # the blur reflects the picture at its edges, once
-    return gaussian_blur(x_t / math.sqrt(alpha_cumprod), [2 * radius + 1] * 2, [sigma] * 2)
+    return gaussian_blur(x_t / math.sqrt(alpha_cumprod), sigma, math.ceil(3 * sigma))
 
 
 @torch.no_grad()

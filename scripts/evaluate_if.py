@@ -41,7 +41,7 @@ from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train
 from ifmodel.text import embed_prompts
 
 STEPS = {"ddpm": partial(ddpm_step, variance="learned_range"), "ddim": ddim_step, "dpm++": dpm_solver_step}
-SAMPLERS = [("dpm++", 5), ("dpm++", 10), ("dpm++", 50), ("ddim", 20), ("ddpm", 10), ("ddpm", 20), ("ddpm", 100)]
+SAMPLERS = [("dpm++", 10), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("dpm++", 5)]
 TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
 
 

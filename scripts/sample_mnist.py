@@ -14,7 +14,6 @@ import torch
 from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
 from figures import save_gif, save_grid
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddpm.checkpoint import SHIPPED, load_model
@@ -108,6 +107,8 @@ def main():
 
 def tiled(x: Tensor, rows: int) -> Tensor:
     """Digits [10 · rows, 1, 28, 28] -> one picture [3, H, W], two pixels for one, a column for each of ten."""
+    from torchvision.utils import make_grid
+
     grid = make_grid(x.view(10, rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1), nrow=10, padding=2, pad_value=1.0)
     grid = (grid * 15).round() / 15  # few greys make a small file
     return grid.repeat_interleave(2, -2).repeat_interleave(2, -1)
