@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run(main: Callable[[], None]):
-    """Run a script: what the user can mend is told in one line, with exit status 2."""
+    """Run a script: what the user can mend is told in one line, with exit status 2; so is a warning of ours."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
         return

@@ -6,11 +6,11 @@
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
 
 A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
-given. One prompt and one image make the picture itself; more
-make a labelled grid, with each picture beside it in a file of its own. Picture k of a prompt starts from
-seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps, the assignment's three
-prompts unless others are given. T5 runs only for prompts that --embeds and the cache do not know, and is freed
-before a UNet is loaded; stage 1 is freed before stage 2 is loaded.
+given. One prompt and one image make the picture itself; more make a labelled grid, with each picture beside it in a
+file of its own. Picture k of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with
+several numbers of steps. The prompts are the assignment's three unless others are given. T5 runs only for prompts
+that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage 2 is
+loaded.
 """
 
 from common import parser, positive, run
@@ -33,7 +33,7 @@ def main():
     if args.steps_grid:
         return draw_steps_grid(args)
 
-    cascade = Cascade(args, args.prompt)
+    cascade = Cascade(args, args.prompt or (None if args.embeds else A0_PROMPTS))
     seeds = range(args.seed, args.seed + args.num_images)
     rows = cascade.draw([Cell(cascade.plain(prompt), seeds) for prompt in cascade.prompts])
     if len(rows) == len(seeds) == 1:

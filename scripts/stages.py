@@ -121,6 +121,9 @@ class Cascade:
         check_writable(args.out, ".png")
         if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
             raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+        if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
+            first, last = args.guidance_interval
+            raise ValueError(f"--guidance-interval begins at the smaller t: {last} {first}, not {first} {last}")
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
@@ -227,6 +230,8 @@ class Cascade:
 
 def settle(args: Namespace, single_stage: bool):
     """Fill in the options whose defaults depend on the model."""
+    args.model = MODEL if args.model == "tiny-if" else args.model
+    args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
     tiny = args.model == MODEL
     if args.upscaler == "none" or single_stage:
         args.upscaler = None

@@ -129,3 +129,15 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "metadata.jsonl" in refused("evaluate_if", "--data", tmp_path, "--out", tmp_path / "other")
     line = refused("evaluate_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
+
+
+def test_generate_alone_draws_the_assignments_prompts(run_script, tmp_path):
+    out = tmp_path / "out.png"
+    status, _, err = run_script("generate", "--model", "tiny-if", "--steps", 1, "--upscaler", "none", "--out", out)
+    assert status == 0, err
+    assert sorted(path.name for path in tmp_path.glob("out_*.png")) == [f"out_{k}_0.png" for k in range(3)]
+
+
+def test_a_guidance_interval_the_wrong_way_round(refused, tmp_path):
+    line = refused("sample", "--guidance-interval", 900, 100, "--out", tmp_path / "out.png")
+    assert "begins at the smaller t: 100 900" in line
