@@ -29,9 +29,11 @@ def load_model(
 ) -> nn.Module:
     """The MNIST model of a weights file or training state, in float32, channels_last and evaluation mode.
 
+    path: a file, or the name of one of SHIPPED
     kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
     """
+    path = SHIPPED.get(str(path), path)
     tensors, metadata = load_tensors(path)
     name = metadata.get("model")
     if name not in MODELS:

@@ -19,14 +19,15 @@ Threshold = Callable[[Tensor], Tensor]  # x̂_0 -> x̂_0, such as `dynamic_thres
 def add_noise(x_0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
     """The forward process, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps.
 
-    x_0, eps: [B, C, H, W]; t: an int, or an integer tensor [B] with a timestep for each image.
+    x_0, eps: [B, C, H, W]; t: an int, or an integer tensor [B] with a timestep for each image; -1 is the clean image
     Returns x_t [B, C, H, W]. Source: DDPM eq. 4, arXiv 2006.11239.
     """
     if isinstance(t, Tensor):
-        # roots in float64 on the CPU, before the cast: MPS has no float64
+        # roots in float64 on the CPU, before the cast: MPS has no float64; the first is that of t = -1
+        alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod])
         signal, noise = (
-            root.to(x_0.dtype).to(x_0.device)[t].view(-1, 1, 1, 1)
-            for root in (schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt())
+            root.to(x_0.dtype).to(x_0.device)[t + 1].view(-1, 1, 1, 1)
+            for root in (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
         )
     else:
         alpha_cumprod = schedule.alpha_cumprod(t)

@@ -218,6 +218,8 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
     """The steps (t, t') of `inpaint`: down the list and, num_resamples - 1 times for every jump_length, up again."""
     if jump_length < 1 or num_resamples < 1:
         raise ValueError(f"jump_length and num_resamples must be at least 1, not {jump_length} and {num_resamples}")
+    if not timesteps:
+        raise ValueError("there are no timesteps to visit")
     stops = [*timesteps, CLEAN]
     for first in range(0, len(timesteps), jump_length):
         last = min(first + jump_length, len(timesteps))

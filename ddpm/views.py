@@ -7,7 +7,7 @@ refuses everything else. Views are of pictures [B, C, H, W] of any size that div
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def negate() -> View:
 
 
 def patches(grid: int = 4, seed: int = 0) -> View:
-    """The picture cut into grid × grid squares, shuffled; grid = 64 at 64 × 64 pixels shuffles the pixels."""
+    """The picture cut into grid × grid squares, shuffled."""
 
     def order_of(h: int, w: int) -> Tensor:
         if h % grid or w % grid:
@@ -83,12 +83,12 @@ def patches(grid: int = 4, seed: int = 0) -> View:
         cut = torch.arange(h * w).view(grid, h // grid, grid, w // grid).transpose(1, 2).flatten(0, 1)
         return cut[patch_of].view(grid, grid, h // grid, w // grid).transpose(1, 2).reshape(h, w)
 
-    return permutation("patches" if grid < 64 else "pixels", order_of)
+    return permutation("patches", order_of)
 
 
-def pixels(seed: int = 0) -> View:
-    """The pixels of a 64 × 64 picture, shuffled; at 256 × 256, its 4 × 4 patches."""
-    return patches(64, seed)
+def pixels(side: int = 64, seed: int = 0) -> View:
+    """The pixels of a side × side picture, shuffled; of one that is four times as large, its 4 × 4 patches."""
+    return replace(patches(side, seed), name="pixels")
 
 
 def jigsaw(grid: int = 4, seed: int = 0) -> View:

@@ -9,8 +9,8 @@ diffusers as its documentation runs it (float32 on the CPU, --dtype on a GPU), "
 memory format, "compiled" (with --compile) is that with torch.compile. Timed: a step of the UNet, with the two halves
 of guidance; a whole sample of 20 steps; loading from a folder. Each time is also given as a multiple of the floor:
 the step's FLOPs, as torch counts them, at the rate of a 2048 × 2048 matrix product, or the weights' bytes at the rate
-of a copy, whichever is longer. Published geometries have random weights. Without diffusers, ours is timed alone.
-Prints a table and writes it to --out as JSON.
+at which a copy reads and writes, whichever is longer. Published geometries have random weights. Without diffusers, ours
+is timed alone. Prints a table and writes it to --out as JSON.
 """
 
 import gc
@@ -96,7 +96,7 @@ class Work:
         self.folder = tempfile.TemporaryDirectory()
         root = SHIPPED[TINY[args.geometry]] if tiny else Path(self.folder.name)
         if not tiny:
-            save_random(root, published_config(args.geometry), torch.float32 if dtype == torch.float32 else dtype)
+            save_random(root, published_config(args.geometry), dtype)
         self.root = root
         self.config_dict = json.loads((root / "unet" / "config.json").read_text())
         self.ours = load_unet(root, dtype, device)
@@ -117,7 +117,7 @@ class Work:
 
 
 def save_random(root: Path, config: dict, dtype: torch.dtype):
-    """A folder with random weights for a config, on their way to zero as in a trained model's size."""
+    """A folder with random weights for a config, in the layout of the Hub."""
     unet = UNet(UNetConfig.from_dict(config))
     (root / "unet").mkdir()
     (root / "unet" / "config.json").write_text(json.dumps(config))
@@ -170,9 +170,9 @@ def step_sides(work: Work) -> dict[str, Callable]:
 
 
 def sample_sides(work: Work) -> dict[str, Callable]:
-    """A picture from noise, the prompt already embedded; text keys and values are part of our time."""
-    embeds, null = work.embeds[:1].float(), work.embeds[1:2].float()
-    seeds = [SEED]
+    """--batch-size pictures from noise, prompts already embedded; text keys and values are part of our time."""
+    embeds, null = (half.float() for half in work.embeds.chunk(2))
+    seeds = list(range(SEED, SEED + work.args.batch_size))
     sides = {"ours": lambda: generate(work.ours, embeds, null, seeds=seeds, num_steps=NUM_STEPS, size=work.size)}
     if diffusers is None:
         return sides
@@ -186,7 +186,7 @@ def sample_sides(work: Work) -> dict[str, Callable]:
         made.set_progress_bar_config(disable=True)
         options = {"prompt_embeds": embeds.to(unet.dtype), "negative_prompt_embeds": null.to(unet.dtype)}
         options |= {"num_inference_steps": NUM_STEPS, "height": work.size[0], "width": work.size[1]}
-        return lambda: made(**options, output_type="pt", generator=torch.Generator().manual_seed(SEED)).images
+        return lambda: made(**options, output_type="pt", generator=[torch.Generator().manual_seed(s) for s in seeds])
 
     documented = torch.float32 if work.device.type == "cpu" else work.dtype
     sides["diffusers, documented"] = pipeline(work.theirs(documented))
@@ -206,7 +206,7 @@ def load_sides(work: Work) -> dict[str, Callable]:
         unet = unet.to(work.device)
         return sum(float(parameter.detach().flatten()[::1024].float().sum()) for parameter in unet.parameters())
 
-    return {"ours": ours} if diffusers is None else {"ours": ours, "diffusers, documented": theirs}
+    return {"ours": ours} if diffusers is None else {"ours": ours, "diffusers, same dtype": theirs}
 
 
 def floor_of(work: Work) -> dict[str, float]:
@@ -219,7 +219,7 @@ def floor_of(work: Work) -> dict[str, float]:
     target = torch.empty_like(source)
     matmul = min(times_of({"matmul": lambda: a @ b}, 20, work.device)["matmul"])
     copy = min(times_of({"copy": lambda: target.copy_(source)}, 10, work.device)["copy"])
-    flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, source.nbytes / copy
+    flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, 2 * source.nbytes / copy  # read, written
     size = sum(tensor.nbytes for tensor in work.weights.values())
     return {
         "gflop": flops / 1e9,
@@ -270,7 +270,7 @@ def compare(what: str, sides: dict[str, Callable], rounds: int, device: torch.de
 
 @torch.no_grad()
 def growth(work: Work, rounds: int) -> list[dict]:
-    """Seconds of a step as pictures and pixels grow."""
+    """Seconds of a step as pictures and pixels grow, and of a sample as its steps do."""
     rows, side, channels = [], work.size[0], work.config.in_channels
     cases = [(n, side) for n in (1, 2, 4, 8, 16)] + [(1, 2 * side), (1, 4 * side)]
     for batch, size in cases:
@@ -280,6 +280,14 @@ def growth(work: Work, rounds: int) -> list[dict]:
         seconds = median(times_of(step, max(1, rounds // 3), work.device)["ours"])
         rows.append({"batch": batch, "size": size, "seconds_per_picture": seconds / batch})
         print(f"  {batch} pictures of {size} × {size}: {1000 * seconds / batch:.1f} ms a picture and step")
+    if work.config.class_embed_type is None:
+        embeds, null = work.embeds[:1].float(), work.embeds[-1:].float()
+        for steps in (5, 10, 20, 40):
+            options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
+            drawn = {"ours": lambda options=options: generate(work.ours, embeds, null, **options)}
+            seconds = median(times_of(drawn, max(1, rounds // 5), work.device)["ours"])
+            rows.append({"steps": steps, "size": side, "seconds_per_picture": seconds})
+            print(f"  a picture in {steps} steps: {1000 * seconds:.0f} ms, {1000 * seconds / steps:.1f} ms a step")
     return rows
 
 

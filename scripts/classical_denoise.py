@@ -5,7 +5,7 @@
 Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise asks. Needs no model.
 """
 
-from common import parser, run
+from common import parser, positive, run
 from figures import save_table
 from noisy import add_noisy_options, noisy_pictures
 
@@ -16,7 +16,7 @@ from ifmodel.cascade import SCHEDULE
 def main():
     options = parser(__doc__)
     add_noisy_options(options, out="out/classical_denoise.png")
-    options.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
+    options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
     noisy, labels = noisy_pictures(args, (args.size, args.size))
     blurred = [classical_denoise(x_t[None], t, SCHEDULE)[0] for x_t, t in zip(noisy, args.timesteps, strict=True)]

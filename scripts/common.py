@@ -64,7 +64,7 @@ def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width
         default=sample_epochs,
         help="draw samples after these epochs and after the last",
     )
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
 
 
@@ -107,6 +107,13 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: a seed, from 0 to 2⁶² so that others may be counted on from it."""
+    if not text.isdecimal() or int(text) > 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+    return int(text)
 
 
 def pick_device(name: str) -> torch.device:
@@ -160,9 +167,8 @@ def check_writable(path: Path, suffix: str | None = None):
         raise ValueError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+    try:  # in the folder, or in the one where it would be made: what is refused later leaves no empty folders
+        tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
     except OSError as error:
         raise ValueError(
             f"cannot write in {path.parent} ({error.strerror}): choose another place for {path.name}"

@@ -9,7 +9,7 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, parser, pick_device, run
+from common import SEED, check_writable, parser, pick_device, run, seed_number
 from figures import save_grid
 
 from ddpm.checkpoint import SHIPPED, load_model
@@ -30,7 +30,7 @@ def main():
         "--weights", type=Path, default=SHIPPED["denoiser"], help="a denoiser (default: the shipped one)"
     )
     options.add_argument("--out", type=Path, default=Path("out"), help="folder for the figures (default: out)")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = options.parse_args()
 

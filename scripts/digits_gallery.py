@@ -17,7 +17,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
 from figures import save_grid
 from torch import Tensor
 from tqdm import tqdm
@@ -74,7 +85,7 @@ def main():
     options.add_argument("--samples", type=positive, default=100, help="of each experiment (default: 100)")
     options.add_argument("--steps", type=positive, default=100, help="timesteps to visit (default: 100)")
     options.add_argument("--guidance", type=number, default=5.0, help="γ (default: 5)")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/digits_gallery"), help="folder for the figures")
     add_device_options(options)
     args = options.parse_args()

@@ -23,8 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
 from figures import save_figure, save_grid
+from stages import check_stage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,9 +62,9 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     check_writable(args.out / "report.json")
+    model = SmallIF(args, device, pick_dtype(args.dtype, device))
     data = load_captioned(args.data, 128, curated() if args.curated else None)
     judge, known = get_judge(args, data)
-    model = SmallIF(args, device, pick_dtype(args.dtype, device))
     asked = prompts_of(data, args.prompts, args.seed)
     report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(judge, data, known)}
     reference = known[[one.row for one in asked]]
@@ -104,10 +116,18 @@ def arguments() -> Namespace:
     options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
     options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
     add_device_options(options)
-    return options.parse_args()
+    args = options.parse_args()
+    if args.prompts < 2:
+        raise ValueError("--prompts must be at least 2: one picture has no covariance")
+    if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
+        raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+    check_stage(args.model, 1)
+    if args.upscaler != "none":
+        check_stage(args.upscaler, 2)
+    return args
 
 
 @dataclass(frozen=True)
@@ -159,16 +179,22 @@ class SmallIF:
         return stage_1(self.unet, self.embedded(prompts), self.embedded([""]), guidance)
 
     def draw_prompts(self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int) -> Tensor:
-        name = f"prompts_{len(asked)}_g{guidance:g}_{sampler}_{steps}"
-        return self.draw(
-            name, len(asked), lambda rows: self.estimate([one.prompt for one in asked[rows]], guidance), sampler, steps
-        )
+        name, prompts = f"prompts_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
+        return self.draw(name, prompts, lambda rows: self.estimate(prompts[rows], guidance), sampler, steps)
 
-    def draw(self, name: str, count: int, estimate_of: Callable, sampler: str = "dpm++", steps: int = 20) -> Tensor:
-        """Pictures [N, 3, S, S] in [-1, 1], number k from seed + k, those of estimate_of(rows) at a time."""
-        path = self.args.out / "pictures" / f"{name}_{self.identity}.safetensors"
+    def draw(
+        self, name: str, prompts: Sequence, estimate_of: Callable, sampler: str = "dpm++", steps: int = 20
+    ) -> Tensor:
+        """Pictures [N, 3, S, S] in [-1, 1], number k from seed + k, those of estimate_of(rows) at a time.
+
+        prompts: of each picture its prompt, or several: with the text encoder they tell whether it was drawn before
+        """
+        texts = [text for prompt in prompts for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        told = hashlib.sha256(repr(texts).encode() + self.embedded(texts).float().cpu().numpy().tobytes())
+        path = self.args.out / "pictures" / f"{name}_{self.identity}_{told.hexdigest()[:12]}.safetensors"
         if path.is_file():
             return load_tensors(path)[0]["pictures"]
+        count = len(prompts)
         step = partial(STEPS[sampler], threshold=STAGE_1_THRESHOLD)
         side, pictures = self.unet.config.sample_size, []
         for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
@@ -215,7 +241,8 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
         sides = zip(*pairs[rows], strict=True)
         return anagram([model.estimate([one.prompt for one in side], guidance) for side in sides], views)
 
-    pictures = model.draw(f"anagrams_{args.pairs}_g{guidance:g}", len(pairs), estimate_of)
+    prompts = [tuple(one.prompt for one in pair) for pair in pairs]
+    pictures = model.draw(f"anagrams_{args.pairs}_g{guidance:g}", prompts, estimate_of)
     seen = [view.view(pictures) for view in views]
     labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
     draw(args, "anagrams.png", [part[:8] for part in seen], ["upright", "flipped"], labels)
@@ -230,7 +257,8 @@ def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures,
         sides = zip(*pairs[rows], strict=True)
         return hybrid([model.estimate([one.prompt for one in side], guidance) for side in sides], components)
 
-    pictures = model.draw(f"hybrids_{args.pairs}_g{guidance:g}", len(pairs), estimate_of)
+    prompts = [tuple(one.prompt for one in pair) for pair in pairs]
+    pictures = model.draw(f"hybrids_{args.pairs}_g{guidance:g}", prompts, estimate_of)
     seen = [low_pass(pictures), high_passed(pictures)]
     labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
     draw(args, "hybrids.png", [pictures[:8], *(part[:8] for part in seen)], ["drawn", "low pass", "high pass"], labels)

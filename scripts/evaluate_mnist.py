@@ -17,7 +17,18 @@ import json
 from pathlib import Path
 
 import torch
-from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
 from figures import save_figure, save_grid
 from torch import Tensor
 from tqdm import tqdm
@@ -46,7 +57,7 @@ def main():
     options.add_argument(
         "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
     )
-    options.add_argument("--seed", type=int, default=SEED, help=f"sample k starts from this + k (default: {SEED})")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"that of sample 0 (default: {SEED})")
     options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
     add_device_options(options)
     args = options.parse_args()

@@ -5,7 +5,7 @@
 x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps at t = 0, 125, …, 875 of IF's schedule. Needs no model.
 """
 
-from common import parser, run
+from common import parser, positive, run
 from figures import save_table
 from noisy import add_noisy_options, noisy_pictures
 
@@ -13,7 +13,7 @@ from noisy import add_noisy_options, noisy_pictures
 def main():
     options = parser(__doc__)
     add_noisy_options(options, out="out/forward_process.png")
-    options.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
+    options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
     x_t, labels = noisy_pictures(args, (args.size, args.size))
     save_table(args.out, [x_t], column_labels=labels, seed=args.seed)

@@ -46,6 +46,10 @@ def main():
 
 def draw_steps_grid(args):
     """Rows: numbers of steps; columns: prompts; all from the same seed."""
+    if args.steps is not None or args.stride is not None or args.num_images > 1:
+        raise ValueError(
+            "--steps-grid gives the steps, with a picture of each: leave --steps, --stride and --num-images"
+        )
     cascade = Cascade(args, args.prompt or (None if args.embeds else A0_PROMPTS))
     cells = []
     for num_steps in args.steps_grid:

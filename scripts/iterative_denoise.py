@@ -21,12 +21,14 @@ def main():
     options = parser(__doc__)
     options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
     add_image_option(options)
-    options.add_argument("--i-start", type=int, default=10, help="index of the first timestep (default: 10)")
+    default = "index of the first timestep (default: 10, or a third of fewer steps than 30)"
+    options.add_argument("--i-start", type=int, metavar="I", help=default)
     options.add_argument("--every", type=positive, default=5, help="show every so many steps (default: 5)")
     add_cascade_options(options, out="out/iterative_denoise.png", stride=30, guidance=1.0)
     args = options.parse_args()
     cascade = Cascade(args, [args.prompt], single_stage=True)
-    timesteps = cascade.from_index(args.i_start)
+    default = min(10, len(cascade.timesteps) // 3)
+    timesteps = cascade.from_index(default if args.i_start is None else args.i_start)
     x_0 = read_picture(args.image, cascade.size).to(cascade.device)
 
     cascade.load(1, 1)

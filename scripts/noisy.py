@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable
+from common import SEED, check_writable, seed_number
 from pictures import DRAWINGS, read_picture
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def add_noisy_options(options: ArgumentParser, out: str | None = None):
     listed = ", ".join(map(str, TIMESTEPS))
     options.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T", help=f"default: {listed}")
     if out is not None:
-        options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+        options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
         options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
 
 

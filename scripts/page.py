@@ -5,12 +5,12 @@ import inspect
 import io
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from experiments import Experiment
+from experiments import EXPERIMENTS
 from matplotlib.font_manager import FontProperties
 
 from ddpm.files import write_atomically
@@ -45,13 +45,12 @@ summary { cursor: pointer } .failed { color: #c0392b }
 """
 
 
-def write_page(out: Path, made: Sequence["Made"], chosen: Sequence[Experiment]):
+def write_page(out: Path, made: Mapping[str, "Made"]):
     """Write out/index.html: a section for each experiment that is made, and a word on those that are not yet."""
-    done = {one.experiment.key: one for one in made}
-    entries = "".join(f'<a href="#{e.folder}">{e.key} {html.escape(e.title)}</a>' for e in chosen if e.key in done)
-    waiting = ", ".join(e.key for e in chosen if e.key not in done)
-    waiting = f'<p class="quiet">Not made yet: {waiting}.</p>' if waiting else ""
-    sections = "".join(section(one, out) for one in made)
+    done, waiting = ([e for e in EXPERIMENTS if (e.key in made) == there] for there in (True, False))
+    entries = "".join(f'<a href="#{e.folder}">{e.key} {html.escape(e.title)}</a>' for e in done)
+    waiting = f'<p class="quiet">Not made yet: {", ".join(e.key for e in waiting)}.</p>' if waiting else ""
+    sections = "".join(section(made[e.key], out) for e in done)
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     page = f"""<!doctype html>
 <html lang="en">
@@ -79,14 +78,14 @@ def section(made: "Made", out: Path) -> str:
     """One experiment's part of the page."""
     experiment = made.experiment
     body = f'<p class="failed">This failed: {html.escape(made.failure)}.</p>' if made.failure else ""
-    for name, says in experiment.figures:
+    for name, says in (*experiment.figures, *experiment.trained):
         if (out / experiment.folder / name).is_file():
             source, kind = f"{experiment.folder}/{name}", ' class="pixels"' if name.endswith(".gif") else ""
             alt = html.escape(f"{experiment.key}: {says}")
             image = f'<a href="{source}"><img{kind} src="{source}" alt="{alt}" loading="lazy"></a>'
             body += f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
     sources = "".join(source_of(function, out) for function in experiment.functions)
-    seconds = f"Took {max(made.seconds, 1):.0f} s." if experiment.runs else "Not run for this page."
+    seconds = f"Took {max(made.seconds, 1):.0f} s." if experiment.figures else "Not run for this page."
     return f"""<section id="{experiment.folder}">
 <h2>{experiment.key} · {html.escape(experiment.title)}</h2>
 <p>{html.escape(experiment.says)}</p>

@@ -1,7 +1,7 @@
 """The pictures that go into the scripts: files of any size and mode, masks, and three drawings of our own."""
 
 import re
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,20 +52,18 @@ def read_mask(source: str, size: tuple[int, int]) -> Tensor:
 
     source: a file, white for the hole; "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the
         height and the width (the radius: of the shorter side)
-    Says on stderr how a file of another size, or one with greys, was read. Raises ValueError for anything else, and
-    for a mask with no hole or nothing but one.
+    Warns of a file with greys, or of other proportions than the picture. Raises ValueError for anything else, and for a
+    mask with no hole or nothing but one.
     """
     h, w = size
-    shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
+    shape, notes = re.fullmatch(r"(rectangle|circle):(.*)", source), []
     if shape is None:
-        picture = open_picture(source, size)
-        grey = numpy.asarray(picture.convert("L"), dtype=numpy.float32) / 255
-        if grey.shape != size:
-            print(f"mask {grey.shape[0]} × {grey.shape[1]}, resized to {h} × {w}", file=sys.stderr)
-            grey = numpy.asarray(picture.convert("L").resize((w, h), Image.Resampling.BOX), numpy.float32) / 255
-        if ((grey > 0.02) & (grey < 0.98)).any():
-            print("mask with greys: what is lighter than half is the hole", file=sys.stderr)
-        mask = torch.from_numpy(grey > 0.5)
+        picture = open_picture(source, size).convert("L")
+        if picture.width * h != picture.height * w:
+            notes.append(f"the mask {source} is {picture.height} × {picture.width}, of other proportions: stretched")
+        if any(picture.histogram()[6:250]):
+            notes.append(f"the mask {source} has greys: what is lighter than half is the hole")
+        mask = torch.from_numpy(numpy.array(picture.resize((w, h), Image.Resampling.BOX)) > 127)
     else:
         kind, count = shape[1], {"rectangle": 4, "circle": 3}[shape[1]]
         try:
@@ -83,6 +81,8 @@ def read_mask(source: str, size: tuple[int, int]) -> Tensor:
             mask = ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
     if mask.all() or not mask.any():
         raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")
+    for note in notes:
+        warnings.warn(note, stacklevel=2)  # once, however often it is read
     return mask.float()[None, None]
 
 

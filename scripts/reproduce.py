@@ -6,23 +6,24 @@
 
 A0 to A11 run on the tiny IF that is shipped, or on --model; B1 to B5 on the shipped digits. Each is one of the other
 scripts, with the command line that the page shows. What was made before with the same command, code and weights is
-left as it is, so a stopped run goes on where it was. --fast is a tour of a few minutes, with fewer pictures and steps.
+left as it is, so a stopped run goes on where it was, and what --only leaves out stays on the page. --fast is a tour of
+a minute or two, with fewer pictures and steps.
 """
 
 import hashlib
 import json
 import runpy
 import shlex
-import shutil
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, parser, run
+from common import SEED, check_writable, parser, run, seed_number
 from experiments import EXPERIMENTS, Experiment
 from page import write_page
 
@@ -36,11 +37,16 @@ FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "de
 
 @dataclass(frozen=True)
 class Made:
-    """An experiment after its run: the command line to repeat it, how long it took, and what went wrong, if it did."""
+    """An experiment after its run.
+
+    command: the command line to repeat it; seconds: how long it took
+    inputs: a `fingerprint` of all that decided its figures; failure: what went wrong, if something did
+    """
 
     experiment: Experiment
     command: str
     seconds: float
+    inputs: str = ""
     failure: str = ""
 
 
@@ -48,20 +54,19 @@ def main():
     args = arguments()
     check_writable(args.out / "index.html")
     chosen = choose(args.only)
-    made: list[Made] = []
+    made = {experiment.key: before for experiment in EXPERIMENTS if (before := made_before(experiment, args.out))}
     try:
         for number, experiment in enumerate(chosen, start=1):
             print(f"[{number}/{len(chosen)}] {experiment.key}: {experiment.title}", flush=True)
-            made.append(make(experiment, args))
-            write_page(args.out, made, chosen)  # so that there is something to look at from the first one on
+            made[experiment.key] = make(experiment, args)
+            write_page(args.out, made)  # so that there is something to look at from the first one on
     except KeyboardInterrupt:
         print("stopped: the same command goes on here", file=sys.stderr)
         raise
-    finally:
-        write_page(args.out, made, chosen)
-    print(f"{args.out / 'index.html'}: {sum(not one.failure for one in made)} of {len(chosen)} experiments")
-    if any(one.failure for one in made):
-        raise ValueError(f"{', '.join(one.experiment.key for one in made if one.failure)} failed, see above")
+    failed = [experiment.key for experiment in chosen if made[experiment.key].failure]
+    print(f"{args.out / 'index.html'}: {len(chosen) - len(failed)} of {len(chosen)} experiments")
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed, see above")
 
 
 def arguments() -> Namespace:
@@ -76,7 +81,7 @@ def arguments() -> Namespace:
     options.add_argument("--data", type=Path, help="folder holding MNIST/raw (default: data, or 100 test digits)")
     options.add_argument("--device", help="as in the other scripts")
     options.add_argument("--dtype", help="as in the other scripts")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--again", action="store_true", help="make anew what is there already")
     options.add_argument("--out", type=Path, default=Path("out"), help="folder of the page (default: out)")
     return options.parse_args()
@@ -90,7 +95,7 @@ def choose(only: str | None) -> list[Experiment]:
     known = {key: experiment for experiment in EXPERIMENTS for key in experiment.keys}
     unknown = [key for key in wanted if key not in known]
     if unknown:
-        raise ValueError(f"there is no experiment {', '.join(unknown)}: choose from {', '.join(known)}")
+        raise ValueError(f"there is no experiment {', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
     return [experiment for experiment in EXPERIMENTS if set(experiment.keys) & set(wanted)]
 
 
@@ -99,22 +104,38 @@ def make(experiment: Experiment, args: Namespace) -> Made:
     folder = args.out / experiment.folder
     options = command_options(experiment, args, folder)
     command = shlex.join(["python", f"scripts/{experiment.script}.py", *options])
+    for figure, _ in experiment.trained:
+        write_atomically(folder / figure, (ROOT / ".github" / "figures" / figure).read_bytes())
     note, inputs = folder / "made.json", fingerprint(experiment, command, args)
-    figures = [folder / figure for figure, _ in experiment.figures]
-    if not args.again and all(figure.is_file() for figure in figures) and note.is_file():
-        before = json.loads(note.read_text())
-        if before.get("inputs") == inputs:
+    before = None if args.again else made_before(experiment, args.out)
+    if before and before.inputs == inputs:
+        if experiment.figures:
             print(f"    made before with the same inputs: {folder}")
-            return Made(experiment, command, before["seconds"])
-    note.unlink(missing_ok=True)
+        return before
+    figures = [folder / figure for figure, _ in experiment.figures]
+    for path in (note, *figures):  # so that no older figure passes for one of this run
+        path.unlink(missing_ok=True)
     start = time.monotonic()
-    status = run_script(experiment.script, options) if experiment.runs else 0
+    status = run_script(experiment.script, options) if figures else 0
     seconds = time.monotonic() - start
-    missing = [figure.name for figure in figures if not figure.is_file() and not copy_trained(figure)]
+    missing = [figure.name for figure in figures if not figure.is_file()]
     if status or missing:
-        return Made(experiment, command, seconds, f"exit status {status}" if status else f"no {', '.join(missing)}")
+        failure = f"exit status {status}" if status else f"no {', '.join(missing)}"
+        return Made(experiment, command, seconds, failure=failure)
     write_atomically(note, json.dumps({"inputs": inputs, "seconds": seconds, "command": command}).encode())
-    return Made(experiment, command, seconds)
+    return Made(experiment, command, seconds, inputs)
+
+
+def made_before(experiment: Experiment, out: Path) -> Made | None:
+    """What an earlier run made of an experiment, if all its figures are there."""
+    folder = out / experiment.folder
+    figures = [folder / figure for figure, _ in (*experiment.figures, *experiment.trained)]
+    try:
+        note = json.loads((folder / "made.json").read_text())
+        before = Made(experiment, note["command"], note["seconds"], note["inputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return before if all(figure.is_file() for figure in figures) else None
 
 
 def command_options(experiment: Experiment, args: Namespace, folder: Path) -> list[str]:
@@ -145,28 +166,24 @@ def run_script(name: str, options: Sequence[str]) -> int:
         if exit.code == 130:  # Ctrl-C: the others are not begun
             raise KeyboardInterrupt from None
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except Exception:  # a defect in one of them: the others are still made
+        traceback.print_exc()
+        return 1
     finally:
         sys.argv = before
     return 0
 
 
-def copy_trained(figure: Path) -> bool:
-    """Take a figure of the training from the repository, where there is one of that name."""
-    source = ROOT / ".github" / "figures" / figure.name
-    if source.is_file():
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, figure)
-    return source.is_file()
-
-
 def fingerprint(experiment: Experiment, command: str, args: Namespace) -> str:
-    """What decides the figures: the command, the code, torch's version and the weights."""
+    """What decides the figures: the command, the code, torch's version, the weights, and files that it reads."""
     digest = hashlib.sha256(f"{command} {torch.__version__}".encode())
     apart = {"reproduce.py", "page.py", "experiments.py"}
     for path in sorted(path for part in ("ddpm", "ifmodel", "scripts") for path in (ROOT / part).glob("*.py")):
         digest.update(b"" if path.name in apart else path.read_bytes())
-    for folder in weight_folders(experiment, args):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    read = [args.embeds] if args.embeds and "embeds" in experiment.takes else []
+    read += [args.data or default_data()] if "data" in experiment.takes else []
+    for source in [*weight_folders(experiment, args), *read]:
+        for path in sorted(path for path in [source, *source.rglob("*")] if path.is_file()):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
 

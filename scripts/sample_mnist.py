@@ -11,7 +11,18 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from common import SEED, add_device_options, check_writable, number, parser, pick_device, pick_dtype, positive, run
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
 from figures import save_gif, save_grid
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +41,7 @@ def arguments() -> Namespace:
     options.add_argument("--weights", type=Path, default=weights, help="a DDPM (default: the shipped one)")
     options.add_argument("--per-class", type=positive, default=4, metavar="N", help="of each digit (default: 4)")
     options.add_argument("--guidance", type=number, default=5.0, metavar="G", help="γ, 1 for none (default: 5)")
-    options.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, metavar="S", help=f"default: {SEED}")
     options.add_argument("--steps", type=int, metavar="N", help="timesteps to visit, evenly spaced (default: all 300)")
     options.add_argument(
         "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"

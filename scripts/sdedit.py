@@ -22,11 +22,13 @@ def main():
     options = parser(__doc__)
     options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
     options.add_argument("--prompt", action="append", metavar="TEXT", help="(default: 'a high quality photo')")
-    options.add_argument("--i-start", type=int, nargs="+", default=[1, 3, 5, 7, 10, 20], help="default: 1 3 5 7 10 20")
+    default = "default: those of 1 3 5 7 10 20 that there are"
+    options.add_argument("--i-start", type=int, nargs="+", metavar="I", help=default)
     add_cascade_options(options, out="out/sdedit.png", stride=30)
     args = options.parse_args()
     images, prompts = args.image or list(DRAWINGS), args.prompt or ["a high quality photo"]
     cascade = Cascade(args, prompts)
+    args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(cascade.timesteps)] or [0]
     counts = {i_start: len(cascade.from_index(i_start)) for i_start in args.i_start}
     pictures = {image: read_picture(image, cascade.size).to(cascade.device) for image in images}
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import SEED, add_device_options, check_writable, number, pick_device, pick_dtype, positive
+from common import SEED, add_device_options, check_writable, number, pick_device, pick_dtype, positive, seed_number
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from ifmodel.weights import SHIPPED, check_memory, load_config
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
-TINY_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
+SMALL_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
 
 SAMPLERS: dict[str, Step] = {
     "ddpm": partial(ddpm_step, variance="learned_range"),
@@ -51,7 +51,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     """
 
     def by_model(name: str) -> str:
-        return f"default: {SETTINGS[name]:g}; {TINY_SETTINGS[name]:g} for tiny-if"
+        return f"default: {SETTINGS[name]:g}; {SMALL_SETTINGS[name]:g} for models below 64 px, such as tiny-if"
 
     stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
     options.add_argument("--model", default=MODEL, metavar="FOLDER_OR_HUB_ID", help=stage_1)
@@ -83,7 +83,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--upscaler-guidance", type=number, help=by_model("upscaler_guidance"))
     options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model('noise_level')})")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
     add_device_options(options, ("float32", "bfloat16", "float16"))
 
@@ -108,13 +108,15 @@ class Cell:
 
 
 class Cascade:
-    """Both stages as a script's options ask for them: checked, with its prompts embedded, one loaded at a time."""
+    """Both stages as a script's options ask for them: checked, then T5 and one stage after the other, as needed."""
 
     def __init__(self, args: Namespace, prompts: Sequence[str] | None, single_stage: bool = False):
-        """Refuses what can be refused before anything is computed, then embeds the prompts; None takes --embeds'."""
+        """Refuses what can be refused before anything is computed. prompts: those of --embeds when None."""
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
-        settle(args, single_stage)
+        args.model = MODEL if args.model == "tiny-if" else args.model
+        sample_size = check_stage(args.model, 1, args.revision).sample_size
+        settle(args, sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
@@ -128,7 +130,6 @@ class Cascade:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
         leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
-        sample_size = check_stage(args.model, 1, args.revision).sample_size
         self.size = tuple(args.size or [sample_size] * 2)
         self.final_size = self.size
         if args.upscaler:
@@ -138,10 +139,6 @@ class Cascade:
         self.prompts = list(prompts or [prompt for prompt in self.embeds if prompt not in ("", args.null_prompt)])
         if not self.prompts:
             raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
-        unknown = [prompt for prompt in [*self.prompts, args.null_prompt] if prompt not in self.embeds]
-        if unknown:
-            t5 = {"dtype": self.dtype, "device": self.device, "revision": args.revision}
-            self.embeds |= embed_prompts(args.model, unknown, **t5)
 
     def from_index(self, i_start: int) -> list[int]:
         """The timesteps from an index on. Raises ValueError when there is no such index."""
@@ -158,11 +155,19 @@ class Cascade:
     def load(self, stage: int, batch_size: int):
         """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
         args = self.args
+        self.embed()
         if self.stage != stage:
             self.unet = None  # before the next one is loaded
             source, revision = ((args.model, args.revision), (args.upscaler, args.upscaler_revision))[stage - 1]
             self.unet, self.stage = load_stage(source, self.dtype, self.device, revision), stage
         check_size(self.unet, (self.size, self.final_size)[stage - 1], batch_size, self.device)
+
+    def embed(self):
+        """Embed the prompts that are not known yet; T5 is freed again before a UNet is loaded."""
+        unknown = [prompt for prompt in [*self.prompts, self.args.null_prompt] if prompt not in self.embeds]
+        if unknown:
+            t5 = {"dtype": self.dtype, "device": self.device, "revision": self.args.revision}
+            self.embeds |= embed_prompts(self.args.model, unknown, **t5)
 
     def embedded(self, prompt: str, n: int = 1) -> Tensor:
         """A prompt's embeddings, n times: [n, 77, D_text] on the device."""
@@ -228,16 +233,14 @@ class Cascade:
         return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
 
 
-def settle(args: Namespace, single_stage: bool):
-    """Fill in the options whose defaults depend on the model."""
-    args.model = MODEL if args.model == "tiny-if" else args.model
+def settle(args: Namespace, sample_size: int, single_stage: bool):
+    """Fill in the options whose defaults depend on the model, or on the pixels that it draws."""
     args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
-    tiny = args.model == MODEL
     if args.upscaler == "none" or single_stage:
         args.upscaler = None
-    elif args.upscaler is None and tiny:
+    elif args.upscaler is None and args.model == MODEL:
         args.upscaler = UPSCALER
-    for name, value in (TINY_SETTINGS if tiny else SETTINGS).items():
+    for name, value in (SETTINGS if sample_size >= 64 else SMALL_SETTINGS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

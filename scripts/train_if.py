@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
+from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run, seed_number
 from figures import save_grid
 from torch import Tensor
 from tqdm import tqdm
@@ -81,7 +81,7 @@ def arguments() -> Namespace:
     options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
     options.add_argument("--lr", type=float, default=4e-4, help="falls to a tenth over the run (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
-    options.add_argument("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
     args = options.parse_args()
     args.size = args.size or (128 if args.stage_2_of else 32)

@@ -15,7 +15,7 @@ from stages import Cascade, Cell, add_cascade_options
 from turning import turn
 
 from ddpm.sampling import anagram
-from ddpm.views import VIEWS, check_view
+from ddpm.views import VIEWS, check_view, pixels
 
 PAIRS = [
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
@@ -36,8 +36,8 @@ def main():
     names = args.view or ["identity", "vertical_flip"]
     if any(len(group) != len(names) for group in groups):
         raise ValueError(f"give a --prompt for each --view: there are {len(groups[0])} prompts for {', '.join(names)}")
-    views = [VIEWS[name]() for name in names]
     cascade = Cascade(args, [prompt for group in groups for prompt in group])
+    views = [pixels(cascade.size[0]) if name == "pixels" else VIEWS[name]() for name in names]
     for view in views:
         for size in (cascade.size, cascade.final_size):
             check_view(view, (3, *size))

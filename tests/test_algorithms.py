@@ -488,6 +488,11 @@ def test_where_nothing_is_known_inpainting_is_sampling():
     assert torch.equal(ours, sample(TWO_MODES, count))
 
 
+def test_no_timesteps_make_no_path():
+    with pytest.raises(ValueError, match="no timesteps"):
+        list(resampling_path([], 1, 1))
+
+
 def test_resampling_brings_the_new_part_to_the_true_conditional():
     """Without it the new part is biased: known pixels with fresh noise at each step tell it too little, too late."""
     plain, mean, covariance, _ = filled(25)

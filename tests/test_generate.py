@@ -168,7 +168,10 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     assert "pictures of 100000 × 100000 at a time needs about " in line and "GB are free" in line
     assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "has no config.json" in said("--model", tmp_path)
-    assert "nothing to draw" in refused("generate", "--model", one, "--out", out)
+    save_embeds(tmp_path / "null.safetensors", {"": torch.zeros(77, 24)})
+    assert "nothing to draw" in refused(
+        "generate", "--model", one, "--embeds", tmp_path / "null.safetensors", "--out", out
+    )
     assert "nothing to embed" in refused("embed_prompts", "--model", one, "--out", tmp_path / "e.safetensors")
     save_embeds(tmp_path / "wide.safetensors", {PROMPT: torch.zeros(77, 99), "": torch.zeros(77, 99)})
     line = said("--model", one, "--embeds", tmp_path / "wide.safetensors")

@@ -156,6 +156,13 @@ def test_packed_convolutions_compute_the_same(config, dtype):
     assert not any("conv" in name and name.endswith("weight") for name in packed.state_dict() if "norm" not in name)
 
 
+def test_only_plain_convolutions_are_packed():
+    odd = [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "circular"}]
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, padding=1, **options) for options in [{}, *odd]))
+    pack_convolutions(model)
+    assert [isinstance(layer, torch.nn.Conv2d) for layer in model] == [False, True, True, True, True]
+
+
 @pytest.mark.parametrize("size", [(8, 24), (32, 4), (4, 4)])
 @pytest.mark.parametrize("config", [STAGE_1, STAGE_2])
 def test_other_sizes_equal_diffusers(config, size):

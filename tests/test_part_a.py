@@ -155,9 +155,8 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     grey[:20], grey[20:30] = 255, 100
     Image.fromarray(grey).save(tmp_path / "mask.png")
     options = [*model, "--image", photo, "--mask", tmp_path / "mask.png", "--out", tmp_path / "out.png"]
-    status, _, err = run_script("inpaint", *options)
-    assert status == 0
-    assert "mask 40 × 40, resized to 16 × 16" in err and "lighter than half is the hole" in err
+    with pytest.warns(UserWarning, match="lighter than half is the hole"):
+        assert run_script("inpaint", *options)[0] == 0
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
 
@@ -257,8 +256,8 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "give a --prompt for each --view" in said("visual_anagram", *model, "--prompt", "one")
     line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "rotate_90")
     assert "needs square pictures, not 16 × 24" in line
-    line = said("visual_anagram", *model, *two, "--view", "identity", "--view", "pixels")
-    assert "16 × 16 pixels cannot be cut into 64 × 64 patches" in line
+    line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "pixels")
+    assert "16 × 24 pixels cannot be cut into 16 × 16 patches" in line
     assert "give 3 --prompt for the components coarse, middle, fine, not 2" in said(
         "hybrid_image", *model, *two, "--components", "three_bands"
     )
@@ -266,3 +265,33 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "neither a number of steps nor one of fast27" in said("sample", *model[:-2], "--steps", "smart26")
     assert "not allowed with argument" in said("sample", *model, "--stride", 10)
     assert "of stage 1 alone" in said("one_step_denoise", *model, "--upscaler", "x")
+
+
+def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, model, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("T5 was asked")
+
+    import stages
+
+    monkeypatch.setattr(stages, "embed_prompts", never)
+    out = ["--out", tmp_path / "new" / "out.png"]
+    assert "no picture at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
+    assert "no picture at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)
+    odd = ["--size", 16, 24, "--view", "identity", "--view", "rotate_90"]
+    assert "square" in refused("visual_anagram", *model, *odd, *out)
+    assert "leave --steps" in refused("generate", *model, "--steps-grid", 2, *out)
+    assert "2^62" in refused("sample", *model, "--seed", 2**63, *out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_fewer_steps_than_the_default_starts(run_script, tmp_path, model, photo):
+    draw(run_script, tmp_path, "sdedit", *model[:-1], 4, "--image", photo, cells=table(1, 3))  # 1, 3, the original
+    draw(run_script, tmp_path, "iterative_denoise", *model, "--image", photo, cells=table(1, 2))
+
+
+def test_pixels_are_those_of_stage_1(run_script, tmp_path, model, upscaler):
+    options = [*model, *upscaler, "--num-images", 1, "--view", "identity", "--view", "pixels"]
+    options += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    cells = draw(run_script, tmp_path, "visual_anagram", *options, cells=table(2, 1), size=32)
+    blocks = [cell.reshape(16, 2, 16, 2, 3).swapaxes(1, 2).reshape(256, -1) for cell in cells.values()]
+    assert sorted(map(tuple, blocks[0])) == sorted(map(tuple, blocks[1])) and (blocks[0] != blocks[1]).any()

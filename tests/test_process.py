@@ -92,6 +92,7 @@ def test_add_noise_equals_diffusers_for_one_t_and_for_a_batch():
     t = torch.tensor([0, 17, 500, 999])
     theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").add_noise(x_0, eps, t)
     torch.testing.assert_close(add_noise(x_0, eps, t, cosine_schedule()), theirs, atol=1e-5, rtol=0)
+    assert torch.equal(add_noise(x_0, eps, torch.full((4,), -1), cosine_schedule()), x_0)  # the clean image
     one_by_one = [add_noise(x_0[i : i + 1], eps[i : i + 1], int(t[i]), cosine_schedule()) for i in range(4)]
     torch.testing.assert_close(torch.cat(one_by_one), theirs, atol=1e-5, rtol=0)
 

@@ -1,7 +1,10 @@
 """The page of all experiments: what is on it, what is made again, and what happens when something fails."""
 
 import json
+import re
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -68,6 +71,27 @@ def test_what_was_made_is_left_and_what_changed_is_made_again(run_script, tmp_pa
     assert "made before" not in printed
 
 
+def test_what_only_leaves_out_stays_on_the_page(run_script, tmp_path):
+    run_script("reproduce", "--only", "A1", "--out", tmp_path)
+    run_script("reproduce", "--only", "A2", "--out", tmp_path)
+    page = Page(tmp_path / "index.html")
+    assert page.images == ["A1/forward.png", "A2/blurred.png"]
+    assert "Not made yet: A0, A3" in page.text
+
+
+def test_no_older_figure_passes_for_that_of_a_failed_run(run_script, tmp_path):
+    """digits.png and b3_denoised.png are also names of figures in the repository."""
+    run_script("reproduce", "--fast", "--only", "B3", "--data", ROOT / "tests" / "data", "--out", tmp_path)
+    assert (tmp_path / "B1-B3" / "b3_denoised.png").is_file()
+    status, _, _ = run_script("reproduce", "--fast", "--only", "B3", "--data", tmp_path, "--out", tmp_path)
+    assert status == 2
+    page = Page(tmp_path / "index.html")
+    assert page.images == [] and "This failed" in page.text
+    status, _, _ = run_script("reproduce", "--only", "B4", "--device", "nowhere", "--out", tmp_path)
+    assert status == 2
+    assert Page(tmp_path / "index.html").images == ["B4/b4_epoch05.png", "B4/loss_ddpm_time.png"]
+
+
 def test_a_failure_does_not_stop_the_others(run_script, tmp_path):
     options = ["--only", "A2,A3", "--model", tmp_path / "nowhere", "--out", tmp_path]
     status, printed, err = run_script("reproduce", *options)
@@ -79,9 +103,22 @@ def test_a_failure_does_not_stop_the_others(run_script, tmp_path):
 
 
 def test_refused(refused, tmp_path):
-    assert "there is no experiment A12" in refused("reproduce", "--only", "A1,A12", "--out", tmp_path)
+    assert "there is no experiment 'A12'" in refused("reproduce", "--only", "A1,A12", "--out", tmp_path)
     (tmp_path / "file").write_text("")
     assert "cannot write in" in refused("reproduce", "--out", tmp_path / "file")
+
+
+def test_figures_and_files_that_the_documents_name_are_committed():
+    """A missing picture shows as nothing at all."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("this is no clone")
+    files = {Path(line) for line in tracked.stdout.splitlines()}
+    there = files | {folder for file in files for folder in file.parents}
+    for document in ("README.md", "weights.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
+        missing = [link for link in links if "://" not in link and Path(link) not in there]
+        assert len(links) > 3 and not missing
 
 
 def test_every_experiment_of_the_assignment_is_there():

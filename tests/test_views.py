@@ -37,7 +37,7 @@ MADE = {
     "three quarters of a circle": inner_circle(3),
     "half a skew": skew(0.5),
     "a skew to the left": skew(-2.0),
-    "other pixels": pixels(9),
+    "other pixels": pixels(seed=9),
 }
 
 
