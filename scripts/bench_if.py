@@ -7,10 +7,11 @@
 The sides take turns in this process, and their outputs are compared before anything is timed. "documented" is
 diffusers as its documentation runs it (float32 on the CPU, --dtype on a GPU), "tuned" is diffusers with our dtype and
 memory format, "compiled" (with --compile) is that with torch.compile. Timed: a step of the UNet, with the two halves
-of guidance; a whole sample of 20 steps; loading from a folder. Each time is also given as a multiple of the floor:
-the step's FLOPs, as torch counts them, at the rate of a 2048 × 2048 matrix product, or the weights' bytes at the rate
-at which a copy reads and writes, whichever is longer. Published geometries have random weights. Without diffusers, ours
-is timed alone. Prints a table and writes it to --out as JSON.
+of guidance, and its convolutions and linear layers alone; a whole sample of 20 steps; loading from a folder. Each time
+is also given as a multiple of the floor: the step's FLOPs, as torch counts them, at the rate of a 2048 × 2048 matrix
+product, or the weights' bytes at the rate at which a copy reads and writes, whichever is longer. Published geometries
+have random weights. Without diffusers, ours is timed alone. Prints a table and writes it to --out as JSON; --growth
+draws what a picture costs as there are more of them, more steps and more pixels, beside it.
 """
 
 import gc
@@ -24,8 +25,9 @@ from statistics import median
 
 import torch
 from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
+from figures import save_figure
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import generate
 from ifmodel.config import PUBLISHED, published_config
+from ifmodel.packed import PackedConv2d
 from ifmodel.weights import SHIPPED
 
 try:
@@ -73,6 +76,7 @@ def main():
     floor = report["floor"] = floor_of(work)
     told = f"{floor['gflop']:.1f} GFLOP at {floor['gflops']:.0f} GFLOP/s, {floor['gigabytes']:.3f} GB of weights"
     print(f"floor of a step: {1000 * floor['seconds']:.1f} ms ({told} at {floor['gigabytes_per_s']:.1f} GB/s)")
+    report["layers"] = layers_alone(work, args.rounds, floor["seconds"])
     report["step"] = compare("a step of the UNet", step_sides(work), args.rounds, device, floor["seconds"])
     if work.config.class_embed_type is None:
         sides, seconds = sample_sides(work), NUM_STEPS * floor["seconds"]
@@ -81,6 +85,7 @@ def main():
     report["load"] = compare("loading from a folder", load_sides(work), max(1, args.rounds // 3), device)
     if args.growth:
         report["growth"] = growth(work, args.rounds)
+        draw_growth(args.out.with_suffix(".png"), report["growth"], work)
     if device.type == "cuda":
         report["peak_memory"] = peak_memory(work)
     write_atomically(args.out, json.dumps(report, indent=2).encode())
@@ -231,6 +236,27 @@ def floor_of(work: Work) -> dict[str, float]:
 
 
 @torch.no_grad()
+def layers_alone(work: Work, rounds: int, floor: float) -> dict[str, float]:
+    """Seconds of a step's convolutions and linear layers, one after another with nothing between them."""
+    kinds = {"convolutions": (PackedConv2d, nn.Conv2d), "linear layers": (nn.Linear,)}
+    calls = {name: [] for name in kinds}
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, inputs, name=name: calls[name].append((layer, inputs[0])))
+        for name, kind in kinds.items()
+        for module in work.ours.modules()
+        if isinstance(module, kind)
+    ]
+    our_step(work)()
+    for hook in hooks:
+        hook.remove()
+    sides = {name: lambda name=name: [layer(x) for layer, x in calls[name]] for name in kinds}
+    seconds = {name: median(times) for name, times in times_of(sides, rounds, work.device).items()}
+    told = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
+    print(f"of a step, alone: {told}, together {sum(seconds.values()) / floor:.2f} × the floor")
+    return seconds
+
+
+@torch.no_grad()
 def times_of(sides: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each side in each round, in turns; the first round warms up and does not count."""
     times = {name: [] for name in sides}
@@ -272,7 +298,7 @@ def compare(what: str, sides: dict[str, Callable], rounds: int, device: torch.de
 def growth(work: Work, rounds: int) -> list[dict]:
     """Seconds of a step as pictures and pixels grow, and of a sample as its steps do."""
     rows, side, channels = [], work.size[0], work.config.in_channels
-    cases = [(n, side) for n in (1, 2, 4, 8, 16)] + [(1, 2 * side), (1, 4 * side)]
+    cases = [(n, side) for n in (1, 2, 4, 8, 16)] + [(1, 2 * side), (1, 4 * side), (1, 8 * side)]
     for batch, size in cases:
         x_t = torch.randn(2 * batch, channels, size, size, device=work.device)
         text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
@@ -282,13 +308,33 @@ def growth(work: Work, rounds: int) -> list[dict]:
         print(f"  {batch} pictures of {size} × {size}: {1000 * seconds / batch:.1f} ms a picture and step")
     if work.config.class_embed_type is None:
         embeds, null = work.embeds[:1].float(), work.embeds[-1:].float()
-        for steps in (5, 10, 20, 40):
+        for steps in (10, 20, 50, 100, 200):
             options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
             drawn = {"ours": lambda options=options: generate(work.ours, embeds, null, **options)}
-            seconds = median(times_of(drawn, max(1, rounds // 5), work.device)["ours"])
+            seconds = median(times_of(drawn, max(1, rounds // 10), work.device)["ours"])
             rows.append({"steps": steps, "size": side, "seconds_per_picture": seconds})
             print(f"  a picture in {steps} steps: {1000 * seconds:.0f} ms, {1000 * seconds / steps:.1f} ms a step")
     return rows
+
+
+def draw_growth(path: Path, rows: list[dict], work: Work):
+    """What a picture costs as there are more of them, more steps, and more pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), dpi=150, layout="constrained")
+    panels = {
+        "batch": ("pictures at a time", "seconds of a step, each", lambda row: row["size"] == work.size[0]),
+        "steps": ("steps", "seconds of a picture", lambda row: True),
+        "size": ("height and width", "seconds of a step", lambda row: row.get("batch") == 1),
+    }
+    for axes, (key, (x, y, shown)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        points = {row[key]: row["seconds_per_picture"] for row in rows if key in row and shown(row)}
+        axes.plot(list(points), list(points.values()), "o-")
+        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axes.set_xticks(list(points), [str(value) for value in points])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    save_figure(path, figure, SEED)
 
 
 @torch.no_grad()

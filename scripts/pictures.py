@@ -52,15 +52,16 @@ def read_mask(source: str, size: tuple[int, int]) -> Tensor:
 
     source: a file, white for the hole; "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the
         height and the width (the radius: of the shorter side)
-    Warns of a file with greys, or of other proportions than the picture. Raises ValueError for anything else, and for a
+    Warns of a file with greys, or of another size than the picture. Raises ValueError for anything else, and for a
     mask with no hole or nothing but one.
     """
     h, w = size
     shape, notes = re.fullmatch(r"(rectangle|circle):(.*)", source), []
     if shape is None:
         picture = open_picture(source, size).convert("L")
-        if picture.width * h != picture.height * w:
-            notes.append(f"the mask {source} is {picture.height} × {picture.width}, of other proportions: stretched")
+        if picture.size != (w, h):
+            how = "resized" if picture.width * h == picture.height * w else "stretched"
+            notes.append(f"the mask {source} is {picture.height} × {picture.width}: {how} to the picture's size")
         if any(picture.histogram()[6:250]):
             notes.append(f"the mask {source} has greys: what is lighter than half is the hole")
         mask = torch.from_numpy(numpy.array(picture.resize((w, h), Image.Resampling.BOX)) > 127)

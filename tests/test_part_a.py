@@ -155,8 +155,10 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     grey[:20], grey[20:30] = 255, 100
     Image.fromarray(grey).save(tmp_path / "mask.png")
     options = [*model, "--image", photo, "--mask", tmp_path / "mask.png", "--out", tmp_path / "out.png"]
-    with pytest.warns(UserWarning, match="lighter than half is the hole"):
+    with pytest.warns(UserWarning) as notes:
         assert run_script("inpaint", *options)[0] == 0
+    told = {str(note.message).partition("mask.png ")[2] for note in notes}
+    assert {"has greys: what is lighter than half is the hole", "is 40 × 40: resized to the picture's size"} <= told
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
 
