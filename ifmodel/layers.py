@@ -73,6 +73,15 @@ class TextEmbedding(nn.Module):
         return self.norm2(self.proj(self.pool(self.norm1(prompt_embeds))))
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's; on the CPU in bfloat16 its way with small channels-last pictures is 5 × as slow as float32's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x[0, 0].numel() < 1024:
+            return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return super().forward(x)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions, the second scaled and shifted by the time embedding, beside a shortcut.
 
@@ -93,10 +102,10 @@ class ResnetBlock(nn.Module):
         resample: str | None = None,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, i, eps)
+        self.norm1 = GroupNorm(groups, i, eps)
         self.conv1 = nn.Conv2d(i, o, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * o)
-        self.norm2 = nn.GroupNorm(groups, o, eps)
+        self.norm2 = GroupNorm(groups, o, eps)
         self.conv2 = nn.Conv2d(o, o, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
         self.act = ACTIVATION[act_fn]()
@@ -125,8 +134,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, text_dim: int, head_dim: int, *, groups: int, only_cross: bool):
         super().__init__()
         self.num_heads = dim // head_dim
-        self.group_norm = nn.GroupNorm(groups, dim, 1e-5)
-        self.norm_cross = nn.GroupNorm(32, text_dim, 1e-5)
+        self.group_norm = GroupNorm(groups, dim, 1e-5)
+        self.norm_cross = GroupNorm(32, text_dim, 1e-5)
         self.to_q = nn.Linear(dim, dim)
         if not only_cross:
             self.to_k = nn.Linear(dim, dim)
@@ -148,8 +157,17 @@ class Attention(nn.Module):
         if not self.only_cross:
             k = torch.cat([k, split_heads(self.to_k(pixels), self.num_heads)], dim=2)
             v = torch.cat([v, split_heads(self.to_v(pixels), self.num_heads)], dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
+        attended = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
         return x + self.to_out[0](attended).transpose(1, 2).reshape(x.shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v for heads of queries [B, heads, Q, d], keys and values [B, heads, K, d]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # 2.5 × as fast as torch's fused kernel there; of 256 queries at a time the weights stay in the cache
+        k = (k * q.shape[-1] ** -0.5).transpose(2, 3)
+        return torch.cat([(part @ k).softmax(dim=-1) @ v for part in q.split(256, dim=2)], dim=2)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ifmodel.config import UNetConfig
-from ifmodel.layers import ACTIVATION, Attention, ResnetBlock, TextEmbedding, TimestepEmbedding
+from ifmodel.layers import ACTIVATION, Attention, GroupNorm, ResnetBlock, TextEmbedding, TimestepEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -152,7 +152,7 @@ class UNet(nn.Module):
             skips = [skip_dims.pop() for _ in range(layers)]
             self.up_blocks.append(UpBlock(i, widths[level], skips, level_attention[level], resnet, last=level == 0))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_act = ACTIVATION[config.act_fn]()
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 

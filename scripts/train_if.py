@@ -2,6 +2,7 @@
 
     python scripts/train_if.py --data emoji --curated --out out/stage-1
     python scripts/train_if.py --data emoji --curated --stage-2-of out/stage-1/model --out out/stage-2
+    python scripts/train_if.py --data my_pictures --start tiny-if/I --out out/mine
     torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/stage-1
 
 Stage 1: first a tokenizer is trained on the captions, and the text encoder against the pictures (--text-steps); then
@@ -17,6 +18,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +58,7 @@ from ifmodel.training import (
     upscaling_error,
 )
 from ifmodel.unet import UNet, UNetConfig
-from ifmodel.weights import load_config
+from ifmodel.weights import fetch, load_config, load_unet
 
 SHEET = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
 SUBJECTS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "people around a campfire"]
@@ -66,9 +68,11 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="folder with pictures and metadata.jsonl")
     options.add_argument("--curated", action="store_true", help="take our list of names out of the emoji folder")
-    options.add_argument("--stage-2-of", type=Path, metavar="FOLDER", help="train stage 2 for this stage 1")
+    options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     options.add_argument("--out", type=Path, default=Path("out/stage-1"), help="default: out/stage-1")
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
+    options.add_argument("--start", metavar="FOLDER", help=help)
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
     options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64)")
     default = "default: 64 96 192; stage 2: 32 48 64 96"
@@ -113,16 +117,20 @@ class Stage1:
     def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device, rank: int, world: int):
         self.args, folder = args, args.out / "tokenizer"
         if rank == 0 and not args.resume:
-            train_tokenizer(data.all_captions(), folder)
+            if args.start:
+                vocabulary = fetch(args.start, "tokenizer", ["spiece.model"]) / "spiece.model"
+                write_atomically(folder / "spiece.model", vocabulary.read_bytes())
+            else:
+                train_tokenizer(data.all_captions(), folder)
         if world > 1:
             dist.barrier()
         self.tokenizer = Tokenizer(folder)
-        encoder = build_encoder(self.tokenizer.vocab_size, args.text_dim).to(device)
         self.config = stage_1_config(args.size, args.widths, args.layers, args.text_dim)
-        self.model = TextToPicture(encoder, UNet(UNetConfig.from_dict(self.config)))
+        unet = start_unet(self.config, args.start)
+        encoder = load_encoder(args.start) if args.start else build_encoder(self.tokenizer.vocab_size, args.text_dim)
+        self.model = TextToPicture(encoder, unet)
         self.model.to(device, memory_format=torch.channels_last)
-        silence(self.model.unet)
-        if not args.resume:
+        if not args.resume and not args.start:
             train_text(args, data, self.tokenizer, encoder, device)
         parts = [{"params": self.model.unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
         self.parameters, self.loss = parts, stage_1_loss
@@ -153,17 +161,14 @@ class Stage2:
     """What is special in training stage 2: the text encoder is that of a stage 1, and stays as it is."""
 
     def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device):
-        from transformers import T5EncoderModel
-
         self.args, self.small = args, load_config(args.stage_2_of).sample_size
         if args.size % self.small or args.crop > args.size:
             raise ValueError(f"--size {args.size} must be a multiple of stage 1's {self.small}, and not below --crop")
-        self.tokenizer = Tokenizer(args.stage_2_of / "tokenizer")
-        encoder = T5EncoderModel.from_pretrained(args.stage_2_of / "text_encoder", dtype=torch.float32)
+        self.tokenizer = Tokenizer(fetch(args.stage_2_of, "tokenizer", ["spiece.model"]))
+        encoder = load_encoder(args.stage_2_of)
         self.config = stage_2_config(args.size, args.widths, args.layers, encoder.config.d_model)
-        self.model = TextToPicture(encoder.requires_grad_(False), UNet(UNetConfig.from_dict(self.config)))
+        self.model = TextToPicture(encoder.requires_grad_(False), start_unet(self.config, args.start))
         self.model.to(device, memory_format=torch.channels_last)
-        silence(self.model.unet)
         self.parameters = [{"params": self.model.unet.parameters()}]
         self.loss = partial(stage_2_loss, small=self.small, crop=args.crop)
 
@@ -184,6 +189,27 @@ class Stage2:
 
     def save(self, folder: Path, weights: dict[str, Tensor]):
         save_stage_2(folder, self.config, weights)
+
+
+def load_encoder(source: str):
+    """The T5 encoder of a stage 1, in float32."""
+    from transformers import T5EncoderModel
+
+    return T5EncoderModel.from_pretrained(fetch(source, "text_encoder", ["*.json", "*.safetensors"]), dtype=torch.float32)
+
+
+def start_unet(config: dict, start: str | None) -> UNet:
+    """An untrained UNet of this config, or one with the weights of `start`. Raises ValueError if that is of another."""
+    wanted = UNetConfig.from_dict(config)
+    if start is None:
+        silence(unet := UNet(wanted))
+        return unet
+    unet = load_unet(start, pack=False).train().requires_grad_(True)
+    for field in fields(UNetConfig):
+        theirs, ours = getattr(unet.config, field.name), getattr(wanted, field.name)
+        if theirs != ours:
+            raise ValueError(f"--start {start} has {field.name} = {theirs}, the options of this run say {ours}")
+    return unet
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -314,6 +340,8 @@ def recipe_of(args) -> dict:
     """What, besides the data, decides the trained weights."""
     names = ("size", "widths", "layers", "text_dim", "text_steps", "text_batch", "steps", "batch_size", "lr", "seed")
     recipe = {name: getattr(args, name) for name in names}
+    if args.start:
+        recipe["start"] = args.start
     return {**recipe, "stage": 2, "crop": args.crop} if args.stage_2_of else recipe
 
 
