@@ -151,15 +151,17 @@ def dpm_solver_step(
     *,
     before: tuple[int, Tensor] | None = None,
     noise: Tensor | None = None,
+    eta: float = 0.0,
     v: Tensor | None = None,
     threshold: Threshold | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of DPM-Solver++(2M) to any earlier t' = t_prev: deterministic, and 20 of them do what 100 of DDIM do.
+    """One step of DPM-Solver++(2M) to any earlier t' = t_prev: of second order, so that 20 do what 100 of DDIM do.
 
-    before: the timestep and x̂_0 of the step before this one; None in the first step, which is then one of DDIM
-    noise, v: not used; the rest as in `ddpm_step`. The step to the clean image is x̂_0, of first order too.
+    before: the timestep and x̂_0 of the step before this one; None in the first step, which is then of first order
+    eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which mends more of a model's errors
+    v: not used; the rest as in `ddpm_step`. The step to the clean image is x̂_0, of first order too.
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
-    Source: DPM-Solver++ Algorithm 2, arXiv 2211.01095.
+    Source: DPM-Solver++ Algorithm 2 and its section on diffusion SDEs, arXiv 2211.01095.
     """
     _check_order(t, t_prev)
     x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
@@ -177,8 +179,10 @@ def dpm_solver_step(
         r = (log_snr(t) - log_snr(t_before)) / h
         D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
-    shrunk = math.sqrt((1 - alpha_cumprod_prev) / (1 - alpha_cumprod)) * x_t
-    return shrunk - math.sqrt(alpha_cumprod_prev) * math.expm1(-h) * D, x_0
+    shrunk = math.sqrt((1 - alpha_cumprod_prev) / (1 - alpha_cumprod)) * math.exp(-eta * h) * x_t
+    x_prev = shrunk - math.sqrt(alpha_cumprod_prev) * math.expm1(-(1 + eta) * h) * D
+    sigma = math.sqrt(-(1 - alpha_cumprod_prev) * math.expm1(-2 * eta * h))
+    return (x_prev + sigma * noise if eta else x_prev), x_0
 
 
 def _check_order(t: int, t_prev: int):

@@ -7,15 +7,19 @@
 The sides take turns in this process, and their outputs are compared before anything is timed. "documented" is
 diffusers as its documentation runs it (float32 on the CPU, --dtype on a GPU), "tuned" is diffusers with our dtype and
 memory format, "compiled" (with --compile) is that with torch.compile. Timed: a step of the UNet, with the two halves
-of guidance, and its convolutions and linear layers alone; a whole sample of 20 steps; loading from a folder. Each time
-is also given as a multiple of the floor: the step's FLOPs, as torch counts them, at the rate of a 2048 × 2048 matrix
-product, or the weights' bytes at the rate at which a copy reads and writes, whichever is longer. Published geometries
-have random weights. Without diffusers, ours is timed alone. Prints a table and writes it to --out as JSON; --growth
-draws what a picture costs as there are more of them, more steps and more pixels, beside it.
+of guidance, and its convolutions and linear layers alone; the prompt's part, once; a whole sample of 20 steps; loading
+from a folder, beside a copy of its file; and with --cold processes of their own, from nothing to a PNG, with their peak
+memory. Each time is also given as a multiple of the floor: the step's FLOPs, as torch counts them, at the rate of a
+2048 × 2048 matrix product, or the weights' bytes at the rate at which a copy reads and writes, whichever is longer.
+Published geometries have random weights. Without diffusers, ours is timed alone. Prints a table and writes it to --out
+as JSON; --growth draws what a picture costs as there are more of them, more steps and more pixels, beside it.
 """
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -33,9 +37,10 @@ from tqdm import tqdm
 
 from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import generate
+from ifmodel.cascade import generate, upscale
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.packed import PackedConv2d
+from ifmodel.text import load_embeds, save_embeds
 from ifmodel.weights import SHIPPED
 
 try:
@@ -55,6 +60,7 @@ def main():
     options.add_argument("--batch-size", type=positive, default=1, help="pictures at a time (default: 1)")
     options.add_argument("--compile", action="store_true", help="also both sides with torch.compile")
     options.add_argument("--no-pack", action="store_true", help="also ours without ifmodel.packed")
+    options.add_argument("--cold", action="store_true", help="also whole processes, and their peak memory (stage 1)")
     options.add_argument("--growth", action="store_true", help="also ours with more pictures, steps and pixels")
     options.add_argument("--out", type=Path, default=Path("out/bench_if.json"), help="default: out/bench_if.json")
     add_device_options(options, ("float32", "bfloat16", "float16"))
@@ -78,11 +84,13 @@ def main():
     print(f"floor of a step: {1000 * floor['seconds']:.1f} ms ({told} at {floor['gigabytes_per_s']:.1f} GB/s)")
     report["layers"] = layers_alone(work, args.rounds, floor["seconds"])
     report["step"] = compare("a step of the UNet", step_sides(work), args.rounds, device, floor["seconds"])
-    if work.config.class_embed_type is None:
-        sides, seconds = sample_sides(work), NUM_STEPS * floor["seconds"]
-        rounds = max(1, args.rounds // 5)
-        report["sample"] = compare(f"a sample of {NUM_STEPS} steps", sides, rounds, device, seconds)
-    report["load"] = compare("loading from a folder", load_sides(work), max(1, args.rounds // 3), device)
+    few, seconds = max(1, args.rounds // 3), NUM_STEPS * floor["seconds"]
+    once = {"ours": lambda: work.ours.encode_text(work.embeds)}
+    report["text"] = compare("the UNet's part of the prompt, once a picture", once, few, device)
+    report["sample"] = compare(f"a sample of {NUM_STEPS} steps", sample_sides(work), few, device, seconds)
+    report["load"] = compare("loading from a folder", load_sides(work), few, device)
+    if args.cold and work.noise_level is None:
+        report["cold"] = cold_starts(work, few)
     if args.growth:
         report["growth"] = growth(work, args.rounds)
         draw_growth(args.out.with_suffix(".png"), report["growth"], work)
@@ -178,25 +186,46 @@ def sample_sides(work: Work) -> dict[str, Callable]:
     """--batch-size pictures from noise, prompts already embedded; text keys and values are part of our time."""
     embeds, null = (half.float() for half in work.embeds.chunk(2))
     seeds = list(range(SEED, SEED + work.args.batch_size))
-    sides = {"ours": lambda: generate(work.ours, embeds, null, seeds=seeds, num_steps=NUM_STEPS, size=work.size)}
+    options = {"seeds": seeds, "num_steps": NUM_STEPS, "size": work.size, "guidance_scale": 4.0}
+    small = work.x_t[: len(seeds), :3, ::4, ::4].clamp(-1, 1)  # stage 2's picture to enlarge
+    if work.noise_level is None:
+        sides = {"ours": lambda: generate(work.ours, embeds, null, **options)}
+    else:
+        sides = {"ours": lambda: upscale(work.ours, small, embeds, null, noise_level=work.noise_level, **options)}
     if diffusers is None:
         return sides
-    scheduler = diffusers.DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, sample_max_value=1.5
-    )
 
     def pipeline(unet) -> Callable:
-        parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
-        made = diffusers.IFPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
-        made.set_progress_bar_config(disable=True)
-        options = {"prompt_embeds": embeds.to(unet.dtype), "negative_prompt_embeds": null.to(unet.dtype)}
-        options |= {"num_inference_steps": NUM_STEPS, "height": work.size[0], "width": work.size[1]}
-        return lambda: made(**options, output_type="pt", generator=[torch.Generator().manual_seed(s) for s in seeds])
+        made = their_pipeline(unet)
+        asked = {"prompt_embeds": embeds.to(unet.dtype), "negative_prompt_embeds": null.to(unet.dtype)}
+        asked |= {"num_inference_steps": NUM_STEPS, "height": work.size[0], "width": work.size[1]}
+        asked |= {"guidance_scale": 4.0, "output_type": "pt"}
+        if work.noise_level is not None:
+            asked |= {"image": small.to(unet.dtype), "noise_level": work.noise_level}
+        return lambda: made(**asked, generator=[torch.Generator().manual_seed(seed) for seed in seeds])
 
     documented = torch.float32 if work.device.type == "cpu" else work.dtype
     sides["diffusers, documented"] = pipeline(work.theirs(documented))
     sides["diffusers, tuned"] = pipeline(work.theirs(work.dtype, torch.channels_last))
     return sides
+
+
+def their_pipeline(unet):
+    """diffusers' pipeline of either stage around a UNet, with IF's schedulers and without a text encoder."""
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    parts |= {"unet": unet, "requires_safety_checker": False}
+    cosine = {"beta_schedule": "squaredcos_cap_v2"}
+    learned = {**cosine, "variance_type": "learned_range", "thresholding": True}
+    if unet.config.class_embed_type is None:
+        made = diffusers.IFPipeline(scheduler=diffusers.DDPMScheduler(**learned, sample_max_value=1.5), **parts)
+    else:
+        schedulers = {
+            "scheduler": diffusers.DDPMScheduler(**learned, sample_max_value=1.0),
+            "image_noising_scheduler": diffusers.DDPMScheduler(**cosine),
+        }
+        made = diffusers.IFSuperResolutionPipeline(**schedulers, **parts)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def load_sides(work: Work) -> dict[str, Callable]:
@@ -211,7 +240,51 @@ def load_sides(work: Work) -> dict[str, Callable]:
         unet = unet.to(work.device)
         return sum(float(parameter.detach().flatten()[::1024].float().sum()) for parameter in unet.parameters())
 
-    return {"ours": ours} if diffusers is None else {"ours": ours, "diffusers, same dtype": theirs}
+    def copy():
+        for path in sorted((work.root / "unet").glob("*.safetensors")):
+            path.read_bytes()
+
+    return {"ours": ours, "a copy of the file": copy} | ({} if diffusers is None else {"diffusers, same dtype": theirs})
+
+
+def cold_starts(work: Work, rounds: int) -> dict[str, dict[str, float]]:
+    """Processes that start from nothing, load, draw one picture and write it: seconds and peak memory of each side."""
+    scripts, folder = Path(__file__).parent, Path(work.folder.name)
+    embeds, out = folder / "embeds.safetensors", folder / "picture.png"
+    save_embeds(embeds, {"something": work.embeds[0], "": work.embeds[-1]})
+    ours = [scripts / "generate.py", "--model", work.root, "--upscaler", "none", "--embeds", embeds, "--out", out]
+    ours += ["--prompt", "something", "--steps", NUM_STEPS, "--dtype", short(work.dtype), "--device", work.device]
+    theirs = [__file__, "--their-picture", work.root, embeds, out, work.device]
+    sides = {"ours": ours} if diffusers is None else {"ours": ours, "diffusers, documented": theirs}
+    spent = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, command in sides.items():
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise ValueError(f"a process of {name} failed: {' '.join(map(str, command))}")
+            spent[name].append((time.perf_counter() - started, usage.ru_maxrss * 1024))
+    rows = {}
+    print(f"a process from its start to the PNG, {NUM_STEPS} steps, {rounds} rounds")
+    for name, pairs in spent.items():
+        seconds, memory = (median(values) for values in zip(*pairs, strict=True))
+        rows[name] = {"seconds": seconds, "peak_bytes": memory}
+        print(f"  {name:22} {seconds:6.1f} s, {memory / 1e9:.2f} GB at most")
+    return rows
+
+
+def draw_their_picture(root: str, embeds: str, out: str, device: str):
+    """What diffusers' documentation does, but for the text encoder."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(
+        root, subfolder="unet", torch_dtype=torch.float32 if device == "cpu" else torch.float16
+    )
+    prompts = {name: tensor[None].to(unet.dtype) for name, tensor in load_embeds(embeds).items()}
+    asked = {"prompt_embeds": prompts["something"], "negative_prompt_embeds": prompts[""]}
+    pictures = their_pipeline(unet.to(device))(**asked, num_inference_steps=NUM_STEPS, guidance_scale=4.0).images
+    pictures[0].save(out)
 
 
 def floor_of(work: Work) -> dict[str, float]:
@@ -356,4 +429,4 @@ def short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main if "--their-picture" not in sys.argv else lambda: draw_their_picture(*sys.argv[2:]))

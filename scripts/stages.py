@@ -65,7 +65,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
     options.set_defaults(default_stride=stride)
     options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm")
-    options.add_argument("--eta", type=number, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
+    options.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
     told = by_model("guidance") if guidance is None else f"default: {guidance:g}"
     options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({told})")
     options.add_argument(
@@ -149,7 +149,7 @@ class Cascade:
     @property
     def step(self) -> Step:
         threshold = STAGE_1_THRESHOLD if self.stage == 1 else STAGE_2_THRESHOLD
-        options = {"eta": self.args.eta} if self.args.sampler == "ddim" else {}
+        options = {} if self.args.sampler == "ddpm" else {"eta": self.args.eta}
         return partial(SAMPLERS[self.args.sampler], threshold=threshold, **options)
 
     def load(self, stage: int, batch_size: int):

@@ -195,7 +195,9 @@ def load_encoder(source: str):
     """The T5 encoder of a stage 1, in float32."""
     from transformers import T5EncoderModel
 
-    return T5EncoderModel.from_pretrained(fetch(source, "text_encoder", ["*.json", "*.safetensors"]), dtype=torch.float32)
+    return T5EncoderModel.from_pretrained(
+        fetch(source, "text_encoder", ["*.json", "*.safetensors"]), dtype=torch.float32
+    )
 
 
 def start_unet(config: dict, start: str | None) -> UNet:

@@ -223,6 +223,12 @@ def test_20_steps_of_dpm_solver_are_nearer_than_20_of_ddim(model):
     assert error(end(dpm_solver_step, some)) < error(end(ddim_step, some)) / 4
 
 
+def test_noisy_steps_of_dpm_solver_sample_the_mixture():
+    x = sample(TWO_MODES, 4000, EVERY_10TH, step=partial(dpm_solver_step, eta=1.0))
+    assert (TWO_MODES.nearest(x) == 0).double().mean().item() == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
+    assert_moments(x, TWO_MODES.mean, TWO_MODES.covariance, bias=0.02)
+
+
 def test_ddim_with_eta_1_is_ddpm_with_beta_tilde():
     ours = sample(TWO_MODES, 50, step=partial(ddim_step, eta=1.0))
     torch.testing.assert_close(ours, sample(TWO_MODES, 50, step=partial(ddpm_step, variance="beta_tilde")))
@@ -249,12 +255,14 @@ def trajectory(timesteps, step, estimate, x_T, seed=1):
     return torch.stack([*(x_t for _, _, x_t, _ in seen), x_0])
 
 
-def diffusers_trajectory(scheduler, estimate, x_T, **options):
+def diffusers_trajectory(scheduler, estimate, x_T, noise=None, **options):
+    """noise(): what its steps are given where they take noise rather than a generator."""
     scheduler.alphas_cumprod = COSINE.alphas_cumprod  # in float64, so that it is its arithmetic we compare with
     x_t, frames = x_T, []
     for t in scheduler.timesteps:
         frames.append(x_t)
-        x_t = scheduler.step(estimate(x_t, int(t))[0], t, x_t, **options).prev_sample
+        given = options if noise is None else {**options, "variance_noise": noise()}
+        x_t = scheduler.step(estimate(x_t, int(t))[0], t, x_t, **given).prev_sample
     return torch.stack([*frames, x_t])
 
 
@@ -275,12 +283,13 @@ def test_ddim_trajectories_equal_diffusers(num_steps, eta, threshold):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("timesteps", [leading_timesteps(1000, 20), named_timesteps("smart50"), [900, 500, 80]])
-def test_dpm_solver_trajectories_equal_diffusers(timesteps):
+def test_dpm_solver_trajectories_equal_diffusers(timesteps, eta):
     scheduler = DPMSolverMultistepScheduler(
         1000,
         beta_schedule="squaredcos_cap_v2",
-        algorithm_type="dpmsolver++",
+        algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
         solver_order=2,
         solver_type="midpoint",
         lower_order_final=True,
@@ -290,9 +299,11 @@ def test_dpm_solver_trajectories_equal_diffusers(timesteps):
     scheduler.set_timesteps(timesteps=timesteps)
     assert scheduler.timesteps.tolist() == timesteps
     x_T = gaussians(20, (1, 2, 2))()
-    theirs = diffusers_trajectory(scheduler, TWO_MODES.estimate, x_T)
+    # the noise it would draw itself is in float32
+    noise = gaussians(len(x_T), x_T.shape[1:], seed=1)
+    theirs = diffusers_trajectory(scheduler, TWO_MODES.estimate, x_T, noise=noise)
     # diffusers keeps its σ in float32, and takes logarithms and differences of them
-    ours = trajectory(timesteps, dpm_solver_step, TWO_MODES.estimate, x_T)
+    ours = trajectory(timesteps, partial(dpm_solver_step, eta=eta), TWO_MODES.estimate, x_T)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 

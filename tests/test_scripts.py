@@ -156,6 +156,35 @@ def test_bench_mnist(run_script):
     assert "ratio" in out and "outside convolutions" in out
 
 
+@pytest.mark.parametrize("geometry", ["tiny", "tiny-II"])
+def test_bench_if_compares_with_diffusers(run_script, tmp_path, geometry):
+    out = tmp_path / "bench.json"
+    options = ("--geometry", geometry, "--rounds", 1, "--size", 32, 32, "--dtype", "float32", "--out", out)
+    status, told, err = run_script("bench_if", *options, *(["--cold"] if geometry == "tiny" else []))
+    assert status == 0, err
+    report = json.loads(out.read_text())
+    assert report["agreement"]["relative_error"] < 1e-4
+    assert report["floor"]["seconds"] > 0
+    for part in ("step", "sample"):
+        assert set(report[part]) == {"ours", "diffusers, documented", "diffusers, tuned"}
+        for side in report[part].values():
+            assert 0 < side["min"] <= side["median"] <= side["max"]
+        assert report[part]["ours"]["times_ours"] == 1
+    if geometry == "tiny":
+        assert report["cold"]["ours"]["peak_bytes"] > 1e8
+        assert "from its start to the PNG" in told
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
+    options = ("--stage", stage, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--dtype", "float32")
+    status, out, err = run_script("bench_train_if", *options)
+    assert status == 0, err
+    losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "pictures/s" in line]
+    assert len(losses) == 3
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
 )
