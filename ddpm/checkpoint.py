@@ -88,7 +88,7 @@ def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
     if metadata.get("model") != type(model).__name__ or metadata.get("config") != model.config:
         found = f"{metadata.get('model')} {metadata.get('config')}"
         raise ValueError(f"{path} is a run of {found}, not of {type(model).__name__} {model.config}")
-    if "losses" not in tensors:
+    if "losses" not in tensors or not {"dtype", "seconds"} <= metadata.keys():
         raise ValueError(f"{path} is a weights file: only a training state (state.safetensors) can be resumed")
     model.load_state_dict(
         {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
@@ -99,7 +99,9 @@ def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
             _, index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = value
     for index, parameter in enumerate(model.parameters()):
-        state = moments[index]
+        state = moments.get(index, {})
+        if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"{path} lacks Adam's moments: it is not a whole training state")
         for name in ("exp_avg", "exp_avg_sq"):  # fused Adam walks both in memory order: keep channels_last
             state[name] = torch.empty_like(parameter).copy_(state[name])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

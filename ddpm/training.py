@@ -98,6 +98,11 @@ def drop_classes(labels: Tensor, generator: torch.Generator, probability: float 
     return F.one_hot(labels, NUM_CLASSES).float() * kept.unsqueeze(1)
 
 
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's noise: a resumed run draws what an uninterrupted one would have drawn."""
+    return ((seed << 24) + step) % 2**63
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -132,7 +137,7 @@ def train(
         rows = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
         x_0 = (images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
 
-        generator.manual_seed((recipe.seed << 24) + step)
+        generator.manual_seed(step_seed(recipe.seed, step))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = loss_of(model, x_0, labels[rows], generator)
         optimizer.zero_grad()
@@ -170,8 +175,8 @@ class Run:
                 raise ValueError(f"there is a run in {self.folder}: add --resume to go on, or choose another --out")
             done, found = load_state(state, self.model, self.optimizer)
             for key in ("recipe", "digits"):
-                if found[key] != self.described[key]:
-                    told = f"{found[key]}, not {self.described[key]}"
+                if found.get(key) != self.described[key]:
+                    told = f"{found.get(key)}, not {self.described[key]}"
                     raise ValueError(f"the run in {self.folder} has another {key}: {told}")
             if found["dtype"] != self.described["dtype"]:
                 told = f"the run was in {found['dtype']} and goes on in {self.described['dtype']}"

@@ -140,7 +140,7 @@ def load_captioned(folder: str | Path, size: int, names: Sequence[str] | None = 
     pictures = torch.stack([torch.stack(styled(folder / row["file_name"], size)) for row in rows])
     found = [row["text"] for row in rows]
     phrases = [[with_article(name), *ALIASES.get(name, ())] for name in found]
-    return CaptionedPictures(pictures, found, phrases, [list(row.get("tags", ())) for row in rows])
+    return CaptionedPictures(pictures, found, phrases, [row["tags"] for row in rows])
 
 
 def read_metadata(folder: Path) -> list[dict]:
@@ -148,17 +148,24 @@ def read_metadata(folder: Path) -> list[dict]:
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each picture, file_name and text")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            row["tags"] = row.get("tags") or []  # null is none
             fits = isinstance(row["file_name"], str) and isinstance(row["text"], str) and row["text"].strip()
-        except (ValueError, KeyError, TypeError):
+            fits = fits and isinstance(row["tags"], list) and all(isinstance(tag, str) for tag in row["tags"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
-            raise ValueError(f'{path}, line {number} is not {{"file_name": …, "text": a caption}}: {line[:60]!r}')
+            told = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
+            raise ValueError(f"{path}, line {number} is not {told}: {line[:60]!r}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no captions")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ddpm.data import load_mnist
 from ddpm.mnist import ClassUNet, sample_digits
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from ddpm.training import DDPM, ddpm_loss, drop_classes, train
+from ddpm.training import DDPM, ddpm_loss, drop_classes, step_seed, train
 
 SCHEDULE = linear_schedule()
 
@@ -43,7 +43,7 @@ def plain_recipe(root: Path, order: torch.Tensor, device: torch.device, batch_si
     loader = DataLoader(MNIST(root, train=True, transform=ToTensor()), batch_size, sampler=order.tolist())
     generator = torch.Generator(device)
     for step, (x_0, labels) in enumerate(loader):
-        generator.manual_seed((SEED << 24) + step)  # the noise that `train` draws
+        generator.manual_seed(step_seed(SEED, step))  # the noise that `train` draws
         loss = loss_of(model, x_0.to(device), labels.to(device), generator)
         optimizer.zero_grad()
         loss.backward()

@@ -10,9 +10,11 @@ both the encoder and the UNet. Stage 2 keeps the text encoder of its stage 1 as 
 --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage 2 its error
 beside that of bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py and
 diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU
-with as many threads. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
+with as many threads. Several processes share each batch, and on several hosts --out, which must be a folder that all
+see. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
+import math
 import os
 import time
 from argparse import Namespace
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
-from ddpm.training import stop_signal
+from ddpm.training import step_seed, stop_signal
 from ifmodel.captions import CaptionedPictures, curated, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
 from ifmodel.text import Tokenizer
@@ -85,6 +87,7 @@ def arguments() -> Namespace:
     options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
     options.add_argument("--lr", type=float, default=4e-4, help="falls to a tenth over the run (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
+    options.add_argument("--compile", action="store_true", help="torch.compile the UNet: for GPUs; slower on CPUs")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
     args = options.parse_args()
@@ -95,8 +98,7 @@ def arguments() -> Namespace:
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
-    rank, world = start_processes(device)
+    device, rank, world = start_processes(args)
     dtype = pick_dtype(args.dtype, device)
     state = args.out / "state.safetensors"
     check_writable(state)
@@ -214,13 +216,18 @@ def start_unet(config: dict, start: str | None) -> UNet:
     return unet
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """This process's number and how many there are: torchrun says so in the environment."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return dist.get_rank(), world
-    return 0, 1
+def start_processes(args: Namespace) -> tuple[torch.device, int, int]:
+    """This process's device and number, and how many processes there are: torchrun says so in the environment."""
+    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes")
+    if world == 1:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world
 
 
 def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device):
@@ -232,7 +239,7 @@ def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, e
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
-        generator = torch.Generator().manual_seed((args.seed << 24) + step)
+        generator = torch.Generator().manual_seed(step_seed(args.seed, step))
         batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
         similarities = contrast(batch.x_0, batch.tokens, batch.mask)
         loss = contrastive_loss(similarities)
@@ -249,6 +256,11 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
     """Train a stage from --resume's state or the start, to --steps or until stopped."""
     model = stage.model
     device = next(model.parameters()).device
+    if world > 1:  # the text encoders were trained apart, on GPUs not to the same bit
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    if args.compile:
+        model.unet.compile()
     optimizer = torch.optim.AdamW(stage.parameters, lr=args.lr, weight_decay=0.01, fused=device.type != "mps")
     average, log, first, seconds = Average(model), [], 0, 0.0
     if args.resume:
@@ -270,23 +282,20 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group.get("share", 1) * min(1, (step + 1) / 500) * 0.1 ** (step / args.steps)
-            generator = torch.Generator().manual_seed((args.seed << 24) + step)
+            generator = torch.Generator().manual_seed(step_seed(args.seed, step))
             batch = draw_batch(data, stage.tokenizer, args.batch_size, generator).to(device)
             with autocast:
                 loss = stage.loss(model, batch, generator, mine).mean()
             optimizer.zero_grad()
             loss.backward()
+            told = torch.stack([loss.detach(), loss.new_tensor(float(stopped()))])
             if world > 1:
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad)
-                        parameter.grad /= world
-                dist.all_reduce(loss := loss.detach())
-                loss = loss / world
+                average_gradients(model, world)
+                dist.all_reduce(told)  # so that all processes stop when one is told to
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             average.update(model, step)
-            losses.append(loss.item())
+            losses.append(told[0].item() / world)
             if not losses[-1] < 1e3:
                 raise ValueError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr, or --resume the run")
             if step % 10 == 0:
@@ -302,7 +311,11 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
                     ",".join([str(step + 1), *(f"{x:.5f}" for x in (sum(recent) / len(recent), *seen.values()))])
                 )
                 bar.write(f"{log[0]}: {log[-1]}")
-            if stopped():
+                if step >= 1000 and seen.get("others", math.inf) < 1.05 * seen.get("right", 0):
+                    bar.write(
+                        "warning: it draws without listening: others' captions serve it as well as the right ones"
+                    )
+            if told[1] > 0:
                 break
             if time.monotonic() - saved > 300:
                 save(step + 1)
@@ -312,6 +325,14 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
         bar.write(f"stopped and saved: go on with the same command and --resume (the run is in {args.out})")
         raise SystemExit(130)
     print(f"trained: {args.out / 'model'}")
+
+
+def average_gradients(model: TextToPicture, world: int):
+    """Every process's gradients become the mean over all processes."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from conftest import DATA, ROOT, settled
 from PIL import Image
 from torchvision.datasets import MNIST
 
-from ddpm.checkpoint import save_state, save_weights
+import ddpm.training
+from ddpm.checkpoint import load_model, save_state, save_weights
 from ddpm.data import FILES
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.judge import Judge
-from ddpm.mnist import ClassUNet, TimeUNet, UNet
+from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.schedule import linear_schedule
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
 
@@ -42,28 +45,68 @@ def picture(path):
 # End to end
 
 
-@pytest.mark.parametrize("condition", ["time", "class"])
-def test_train_ddpm_then_resume_to_the_same_weights(run_script, tmp_path, condition):
-    options = ("--condition", condition, *TRAIN, "--epochs", 2, "--sample-epochs", 1, "--sample-steps", 2)
-    status, out, err = run_script("train_ddpm", *options, "--out", tmp_path / "run")
+def stopped_after(steps: int, loss, seen=lambda *arguments: None):
+    """A loss that also sends this process a Ctrl-C in its n-th step, and shows its arguments to `seen`."""
+    count = []
+
+    def loss_of(*arguments):
+        count.append(1)
+        if len(count) == steps:
+            signal.raise_signal(signal.SIGINT)
+        seen(*arguments)
+        return loss(*arguments)
+
+    return loss_of
+
+
+def states_of_a_stopped_run(run_script, monkeypatch, name, loss, options, folder):
+    """The states of a run, and of the same run stopped by Ctrl-C in its third step and resumed."""
+    status, out, err = run_script(name, *options, "--out", folder / "whole")
     assert status == 0, err
     assert "trained" in out and "img/s" in err and "loss" in err
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ddpm.training.{loss}", stopped_after(3, getattr(ddpm.training, loss)))
+        status, _, err = run_script(name, *options, "--out", folder / "parts")
+    assert status == 130
+    assert "--resume" in err and "Traceback" not in err
+    assert len(load_tensors(folder / "parts" / "state.safetensors")[0]["losses"]) == 3
+    status, _, err = run_script(name, *options, "--out", folder / "parts", "--resume")
+    assert status == 0, err
+    return [load_tensors(folder / part / "state.safetensors")[0] for part in ("whole", "parts")]
+
+
+@pytest.mark.parametrize("condition", ["time", "class"])
+def test_train_ddpm_stopped_and_resumed_to_the_same_weights(run_script, monkeypatch, tmp_path, condition):
+    options = ("--condition", condition, *TRAIN, "--epochs", 2, "--sample-epochs", 1, "--sample-steps", 2)
+    whole, parts = states_of_a_stopped_run(run_script, monkeypatch, "train_ddpm", "ddpm_loss", options, tmp_path)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for figure in ("loss.png", "samples_epoch01.png", "samples_epoch02.png"):
-        _, metadata = picture(tmp_path / "run" / figure)
+        _, metadata = picture(tmp_path / "whole" / figure)
         assert metadata["Seed"] == "20040805" and "train_ddpm.py --condition" in metadata["Command"]
-    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
-    before = load_tensors(tmp_path / "run" / "state.safetensors")[0]
-    status, _, err = run_script("train_ddpm", *options, "--out", tmp_path / "run", "--resume")
-    assert status == 0, err
-    after = load_tensors(tmp_path / "run" / "state.safetensors")[0]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len((tmp_path / "whole" / "log.csv").read_text().splitlines()) == 3
 
 
-def test_train_denoiser(run_script, tmp_path):
-    status, _, err = run_script("train_denoiser", *TRAIN, "--epochs", 1, "--out", tmp_path)
+def test_train_ddpm_drops_the_class_of_a_tenth(run_script, monkeypatch, tmp_path):
+    dropped = []
+
+    def seen(model, x_0, conditioning, *_):
+        dropped.extend((conditioning[0].sum(1) == 0).tolist())
+
+    monkeypatch.setattr("ddpm.training.ddpm_loss", stopped_after(0, ddpm.training.ddpm_loss, seen))
+    options = ("--condition", "class", *TRAIN, "--epochs", 3, "--sample-epochs", 3, "--sample-steps", 1)
+    status, _, err = run_script("train_ddpm", *options, "--out", tmp_path)
     assert status == 0, err
-    picture(tmp_path / "denoised_epoch01.png")
-    assert load_tensors(tmp_path / "weights.safetensors")[1]["model"] == "UNet"
+    assert sum(dropped) / len(dropped) == pytest.approx(0.1, abs=0.04)  # four standard errors
+
+
+def test_train_denoiser_stopped_and_resumed_to_the_same_weights(run_script, monkeypatch, tmp_path):
+    options = (*TRAIN, "--epochs", 2, "--batch-size", 128)
+    whole, parts = states_of_a_stopped_run(
+        run_script, monkeypatch, "train_denoiser", "denoiser_loss", options, tmp_path
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    picture(tmp_path / "whole" / "denoised_epoch01.png")
+    assert load_tensors(tmp_path / "whole" / "weights.safetensors")[1]["model"] == "UNet"
 
 
 def test_sample_mnist_saves_what_it_draws(run_script, tmp_path, weights):
@@ -79,6 +122,11 @@ def test_sample_mnist_saves_what_it_draws(run_script, tmp_path, weights):
     assert saved["labels"].tolist() == [digit for digit in range(10) for _ in range(2)]
     assert saved["labels"].dtype == torch.int64
     assert metadata["seed"] == 20040805 and metadata["steps"] == 3
+
+    model, labels = load_model(weights["ClassUNet"]), saved["labels"].tolist()
+    options = {"num_steps": 3, "guidance_scale": 2.0}
+    expected = sample_digits(model, labels, [20040805, 20040806] * 10, linear_schedule(model.num_timesteps), **options)
+    torch.testing.assert_close(saved["images"], expected, atol=2e-2, rtol=0)  # --dtype auto may be bfloat16
 
     # the same digits again, and one more of each: the first two stay as they were
     run_script("sample_mnist", *common, "--per-class", 3)

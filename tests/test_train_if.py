@@ -205,6 +205,37 @@ def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, traine
     assert steps == ["3", "4"]
 
 
+def test_start_goes_on_from_the_weights_of_a_stage(run_script, refused, folder, trained, tmp_path):
+    """With no learning rate to speak of, what is saved is what was loaded."""
+    model = trained / "1" / "model"
+    nearly_still = ["--lr", 1e-12, "--every", 1]
+    options = stage_1_options(folder, tmp_path / "1", 1, "--start", model, *nearly_still)
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    stage_2 = ["--data", folder, "--stage-2-of", model, "--size", 32, "--crop", 16, *SMALL, "--steps", 1]
+    options = [*stage_2, "--out", tmp_path / "2", "--start", trained / "2" / "model", *nearly_still]
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    for stage in ("1", "2"):
+        before, after = (path / stage / "model" / "unet" for path in (trained, tmp_path))
+        name = "diffusion_pytorch_model.safetensors"
+        assert (before / "config.json").read_text() == (after / "config.json").read_text()
+        one, other = load_tensors(before / name)[0], load_tensors(after / name)[0]
+        assert all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+    assert (tmp_path / "1" / "tokenizer" / "spiece.model").read_bytes() == (
+        trained / "1" / "tokenizer" / "spiece.model"
+    ).read_bytes()
+
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "3", 1, "--start", model, "--layers", 2))
+    assert "has layers_per_block = (1, 1), the options of this run say (2, 2)" in told
+
+
+def test_a_batch_that_does_not_divide_is_refused(refused, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
+    assert "--batch-size 4 does not divide among 3 processes" in told
+
+
 def test_two_processes_are_as_good_as_one(folder, tmp_path):
     """torchrun with two processes on the CPU: the loss curve of one process with the same global batch."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -253,7 +284,7 @@ def test_generate_draws_with_both_stages_as_diffusers_does(run_script, trained, 
 
 
 def test_the_sheets_and_logs(trained):
-    for stage, columns in (("1", "step,loss,right,others,none"), ("2", "step,loss,stage_2,bicubic")):
+    for stage, columns in (("1", "step,loss,right,others,none,alike"), ("2", "step,loss,stage_2,bicubic")):
         header, row = (trained / stage / "log.csv").read_text().splitlines()
         assert header == columns
         assert row.startswith("3,") and len(row.split(",")) == len(columns.split(","))
@@ -280,6 +311,13 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     assert "line 7" in told()
     (other / "metadata.jsonl").write_text(good + '\n{"file_name": "0.png", "text": " "}')
     assert "line 7" in told() and "caption" in told()
+    for tags in ("5", "[1, 2]", '"words"'):
+        (other / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": "a shape", "tags": {tags}}}')
+        assert "line 1" in told() and "tags" in told()
+    (other / "metadata.jsonl").write_text("5")
+    assert "line 1" in told()
+    (other / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "\xff"}')
+    assert "metadata.jsonl is not UTF-8" in told()
     (other / "metadata.jsonl").write_text("")
     assert "no captions" in told()
     (other / "metadata.jsonl").unlink()

@@ -9,10 +9,21 @@ from conftest import DATA
 
 from ddpm.checkpoint import load_model
 from ddpm.data import load_mnist
-from ddpm.files import load_tensors
+from ddpm.files import load_tensors, save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.schedule import linear_schedule
-from ddpm.training import DDPM, DENOISER, SIGMAS, ddpm_loss, denoiser_loss, drop_classes, fit, noisy_digits, train
+from ddpm.training import (
+    DDPM,
+    DENOISER,
+    SIGMAS,
+    ddpm_loss,
+    denoiser_loss,
+    drop_classes,
+    fit,
+    noisy_digits,
+    step_seed,
+    train,
+)
 
 SCHEDULE = linear_schedule()
 
@@ -258,3 +269,19 @@ def test_bfloat16_trains_like_float32(digits, tmp_path):
         losses.append(weights_after(tmp_path / str(dtype))["losses"])
     torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
     assert not torch.equal(*losses)
+
+
+def test_every_seed_has_a_generator_of_its_own_for_every_step():
+    seeds = [step_seed(seed, step) for seed in (0, 1, 20040805, 2**40, 2**62) for step in (0, 1, 2**23)]
+    assert len(set(seeds)) == len(seeds) - 3  # 2**62 is beyond what a generator takes: it comes round to 0
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+def test_a_state_without_moments_is_refused(digits, tmp_path):
+    assert fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "state.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.0.")}
+    save_tensors(tmp_path / "state.safetensors", kept, metadata)
+    with pytest.raises(ValueError, match="lacks Adam's moments"):
+        fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path, resume=True)
