@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from pictures import read_mask, read_picture
 from PIL import Image
 from test_generate import cascade  # noqa: F401
 from test_text import model_folder  # noqa: F401
@@ -158,9 +159,92 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     with pytest.warns(UserWarning) as notes:
         assert run_script("inpaint", *options)[0] == 0
     told = {str(note.message).partition("mask.png ")[2] for note in notes}
-    assert {"has greys: what is lighter than half is the hole", "is 40 × 40: resized to the picture's size"} <= told
+    laid = "is 40 × 40 and the picture 40 × 50: its centre is laid over the picture's"
+    assert {"has greys: what is lighter than half is the hole", laid} <= told
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
+
+
+def blob(height: int, width: int) -> numpy.ndarray:
+    """A mask [H, W] of bool with an ellipse right of the middle and above it."""
+    y, x = numpy.mgrid[:height, :width]
+    return ((y - 0.4 * height) / (0.3 * height)) ** 2 + ((x - 0.6 * width) / (0.2 * width)) ** 2 < 1
+
+
+@pytest.mark.parametrize("size", [(100, 160), (160, 100), (90, 90)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_mask_lies_where_it_was_painted(tmp_path, recwarn, size, suffix):
+    """A picture that is its own mask: what is light in it is what the mask says."""
+    path = tmp_path / f"photo.{suffix}"
+    painted = Image.fromarray(blob(*size)).resize((10 * size[1], 10 * size[0]), Image.Resampling.NEAREST)
+    painted.convert("L").save(path, quality=100)
+    for target in ((32, 32), (24, 32)):
+        mask = read_mask(str(path), target, path)
+        assert mask.shape == (1, 1, *target)
+        assert (mask == (read_picture(path, target)[:, :1] > 0)).float().mean() > 0.98
+    assert not [note for note in recwarn if "resized" in str(note.message) or "laid" in str(note.message)]
+
+
+def test_a_turned_photo_has_a_turned_mask(tmp_path, recwarn):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    upright = Image.fromarray(blob(100, 160))
+    upright.save(tmp_path / "mask.png")
+    upright.transpose(Image.Transpose.ROTATE_90).convert("L").save(tmp_path / "photo.png", exif=exif)
+    mask = read_mask(str(tmp_path / "mask.png"), (32, 32), tmp_path / "photo.png")
+    assert (mask == (read_picture(tmp_path / "photo.png", (32, 32))[:, :1] > 0)).float().mean() > 0.98
+    assert not recwarn.list
+
+
+def test_a_smaller_mask_is_resized(tmp_path):
+    Image.new("L", (160, 100)).save(tmp_path / "photo.png")
+    Image.fromarray(blob(50, 80)).save(tmp_path / "mask.png")
+    with pytest.warns(UserWarning, match="is 50 × 80 and the picture 100 × 160: it is resized"):
+        mask = read_mask(str(tmp_path / "mask.png"), (50, 50), tmp_path / "photo.png")
+    assert (mask[0, 0].bool().numpy() == blob(50, 80)[:, 15:65]).all()
+
+
+def test_masks_of_any_mode_are_read(tmp_path, recwarn):
+    hole = blob(20, 20)
+    grey = numpy.where(hole, 255, 0).astype(numpy.uint8)
+    rgb = Image.fromarray(grey).convert("RGB")
+    opaque = rgb.convert("RGBA")
+    files = {
+        "bits.png": Image.fromarray(hole),
+        "grey.png": Image.fromarray(grey),
+        "palette.png": rgb.convert("P"),
+        "opaque.png": opaque,
+        "sixteen.png": Image.fromarray(numpy.where(hole, 65535, 0).astype(numpy.uint16)),
+        "sixteen.pgm": Image.fromarray(numpy.where(hole, 65535, 0).astype(numpy.uint16)),
+        "float.tiff": Image.fromarray(hole.astype(numpy.float32)),
+    }
+    for name, picture in files.items():
+        picture.save(tmp_path / name)
+        mask = read_mask(str(tmp_path / name), (20, 20), tmp_path / name)
+        assert (mask[0, 0].bool().numpy() == hole).all(), name
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:the mask")
+def test_a_dark_mask_of_16_bits_stays_dark(tmp_path):
+    """What white is, its mode says and not its lightest pixel: 200 and 4000 of 65535 are nearly black."""
+    for lightest in (200, 4000):
+        Image.fromarray(numpy.where(blob(20, 20), lightest, 0).astype(numpy.uint16)).save(tmp_path / "dark.png")
+        with pytest.raises(ValueError, match=r"the mask .* has no hole"):
+            read_mask(str(tmp_path / "dark.png"), (20, 20), "face")
+        assert read_picture(tmp_path / "dark.png", (20, 20)).max() < -0.8
+
+
+def test_masks_with_transparency_say_what_decided(tmp_path):
+    hole, photo = blob(20, 20), numpy.full((20, 20, 3), (240, 120, 30), numpy.uint8)
+    photo[:5] = 255
+    erased = Image.fromarray(numpy.dstack([photo, numpy.where(hole, 0, 255).astype(numpy.uint8)]))
+    white = Image.fromarray(numpy.dstack([numpy.full_like(photo, 255), numpy.where(hole, 255, 0).astype(numpy.uint8)]))
+    for picture, what in ((erased, "transparent"), (white, "painted white")):
+        picture.save(tmp_path / "mask.png")
+        with pytest.warns(UserWarning, match=f"mask.png is read from transparency: what is {what} is the hole"):
+            mask = read_mask(str(tmp_path / "mask.png"), (20, 20), tmp_path / "mask.png")
+        assert (mask[0, 0].bool().numpy() == hole).all()
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
