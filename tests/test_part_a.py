@@ -1,5 +1,8 @@
 """The scripts of Part A, end to end on a small random cascade, and what they refuse."""
 
+from functools import partial
+from itertools import combinations
+
 import numpy
 import pytest
 import torch
@@ -8,6 +11,11 @@ from PIL import Image
 from test_generate import cascade  # noqa: F401
 from test_text import model_folder  # noqa: F401
 
+from ddpm.process import ddim_step, dpm_solver_step
+from ddpm.sampling import iterative_denoise, noise_source
+from ddpm.schedule import leading_timesteps
+from ifmodel import load_unet
+from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
 
 PROMPTS = ["a rocket ship", "a photo of a dog"]
@@ -119,12 +127,42 @@ def test_guidance_in_an_interval(run_script, tmp_path, model):
     assert abs(read(tmp_path / "plain_1_0.png") - cells["1_0"]).max() > 0
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_the_other_samplers_need_no_noise_but_the_first(run_script, tmp_path, model, sampler):
-    options = [*model, "--num-images", 1, "--sampler", sampler, "--steps", "smart27"]
-    cells = draw(run_script, tmp_path, "sample", *options, cells=table(2, 1))
-    ddpm = draw(run_script, tmp_path / "b", "sample", *model, "--num-images", 1, cells=table(2, 1))
-    assert abs(cells["0_0"] - ddpm["0_0"]).max() > 1
+STEPS = {
+    "ddpm": STAGE_1_STEP,
+    "ddim": partial(ddim_step, threshold=STAGE_1_THRESHOLD),
+    "ddim with noise": partial(ddim_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
+    "dpm++": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD),
+    "dpm++ with noise": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
+}
+
+
+def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade):  # noqa: F811
+    """The script's picture is that of `iterative_denoise` with the step meant, and of no other."""
+    folder, prompt = cascade[0] / "stage_1", "a high quality photo"
+    unet, embeds = load_unet(folder), embed_prompts(folder, [prompt, ""])
+    estimate, drawn = stage_1(unet, embeds[prompt][None], embeds[""][None], 3.0), {}
+    for name, step in STEPS.items():
+        sampler, _, noisy = name.partition(" ")
+        options = [
+            *model,
+            "--num-images",
+            1,
+            "--guidance",
+            3,
+            "--seed",
+            5,
+            "--sampler",
+            sampler,
+            "--eta",
+            int(bool(noisy)),
+        ]
+        cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
+        noise = noise_source([5], (3, 16, 16))
+        x = iterative_denoise(estimate, noise(), leading_timesteps(1000, 3), SCHEDULE, noise=noise, step=step)
+        drawn[name] = (x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
+        assert abs(cells["1_0"] - drawn[name]).max() <= 1, name
+    for one, other in combinations(drawn, 2):
+        assert abs(drawn[one] - drawn[other]).max() > 10, (one, other)
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
