@@ -64,6 +64,23 @@ def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16)
     return found
 
 
+@pytest.fixture
+def labels(run_script, monkeypatch, tmp_path):
+    """labels("name", "--option", value, …) -> the labels of the rows in the script's table."""
+    import figures
+
+    def run(*arguments) -> list[str]:
+        told = {}
+        with monkeypatch.context() as patched:
+            patched.setattr(figures, "save_table", lambda path, rows, **options: told.update(options, rows=rows))
+            status, _, err = run_script(*arguments, "--out", tmp_path / "out.png")
+        assert status == 0, err
+        assert len(told["rows"]) == len(told["row_labels"])
+        return told["row_labels"]
+
+    return run
+
+
 def table(rows: int, columns: int) -> list[str]:
     return [f"{i}_{j}" for i in range(rows) for j in range(columns)]
 
@@ -143,19 +160,8 @@ def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade)
     estimate, drawn = stage_1(unet, embeds[prompt][None], embeds[""][None], 3.0), {}
     for name, step in STEPS.items():
         sampler, _, noisy = name.partition(" ")
-        options = [
-            *model,
-            "--num-images",
-            1,
-            "--guidance",
-            3,
-            "--seed",
-            5,
-            "--sampler",
-            sampler,
-            "--eta",
-            int(bool(noisy)),
-        ]
+        options = [*model, "--num-images", 1, "--guidance", 3, "--seed", 5]
+        options += ["--sampler", sampler, "--eta", 1 if noisy else 0]
         cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
         noise = noise_source([5], (3, 16, 16))
         x = iterative_denoise(estimate, noise(), leading_timesteps(1000, 3), SCHEDULE, noise=noise, step=step)
@@ -307,7 +313,10 @@ def test_a10_three_views(run_script, tmp_path, model):
 def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
     options += ["--components", components]
-    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1), size=32)
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1), size=32)
+    parts = cells["1_0"] + cells["2_0"] - 127.5  # the second one has no mean and is shown around grey
+    inside = (cells["2_0"] % 255 > 0) & (cells["0_0"] % 255 > 0)
+    assert abs(parts - cells["0_0"])[inside].max() <= 1.5
     if components == "low_high_pass":
         assert numpy.diff(cells["1_0"], axis=1).std() < numpy.diff(cells["0_0"], axis=1).std() / 2
     else:
@@ -316,9 +325,27 @@ def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
         assert animation.n_frames > 20
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (["low_high_pass"], ["near view: b", "far view, low pass: a", "high pass: b"]),
+        (["three_bands"], ["picture", "coarse: a", "middle: b", "fine: c"]),
+        (["grey_colour"], ["picture", "grey: a", "colour: b"]),
+        (["motion_blur"], ["picture", "moving: a", "still: b"]),
+        (["three_bands", "--keep"], ["picture", "coarse: photo.png", "middle: a", "fine: a"]),
+        (["low_high_pass", "--keep"], ["near view: a", "far view, low pass: photo.png", "high pass: a"]),
+    ],
+)
+def test_a11_rows_say_which_component_they_are(labels, model, photo, options, rows):
+    prompts = "a" if "--keep" in options else "abc"[: len(rows) - 1]
+    options = [*options, photo] if "--keep" in options else options
+    options = ["--components", *options, *(option for prompt in prompts for option in ("--prompt", prompt))]
+    assert labels("hybrid_image", *model, "--num-images", 1, *options) == rows
+
+
 def test_a11_keeping_the_greys_of_a_picture(run_script, tmp_path, model, photo):
     options = [*model, "--keep", photo, "--components", "grey_colour", "--prompt", PROMPTS[0], "--num-images", 1]
-    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1))
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1))
     draw(run_script, tmp_path / "b", "forward_process", "--image", photo, "--size", 16, "--timesteps", 0, cells=["0_0"])
     # compared where no channel was clipped
     kept = (cells["0_0"].min(-1) > 0) & (cells["0_0"].max(-1) < 255)
