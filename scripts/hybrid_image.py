@@ -74,9 +74,9 @@ def main():
 def row_labels(args: Namespace, components: list[Component], prompts: tuple[str, ...]) -> list[str]:
     """What is seen in the rows of one picture: itself, and each component beside the prompt or file it is from."""
     sources = [Path(args.keep).name, *prompts * (len(components) - 1)] if args.keep else prompts
-    parts = [f"{component.name}: {source}" for component, source in zip(components, sources, strict=True)]
+    parts = [f"{component.name}:\n{source}" for component, source in zip(components, sources, strict=True)]
     if args.components == "low_high_pass":
-        return [f"near view: {sources[1]}", f"far view, {parts[0]}", parts[1]]
+        return [f"near view:\n{sources[1]}", f"far view, {parts[0]}", parts[1]]
     return ["picture", *parts]
 
 

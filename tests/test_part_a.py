@@ -1,11 +1,12 @@
 """The scripts of Part A, end to end on a small random cascade, and what they refuse."""
 
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy
 import pytest
 import torch
+from figures import save_grid, text_size, wrapped
 from pictures import read_mask, read_picture
 from PIL import Image
 from test_generate import cascade  # noqa: F401
@@ -340,7 +341,37 @@ def test_a11_rows_say_which_component_they_are(labels, model, photo, options, ro
     prompts = "a" if "--keep" in options else "abc"[: len(rows) - 1]
     options = [*options, photo] if "--keep" in options else options
     options = ["--components", *options, *(option for prompt in prompts for option in ("--prompt", prompt))]
-    assert labels("hybrid_image", *model, "--num-images", 1, *options) == rows
+    found = labels("hybrid_image", *model, "--num-images", 1, *options)
+    assert [label.replace("\n", " ") for label in found] == rows
+
+
+def test_a7_rows_of_several_pictures_are_told_apart(labels, model):
+    options = [*model, "--i-start", 1]
+    assert labels("sdedit", *options, "--image", "face", "--prompt", "a") == ["a"]
+    told = [f"{image}:\n{prompt}" for image in ("face", "rocket") for prompt in "ab"]
+    assert labels("sdedit", *options, "--image", "face", "--image", "rocket", "--prompt", "a", "--prompt", "b") == told
+
+
+def test_labels_fill_the_width_they_have():
+    text = "a photo of a hamburger, noisy, t = 690, i_start = 10"
+    lines = wrapped(text, 130).split("\n")
+    assert " ".join(lines).replace("\u00a0", " ") == text
+    assert lines[2:] == ["noisy,", "t\u00a0=\u00a0690,", "i_start\u00a0=\u00a010"]  # "x = 1" is never cut
+    assert all(text_size(line)[0] <= 130 for line in lines)
+    assert all(text_size(f"{line} {after.split(' ')[0]}")[0] > 130 for line, after in pairwise(lines))
+    assert wrapped("one two\nthree", 1000) == "one two\nthree"
+
+
+def test_labels_touch_no_picture_and_leave_no_gap(tmp_path):
+    red, tall = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 32, 32), "a row that is\ntall" + " and tall" * 12
+    labels = {"row_labels": ["a row", tall], "column_labels": ["i_start = 10", "an incomprehensibility"]}
+    save_grid(tmp_path / "grid.png", [[red] * 2] * 2, **labels, title="both", zoom=2, seed=0)
+    pixels = read(tmp_path / "grid.png")
+    pictures = (pixels == [255, 0, 0]).all(-1)
+    assert pictures.sum() == 4 * 64 * 64  # apart from each other, nothing on them
+    ink, left, top = pixels.max(-1) < 200, pictures.any(0).argmax(), pictures.any(1).argmax()
+    assert not ink[pictures.any(1), left - 5 : left].any() and not ink[top - 5 : top, pictures.any(0)].any()
+    assert all(10 <= edge <= 25 for edge in (ink.any(0).argmax(), ink.any(1).argmax()))
 
 
 def test_a11_keeping_the_greys_of_a_picture(run_script, tmp_path, model, photo):
