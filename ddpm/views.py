@@ -2,8 +2,10 @@
 
 A view must be an orthogonal linear map. Then independent Gaussian noise, looked at in that way, is again independent
 Gaussian noise, which is what a diffusion model was trained to see; and its inverse is its transpose. `check_view`
-refuses everything else. Views are of pictures [B, C, H, W] of any size that divides, and look the same at 64 and at
-256 pixels, so that both stages of a cascade can use one. Source: Visual Anagrams §3.3, arXiv 2311.17919.
+refuses everything else. Where a model learns its variance v as well, as IF does, a view must move pixels and change
+signs, no more, for only then has each pixel of v a place to go back to: all of VIEWS do so. Views are of pictures
+[B, C, H, W] of any size that divides, and look the same at 64 and at 256 pixels, so that both stages of a cascade can
+use one. Source: Visual Anagrams §3.3, arXiv 2311.17919.
 """
 
 from collections.abc import Callable
@@ -17,19 +19,18 @@ Map = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [B, C, H, W]
 
 @dataclass(frozen=True)
 class View:
-    """A way to look at a picture, and the way back.
-
-    negates: whether it turns brightness over; a variance that is looked at in this view keeps its sign
-    """
+    """A way to look at a picture, and the way back."""
 
     name: str
     view: Map
     inverse: Map
-    negates: bool = False
 
     def inverse_variance(self, v: Tensor) -> Tensor:
-        """The way back for v, the model's interpolation of variances: its pixels move, its sign stays."""
-        return -self.inverse(v) if self.negates else self.inverse(v)
+        """The way back for v, the model's interpolation of variances: its pixels move, their signs stay.
+
+        For views that move pixels and change signs alone: what the inverse makes of ones are the signs.
+        """
+        return self.inverse(torch.ones_like(v)) * self.inverse(v)
 
 
 def permutation(name: str, order_of: Callable[[int, int], Tensor]) -> View:
@@ -70,7 +71,7 @@ def rotate_180() -> View:
 
 def negate() -> View:
     """The photographic negative."""
-    return View("negate", lambda x: -x, lambda x: -x, negates=True)
+    return View("negate", lambda x: -x, lambda x: -x)
 
 
 def patches(grid: int = 4, seed: int = 0) -> View:
@@ -181,11 +182,15 @@ def square(x: Tensor) -> Tensor:
     return x
 
 
-def check_view(view: View, shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-4):
+def check_view(
+    view: View, shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-4, *, learned_variance: bool = True
+):
     """Refuse a view of pictures [C, H, W] that is not linear, does not invert, or changes the statistics of noise.
 
     A linear map is orthogonal exactly when its inverse is its transpose, ⟨view(x), y⟩ = ⟨x, view⁻¹(y)⟩: this is
-    tried on random x and y. Raises ValueError that says what is wrong.
+    tried on random x and y.
+    learned_variance: whether it is for a model that learns v; then a view that mixes pixels is refused too
+    Raises ValueError that says what is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 8, *shape, generator=generator)
@@ -203,4 +208,10 @@ def check_view(view: View, shape: tuple[int, ...] = (3, 64, 64), tolerance: floa
         raise ValueError(
             f"{told} it is not orthogonal: noise of standard deviation 1 is seen with {seen.std().item():.2g}, or with "
             "its pixels correlated, and the model was trained on independent noise"
+        )
+    moved = seen.abs().flatten(1).sort()[0] - x.abs().flatten(1).sort()[0]
+    if learned_variance and moved.abs().max() > tolerance * 10:
+        raise ValueError(
+            f"{told} it mixes pixels, so a learned variance has no way back: for models that learn none, "
+            "check it with learned_variance=False"
         )

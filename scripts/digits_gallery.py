@@ -62,13 +62,17 @@ class Digits:
     def estimate(self, digits: Tensor):
         """The guided estimate for one digit each."""
         c = F.one_hot(digits, 10).float().to(self.device)
-        return guided(self.model, c, torch.zeros_like(c), self.args.guidance)
+        return guided(self.noise_in, c, torch.zeros_like(c), self.args.guidance)
+
+    def noise_in(self, x_t: Tensor, t: int, c: Tensor) -> Tensor:
+        """The model's eps; it alone is computed in --dtype, the sampler's arithmetic in float32."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(x_t, t, c)
 
     def draw(self, name: str, algorithm, estimate, count: int, num_steps: int | None = None) -> Tensor:
         """`count` digits in [0, 1] by an algorithm of ddpm.sampling, one for each seed."""
         noise = noise_source(range(self.args.seed, self.args.seed + count), (1, 28, 28), self.device)
-        bf16 = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with tqdm(total=num_steps or len(self.timesteps), desc=name, unit="step") as bar, bf16:
+        with tqdm(total=num_steps or len(self.timesteps), desc=name, unit="step") as bar:
             options = {"timesteps": self.timesteps, "schedule": self.schedule, "noise": noise}
             return algorithm(estimate=estimate, **options, callback=lambda *_: bar.update()).clamp(0, 1)
 

@@ -1,11 +1,12 @@
 """The figures that the scripts write: pictures with labels, and with their making in the PNG's metadata."""
 
 import io
+import math
 import platform
 import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from common import SEED
 from torch import Tensor
 
 from ddpm.files import write_atomically
+
+DPI = 150
+FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula
+MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and pictures, of a row's label
 
 
 def figure_metadata(seed: int) -> dict[str, str]:
@@ -38,37 +43,70 @@ def save_grid(
     """Write pictures [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
 
     zoom: how many pixels of the figure a pixel of a picture gets, each way; gap: pixels between pictures
-    Labels are wrapped: those of columns to the pictures' width.
+    Labels are wrapped, those of columns to the pictures' width; where one is larger still, the pictures move apart.
     """
     from matplotlib.figure import Figure
 
-    _, h, w = rows[0][0].shape
-    cell_h, cell_w, columns = h * zoom + gap, w * zoom + gap, max(len(row) for row in rows)
-    canvas = torch.ones(len(rows) * cell_h - gap, columns * cell_w - gap, 3)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            pixels = picture.cpu().clamp(0, 1).permute(1, 2, 0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-            canvas[i * cell_h : i * cell_h + h * zoom, j * cell_w : j * cell_w + w * zoom] = pixels
-
-    dpi, letter = 150, 13  # of the figure's pixels; letter: the width of one at the font size below
-    row_labels = [textwrap.fill(label, 30) for label in row_labels]
-    column_labels = [textwrap.fill(label, max(cell_w // letter, 4)) for label in column_labels]
-    left = 20 + letter * max([len(line) for label in row_labels for line in label.splitlines()], default=0)
-    top = 20 + 40 * bool(title) + 30 * max([len(label.splitlines()) for label in column_labels], default=0)
-    height, width = top + canvas.shape[0] + 15, max(left + canvas.shape[1] + 15, letter * len(title) + 30)
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    figure.figimage(canvas.numpy(), left, 15)
+    h, w = (side * zoom for side in rows[0][0].shape[-2:])
+    row_labels = [wrapped(label, LABEL_WIDTH) for label in row_labels]
+    column_labels = [wrapped(label, w) for label in column_labels]
+    (beside, tallest), (widest, above) = largest(row_labels), largest(column_labels)
+    row_h, column_w = max(h, tallest) + gap, max(w, widest) + gap
+    grid_h, grid_w = row_h * len(rows), column_w * max(len(row) for row in rows)
+    title = wrapped(title, max(grid_w, LABEL_WIDTH))
+    title_w, title_h = text_size(title)
+    top, left = MARGIN + title_h + (SPACE if title else 0) + above, MARGIN + beside
+    height, width = top + grid_h + MARGIN, left + max(grid_w, title_w) + MARGIN
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
     def write(x: float, y: float, text: str, **where):
-        figure.text(x / width, 1 - y / height, text, fontsize=9, parse_math=False, **where)  # "$5" is no formula
+        figure.text(x / width, 1 - y / height, text, **FONT, **where)
 
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            pixels = to_bytes(picture.expand(3, -1, -1)).repeat(zoom, 0).repeat(zoom, 1)
+            x, y = left + j * column_w + (column_w - w) // 2, top + i * row_h + (row_h - h) // 2
+            figure.figimage(pixels, x, height - y - h)
     for i, label in enumerate(row_labels):
-        write(left - 10, top + i * cell_h + h * zoom / 2, label, ha="right", va="center")
+        write(left - SPACE, top + (i + 0.5) * row_h, label, ha="right", va="center")
     for j, label in enumerate(column_labels):
-        write(left + j * cell_w + w * zoom / 2, top - 8, label, ha="center", va="bottom")
-    if title:
-        write(left, 12, title, ha="left", va="top")
+        write(left + (j + 0.5) * column_w, top - SPACE, label, ha="center", va="bottom")
+    write(left, MARGIN, title, ha="left", va="top")
     save_figure(path, figure, seed)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A label in lines of at most `width` pixels, or of a single word; "x = 1" stays together."""
+    lines: list[str] = []
+    for line in text.replace(" = ", "\u00a0=\u00a0").splitlines():
+        first, *words = line.split(" ")
+        lines.append(first)
+        for word in words:
+            if text_size(f"{lines[-1]} {word}")[0] <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+    return "\n".join(lines)
+
+
+@cache
+def text_size(text: str) -> tuple[int, int]:
+    """The width and the height in pixels of a label and the space beside it; no label takes none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not text:
+        return 0, 0
+    figure = Figure(dpi=DPI)
+    FigureCanvasAgg(figure)  # gives it what measures
+    box = figure.text(0, 0, text, **FONT).get_window_extent()
+    return math.ceil(box.width) + SPACE, math.ceil(box.height) + SPACE
+
+
+def largest(labels: Sequence[str]) -> tuple[int, int]:
+    """The width of the widest label and the height of the tallest."""
+    sizes = [text_size(label) for label in labels]
+    return max((w for w, _ in sizes), default=0), max((h for _, h in sizes), default=0)
 
 
 def save_table(
@@ -111,7 +149,7 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, t
     steps = numpy.asarray(losses)
     window = min(100, len(losses))
     mean = numpy.convolve(steps, numpy.full(window, 1 / window), mode="valid")
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(numpy.arange(1, len(steps) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
     axes.plot(numpy.arange(window, len(steps) + 1) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")

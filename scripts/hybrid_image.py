@@ -5,12 +5,14 @@
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
 A prompt for each component: low_high_pass (two prompts: far, near), three_bands (coarse, middle, fine), grey_colour
-and motion_blur (moving, still). Rows: the picture and its first component, which is how it looks from afar; columns:
-seeds. Beside it lies the first seed as an animation that goes away and comes back.
+and motion_blur (moving, still). Rows: the picture, then each of its components, those without a mean around grey;
+columns: seeds. Beside it lies the first seed as an animation that goes away and comes back.
 --keep FILE takes the first component from a picture instead, and makes up the rest (one prompt).
 """
 
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 from common import parser, positive, run
 from figures import save_gif, save_table
@@ -18,7 +20,7 @@ from pictures import read_picture
 from stages import Cascade, Cell, add_cascade_options
 from turning import recede
 
-from ddpm.components import DECOMPOSITIONS, check_components
+from ddpm.components import DECOMPOSITIONS, Component, check_components
 from ddpm.sampling import complete, hybrid
 
 PAIRS = [
@@ -60,15 +62,22 @@ def main():
         return Cell(cascade.plain(prompts[0]), seeds, kept[0], upscale=kept[1])
 
     drawn = cascade.draw([cell(prompts) for prompts in groups])
-    rows = [row for pictures in drawn for row in (pictures, components[0].of(pictures))]
-    whole = [", ".join(prompts) if args.keep else f"near: {prompts[-1]}" for prompts in groups]
-    first = [f"{components[0].name}: {args.keep or prompts[0]}" for prompts in groups]
-    labels = [label for pair in zip(whole, first, strict=True) for label in pair]
+    rows = [row for pictures in drawn for row in (pictures, *(component.of(pictures) for component in components))]
+    labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
     columns = [f"seed {args.seed + k}" for k in range(args.num_images)]
     save_table(args.out, rows, row_labels=labels, column_labels=columns, seed=args.seed)
     for i, pictures in enumerate(drawn):
         frames, times = recede(pictures[0] / 2 + 0.5)
         save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
+
+
+def row_labels(args: Namespace, components: list[Component], prompts: tuple[str, ...]) -> list[str]:
+    """What is seen in the rows of one picture: itself, and each component beside the prompt or file it is from."""
+    sources = [Path(args.keep).name, *prompts * (len(components) - 1)] if args.keep else prompts
+    parts = [f"{component.name}:\n{source}" for component, source in zip(components, sources, strict=True)]
+    if args.components == "low_high_pass":
+        return [f"near view:\n{sources[1]}", f"far view, {parts[0]}", parts[1]]
+    return ["picture", *parts]
 
 
 if __name__ == "__main__":

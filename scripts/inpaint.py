@@ -4,8 +4,9 @@
     python scripts/inpaint.py --image photo.jpg --mask circle:0.3,0.5,0.2 \\
         --jump-length 10 --resamples 5
 
-A row for each picture: original, mask (white is the hole), hole to fill, result. A mask is a file,
-rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of the picture; one for each image, or one for all.
+A row for each picture: original, mask (white is the hole), hole to fill, result. A mask is a file as large as its
+picture, cut to shape in the same way, or rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of what is
+cut out; one for each image, or one for all.
 With --resamples, RePaint goes back by --jump-length steps, so many times.
 """
 
@@ -42,7 +43,8 @@ def main():
     num_steps = sum(t_prev < t for t, t_prev in path)
 
     def at(size):
-        return [(read_picture(image, size), read_mask(mask, size)) for image, mask in zip(images, masks, strict=True)]
+        pairs = zip(images, masks, strict=True)
+        return [(read_picture(image, size), read_mask(mask, size, image)) for image, mask in pairs]
 
     def filling(x_orig, mask, **options):
         return partial(inpaint, x_orig=x_orig.to(cascade.device), mask=mask.to(cascade.device), **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import Tensor
 
 LARGEST = 500_000_000  # pixels; beyond, a small file may fill the memory
@@ -18,15 +18,10 @@ def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
 
     source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no picture.
     """
-    picture = DRAWINGS[str(source)]() if str(source) in DRAWINGS else open_picture(source, size)
-    if picture.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them
-        pixels = numpy.asarray(picture, dtype=numpy.float64)
-        largest = 65535 if picture.mode.startswith("I") and pixels.max() > 255 else max(pixels.max(), 1)
-        picture = Image.fromarray((pixels.clip(0) / largest * 255).round().astype(numpy.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = ImageOps.fit(picture.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
+    picture = eight_bits(DRAWINGS[str(source)]() if str(source) in DRAWINGS else open_picture(source, size))
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -47,44 +42,87 @@ def open_picture(path: str | Path, size: tuple[int, int]) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
 
 
-def read_mask(source: str, size: tuple[int, int]) -> Tensor:
-    """A mask [1, 1, H, W], 1 where new content goes and 0 where the picture stays.
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, or as RGBA when some of it is transparent.
 
-    source: a file, white for the hole; "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the
-        height and the width (the radius: of the shorter side)
-    Warns of a file with greys, or of another size than the picture. Raises ValueError for anything else, and for a
-    mask with no hole or nothing but one.
+    White is 65535 in integers of more than 8 bits; in floating point it is 1, or the largest value beyond 1.
     """
-    h, w = size
-    shape, notes = re.fullmatch(r"(rectangle|circle):(.*)", source), []
-    if shape is None:
-        picture = open_picture(source, size).convert("L")
-        if picture.size != (w, h):
-            how = "resized" if picture.width * h == picture.height * w else "stretched"
-            notes.append(f"the mask {source} is {picture.height} × {picture.width}: {how} to the picture's size")
-        if any(picture.histogram()[6:250]):
-            notes.append(f"the mask {source} has greys: what is lighter than half is the hole")
-        mask = torch.from_numpy(numpy.array(picture.resize((w, h), Image.Resampling.BOX)) > 127)
-    else:
-        kind, count = shape[1], {"rectangle": 4, "circle": 3}[shape[1]]
-        try:
-            numbers = [float(part) for part in shape[2].split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) != count:
-            raise ValueError(f"a {kind} is {count} numbers with commas between them, not {shape[2]!r}")
-        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-        if kind == "rectangle":
-            top, left, bottom, right = numbers
-            mask = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        else:
-            centre_y, centre_x, radius = numbers
-            mask = ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
+    if picture.mode.startswith(("I", "F")):  # PIL's own conversion would clip them
+        pixels = numpy.asarray(picture, dtype=numpy.float64)
+        white = 65535 if picture.mode.startswith("I") else max(pixels.max(), 1)
+        picture = Image.fromarray((pixels.clip(0, white) / white * 255).round().astype(numpy.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema()[0] < 255:
+            return picture
+    return picture.convert("RGB")
+
+
+def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
+    """A mask [1, 1, H, W] for a picture, 1 where new content goes and 0 where the picture stays.
+
+    source: a file, white for the hole, cut to shape and resized as `read_picture` does with the picture;
+        "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the height and the width of what is
+        cut out (the radius: of the shorter side)
+    image: the picture's own source
+    Warns of a file with greys or transparency, or of another size than the picture. Raises ValueError for anything
+    else, and for a mask with no hole or nothing but one.
+    """
+    shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
+    mask = mask_of_shape(*shape.groups(), size) if shape else mask_of_file(source, size, image)
     if mask.all() or not mask.any():
         raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")
-    for note in notes:
-        warnings.warn(note, stacklevel=2)  # once, however often it is read
     return mask.float()[None, None]
+
+
+def mask_of_file(path: str, size: tuple[int, int], image: str | Path) -> Tensor:
+    """The hole that a file shows, [H, W] of bool; warns of what has more than one reading.
+
+    In a file with transparency, white paint on a transparent layer is the hole; else it is what was erased.
+    """
+    picture, notes = eight_bits(open_picture(path, size)), []
+    hole = picture.convert("L")
+    if picture.mode == "RGBA":
+        alpha = picture.getchannel("A")
+        painted = not any(hole.histogram(alpha.point(lambda a: 255 * (a > 127)))[:250])  # all that is seen is white
+        hole = alpha if painted else ImageOps.invert(alpha)
+        notes.append(f"is read from transparency: what is {'painted white' if painted else 'transparent'} is the hole")
+    if any(hole.histogram()[6:250]):
+        notes.append("has greys: what is lighter than half is the hole")
+    (h, w), (picture_h, picture_w) = size_of(path), size_of(image)
+    if (h, w) != (picture_h, picture_w):
+        how = "it is resized" if h * picture_w == w * picture_h else "its centre is laid over the picture's"
+        notes.append(f"is {h} × {w} and the picture {picture_h} × {picture_w}: {how}")
+    for note in notes:
+        warnings.warn(f"the mask {path} {note}", stacklevel=2)  # once, however often it is read
+    return torch.from_numpy(numpy.array(ImageOps.fit(hole, size[::-1], Image.Resampling.BOX)) > 127)
+
+
+def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
+    """The hole [H, W] of bool that a rectangle or a circle of so many fractions makes."""
+    h, w = size
+    count = {"rectangle": 4, "circle": 3}[kind]
+    try:
+        fractions = [float(part) for part in numbers.split(",")]
+    except ValueError:
+        fractions = []
+    if len(fractions) != count:
+        raise ValueError(f"a {kind} is {count} numbers with commas between them, not {numbers!r}")
+    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    if kind == "rectangle":
+        top, left, bottom, right = fractions
+        return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    centre_y, centre_x, radius = fractions
+    return ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
+
+
+def size_of(source: str | Path) -> tuple[int, int]:
+    """The height and width of an upright picture, all of it: a large JPEG is not read at its full size."""
+    if str(source) in DRAWINGS:
+        return DRAWINGS[str(source)]().size[::-1]
+    with Image.open(source) as picture:
+        on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return picture.size if on_its_side else picture.size[::-1]
 
 
 def village() -> Image.Image:

@@ -2,7 +2,7 @@
 
     python scripts/sample.py
 
-Rows: γ = 1 and --guidance (default 7), for the same prompt and the same noise; columns: seeds.
+Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for the same prompt and noise; columns: seeds.
 """
 
 from common import parser, positive, run

@@ -9,6 +9,7 @@ the picture itself. An image is a file, or a drawing of ours: village, rocket, f
 """
 
 from functools import partial
+from pathlib import Path
 
 from common import parser, run
 from figures import save_table
@@ -40,8 +41,9 @@ def main():
     drawn = iter(cascade.draw([cell(*line, i_start) for line in lines for i_start in args.i_start]))
     originals = {image: read_picture(image, cascade.final_size)[0] for image in images}
     rows = [[*(next(drawn)[0] for _ in args.i_start), originals[image]] for image, _ in lines]
-    labels = [f"i_start = {i_start}" for i_start in args.i_start] + ["original"]
-    save_table(args.out, rows, row_labels=[prompt for _, prompt in lines], column_labels=labels, seed=args.seed)
+    row_labels = [f"{Path(image).name}:\n{prompt}" if len(images) > 1 else prompt for image, prompt in lines]
+    column_labels = [*(f"i_start = {i_start}" for i_start in args.i_start), "original"]
+    save_table(args.out, rows, row_labels=row_labels, column_labels=column_labels, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main():
     seeds = range(args.seed, args.seed + args.num_images)
     drawn = cascade.draw([Cell(estimate_of(prompts), seeds) for prompts in groups])
     rows = [list(view.view(pictures)) for pictures in drawn for view in views]
-    labels = [f"{name}: {prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
+    labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
     save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)
     for i, pictures in enumerate(drawn):
         frames, times = turn(pictures[0] / 2 + 0.5, views)

@@ -595,10 +595,20 @@ def test_an_anagram_is_the_mean_of_what_each_sees():
     torch.testing.assert_close(v, a(x_t.rot90(1, (-2, -1)), 7)[1].rot90(-1, (-2, -1)))
 
 
+def with_variance(model):
+    """The model's estimate, with a learned variance that depends on the picture and the timestep."""
+    return lambda x_t, t: (model.estimate(x_t, t)[0], torch.sin(x_t + t))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "alternate"])
 def test_equal_prompts_in_the_same_view_are_plain_sampling(reduction):
     model = anagram([TWO_MODES.estimate] * 2, [identity()] * 2, reduction)
     assert torch.equal(sample(TWO_MODES, 20, estimate=model), sample(TWO_MODES, 20))
+    learned, plain = partial(ddpm_step, variance="learned_range"), with_variance(TWO_MODES)
+    model = anagram([plain] * 2, [identity()] * 2, reduction)
+    assert torch.equal(
+        sample(TWO_MODES, 20, estimate=model, step=learned), sample(TWO_MODES, 20, estimate=plain, step=learned)
+    )
 
 
 def test_alternate_asks_one_after_another():
@@ -660,7 +670,12 @@ def test_a_hybrid_of_equal_prompts_is_plain_sampling():
         Component("right", lambda x: x * tensor(0.0, 1.0)),
     ]
     model = hybrid([TWO_MODES.estimate] * 2, columns)
-    torch.testing.assert_close(sample(TWO_MODES, 20, estimate=model), sample(TWO_MODES, 20))
+    assert torch.equal(sample(TWO_MODES, 20, estimate=model), sample(TWO_MODES, 20))
+
+    learned, plain = partial(ddpm_step, variance="learned_range"), with_variance(TWO_MODES)
+    drawn = sample(TWO_MODES, 20, estimate=plain, step=learned)
+    assert torch.equal(sample(TWO_MODES, 20, estimate=hybrid([plain] * 2, columns), step=learned), drawn)
+    assert not torch.equal(drawn, sample(TWO_MODES, 20))
 
 
 def test_a_strange_hybrid_is_refused():

@@ -1,12 +1,22 @@
 """The scripts of Part A, end to end on a small random cascade, and what they refuse."""
 
+from functools import partial
+from itertools import combinations, pairwise
+
 import numpy
 import pytest
 import torch
+from figures import save_grid, text_size, wrapped
+from pictures import read_mask, read_picture
 from PIL import Image
 from test_generate import cascade  # noqa: F401
 from test_text import model_folder  # noqa: F401
 
+from ddpm.process import ddim_step, dpm_solver_step
+from ddpm.sampling import iterative_denoise, noise_source
+from ddpm.schedule import leading_timesteps
+from ifmodel import load_unet
+from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
 
 PROMPTS = ["a rocket ship", "a photo of a dog"]
@@ -53,6 +63,23 @@ def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16)
     assert sorted(cell for cell in found if "compared" not in cell) == sorted(cells)
     assert all(found[cell].shape == (size, size, 3) for cell in cells)
     return found
+
+
+@pytest.fixture
+def labels(run_script, monkeypatch, tmp_path):
+    """labels("name", "--option", value, …) -> the labels of the rows in the script's table."""
+    import figures
+
+    def run(*arguments) -> list[str]:
+        told = {}
+        with monkeypatch.context() as patched:
+            patched.setattr(figures, "save_table", lambda path, rows, **options: told.update(options, rows=rows))
+            status, _, err = run_script(*arguments, "--out", tmp_path / "out.png")
+        assert status == 0, err
+        assert len(told["rows"]) == len(told["row_labels"])
+        return told["row_labels"]
+
+    return run
 
 
 def table(rows: int, columns: int) -> list[str]:
@@ -118,12 +145,31 @@ def test_guidance_in_an_interval(run_script, tmp_path, model):
     assert abs(read(tmp_path / "plain_1_0.png") - cells["1_0"]).max() > 0
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_the_other_samplers_need_no_noise_but_the_first(run_script, tmp_path, model, sampler):
-    options = [*model, "--num-images", 1, "--sampler", sampler, "--steps", "smart27"]
-    cells = draw(run_script, tmp_path, "sample", *options, cells=table(2, 1))
-    ddpm = draw(run_script, tmp_path / "b", "sample", *model, "--num-images", 1, cells=table(2, 1))
-    assert abs(cells["0_0"] - ddpm["0_0"]).max() > 1
+STEPS = {
+    "ddpm": STAGE_1_STEP,
+    "ddim": partial(ddim_step, threshold=STAGE_1_THRESHOLD),
+    "ddim with noise": partial(ddim_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
+    "dpm++": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD),
+    "dpm++ with noise": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
+}
+
+
+def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade):  # noqa: F811
+    """The script's picture is that of `iterative_denoise` with the step meant, and of no other."""
+    folder, prompt = cascade[0] / "stage_1", "a high quality photo"
+    unet, embeds = load_unet(folder), embed_prompts(folder, [prompt, ""])
+    estimate, drawn = stage_1(unet, embeds[prompt][None], embeds[""][None], 3.0), {}
+    for name, step in STEPS.items():
+        sampler, _, noisy = name.partition(" ")
+        options = [*model, "--num-images", 1, "--guidance", 3, "--seed", 5]
+        options += ["--sampler", sampler, "--eta", 1 if noisy else 0]
+        cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
+        noise = noise_source([5], (3, 16, 16))
+        x = iterative_denoise(estimate, noise(), leading_timesteps(1000, 3), SCHEDULE, noise=noise, step=step)
+        drawn[name] = (x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
+        assert abs(cells["1_0"] - drawn[name]).max() <= 1, name
+    for one, other in combinations(drawn, 2):
+        assert abs(drawn[one] - drawn[other]).max() > 10, (one, other)
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
@@ -158,9 +204,92 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     with pytest.warns(UserWarning) as notes:
         assert run_script("inpaint", *options)[0] == 0
     told = {str(note.message).partition("mask.png ")[2] for note in notes}
-    assert {"has greys: what is lighter than half is the hole", "is 40 × 40: resized to the picture's size"} <= told
+    laid = "is 40 × 40 and the picture 40 × 50: its centre is laid over the picture's"
+    assert {"has greys: what is lighter than half is the hole", laid} <= told
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
+
+
+def blob(height: int, width: int) -> numpy.ndarray:
+    """A mask [H, W] of bool with an ellipse right of the middle and above it."""
+    y, x = numpy.mgrid[:height, :width]
+    return ((y - 0.4 * height) / (0.3 * height)) ** 2 + ((x - 0.6 * width) / (0.2 * width)) ** 2 < 1
+
+
+@pytest.mark.parametrize("size", [(100, 160), (160, 100), (90, 90)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_mask_lies_where_it_was_painted(tmp_path, recwarn, size, suffix):
+    """A picture that is its own mask: what is light in it is what the mask says."""
+    path = tmp_path / f"photo.{suffix}"
+    painted = Image.fromarray(blob(*size)).resize((10 * size[1], 10 * size[0]), Image.Resampling.NEAREST)
+    painted.convert("L").save(path, quality=100)
+    for target in ((32, 32), (24, 32)):
+        mask = read_mask(str(path), target, path)
+        assert mask.shape == (1, 1, *target)
+        assert (mask == (read_picture(path, target)[:, :1] > 0)).float().mean() > 0.98
+    assert not [note for note in recwarn if "resized" in str(note.message) or "laid" in str(note.message)]
+
+
+def test_a_turned_photo_has_a_turned_mask(tmp_path, recwarn):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    upright = Image.fromarray(blob(100, 160))
+    upright.save(tmp_path / "mask.png")
+    upright.transpose(Image.Transpose.ROTATE_90).convert("L").save(tmp_path / "photo.png", exif=exif)
+    mask = read_mask(str(tmp_path / "mask.png"), (32, 32), tmp_path / "photo.png")
+    assert (mask == (read_picture(tmp_path / "photo.png", (32, 32))[:, :1] > 0)).float().mean() > 0.98
+    assert not recwarn.list
+
+
+def test_a_smaller_mask_is_resized(tmp_path):
+    Image.new("L", (160, 100)).save(tmp_path / "photo.png")
+    Image.fromarray(blob(50, 80)).save(tmp_path / "mask.png")
+    with pytest.warns(UserWarning, match="is 50 × 80 and the picture 100 × 160: it is resized"):
+        mask = read_mask(str(tmp_path / "mask.png"), (50, 50), tmp_path / "photo.png")
+    assert (mask[0, 0].bool().numpy() == blob(50, 80)[:, 15:65]).all()
+
+
+def test_masks_of_any_mode_are_read(tmp_path, recwarn):
+    hole = blob(20, 20)
+    grey = numpy.where(hole, 255, 0).astype(numpy.uint8)
+    rgb = Image.fromarray(grey).convert("RGB")
+    opaque = rgb.convert("RGBA")
+    files = {
+        "bits.png": Image.fromarray(hole),
+        "grey.png": Image.fromarray(grey),
+        "palette.png": rgb.convert("P"),
+        "opaque.png": opaque,
+        "sixteen.png": Image.fromarray(numpy.where(hole, 65535, 0).astype(numpy.uint16)),
+        "sixteen.pgm": Image.fromarray(numpy.where(hole, 65535, 0).astype(numpy.uint16)),
+        "float.tiff": Image.fromarray(hole.astype(numpy.float32)),
+    }
+    for name, picture in files.items():
+        picture.save(tmp_path / name)
+        mask = read_mask(str(tmp_path / name), (20, 20), tmp_path / name)
+        assert (mask[0, 0].bool().numpy() == hole).all(), name
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:the mask")
+def test_a_dark_mask_of_16_bits_stays_dark(tmp_path):
+    """What white is, its mode says and not its lightest pixel: 200 and 4000 of 65535 are nearly black."""
+    for lightest in (200, 4000):
+        Image.fromarray(numpy.where(blob(20, 20), lightest, 0).astype(numpy.uint16)).save(tmp_path / "dark.png")
+        with pytest.raises(ValueError, match=r"the mask .* has no hole"):
+            read_mask(str(tmp_path / "dark.png"), (20, 20), "face")
+        assert read_picture(tmp_path / "dark.png", (20, 20)).max() < -0.8
+
+
+def test_masks_with_transparency_say_what_decided(tmp_path):
+    hole, photo = blob(20, 20), numpy.full((20, 20, 3), (240, 120, 30), numpy.uint8)
+    photo[:5] = 255
+    erased = Image.fromarray(numpy.dstack([photo, numpy.where(hole, 0, 255).astype(numpy.uint8)]))
+    white = Image.fromarray(numpy.dstack([numpy.full_like(photo, 255), numpy.where(hole, 255, 0).astype(numpy.uint8)]))
+    for picture, what in ((erased, "transparent"), (white, "painted white")):
+        picture.save(tmp_path / "mask.png")
+        with pytest.warns(UserWarning, match=f"mask.png is read from transparency: what is {what} is the hole"):
+            mask = read_mask(str(tmp_path / "mask.png"), (20, 20), tmp_path / "mask.png")
+        assert (mask[0, 0].bool().numpy() == hole).all()
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
@@ -185,7 +314,10 @@ def test_a10_three_views(run_script, tmp_path, model):
 def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
     options += ["--components", components]
-    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1), size=32)
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1), size=32)
+    parts = cells["1_0"] + cells["2_0"] - 127.5  # the second one has no mean and is shown around grey
+    inside = (cells["2_0"] % 255 > 0) & (cells["0_0"] % 255 > 0)
+    assert abs(parts - cells["0_0"])[inside].max() <= 1.5
     if components == "low_high_pass":
         assert numpy.diff(cells["1_0"], axis=1).std() < numpy.diff(cells["0_0"], axis=1).std() / 2
     else:
@@ -194,9 +326,57 @@ def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
         assert animation.n_frames > 20
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (["low_high_pass"], ["near view: b", "far view, low pass: a", "high pass: b"]),
+        (["three_bands"], ["picture", "coarse: a", "middle: b", "fine: c"]),
+        (["grey_colour"], ["picture", "grey: a", "colour: b"]),
+        (["motion_blur"], ["picture", "moving: a", "still: b"]),
+        (["three_bands", "--keep"], ["picture", "coarse: photo.png", "middle: a", "fine: a"]),
+        (["low_high_pass", "--keep"], ["near view: a", "far view, low pass: photo.png", "high pass: a"]),
+    ],
+)
+def test_a11_rows_say_which_component_they_are(labels, model, photo, options, rows):
+    prompts = "a" if "--keep" in options else "abc"[: len(rows) - 1]
+    options = [*options, photo] if "--keep" in options else options
+    options = ["--components", *options, *(option for prompt in prompts for option in ("--prompt", prompt))]
+    found = labels("hybrid_image", *model, "--num-images", 1, *options)
+    assert [label.replace("\n", " ") for label in found] == rows
+
+
+def test_a7_rows_of_several_pictures_are_told_apart(labels, model):
+    options = [*model, "--i-start", 1]
+    assert labels("sdedit", *options, "--image", "face", "--prompt", "a") == ["a"]
+    told = [f"{image}:\n{prompt}" for image in ("face", "rocket") for prompt in "ab"]
+    assert labels("sdedit", *options, "--image", "face", "--image", "rocket", "--prompt", "a", "--prompt", "b") == told
+
+
+def test_labels_fill_the_width_they_have():
+    text = "a photo of a hamburger, noisy, t = 690, i_start = 10"
+    lines = wrapped(text, 130).split("\n")
+    assert " ".join(lines).replace("\u00a0", " ") == text
+    assert lines[2:] == ["noisy,", "t\u00a0=\u00a0690,", "i_start\u00a0=\u00a010"]  # "x = 1" is never cut
+    assert all(text_size(line)[0] <= 130 for line in lines)
+    assert all(text_size(f"{line} {after.split(' ')[0]}")[0] > 130 for line, after in pairwise(lines))
+    assert wrapped("one two\nthree", 1000) == "one two\nthree"
+
+
+def test_labels_touch_no_picture_and_leave_no_gap(tmp_path):
+    red, tall = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 32, 32), "a row that is\ntall" + " and tall" * 12
+    labels = {"row_labels": ["a row", tall], "column_labels": ["i_start = 10", "an incomprehensibility"]}
+    save_grid(tmp_path / "grid.png", [[red] * 2] * 2, **labels, title="both", zoom=2, seed=0)
+    pixels = read(tmp_path / "grid.png")
+    pictures = (pixels == [255, 0, 0]).all(-1)
+    assert pictures.sum() == 4 * 64 * 64  # apart from each other, nothing on them
+    ink, left, top = pixels.max(-1) < 200, pictures.any(0).argmax(), pictures.any(1).argmax()
+    assert not ink[pictures.any(1), left - 5 : left].any() and not ink[top - 5 : top, pictures.any(0)].any()
+    assert all(10 <= edge <= 25 for edge in (ink.any(0).argmax(), ink.any(1).argmax()))
+
+
 def test_a11_keeping_the_greys_of_a_picture(run_script, tmp_path, model, photo):
     options = [*model, "--keep", photo, "--components", "grey_colour", "--prompt", PROMPTS[0], "--num-images", 1]
-    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(2, 1))
+    cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1))
     draw(run_script, tmp_path / "b", "forward_process", "--image", photo, "--size", 16, "--timesteps", 0, cells=["0_0"])
     # compared where no channel was clipped
     kept = (cells["0_0"].min(-1) > 0) & (cells["0_0"].max(-1) < 255)

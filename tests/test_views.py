@@ -74,7 +74,26 @@ def test_the_inverse_of_a_variance_moves_it_and_keeps_its_sign(name):
     found = MADE[name].inverse_variance(v)
     assert (found >= 0).all()
     assert torch.equal(found, MADE[name].inverse(v).abs())
-    assert MADE[name].negates == (name == "negate")
+    assert torch.equal(MADE[name].inverse_variance(-v), -found)
+
+
+def half_negative(x):
+    """The negative of the left half, upside down: its own inverse."""
+    return torch.cat([-x[..., :32].flip(-2), x[..., 32:]], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("view", "moves"),
+    [
+        (lambda x: -x, lambda x: x),
+        (half_negative, lambda x: torch.cat([x[..., :32].flip(-2), x[..., 32:]], dim=-1)),
+    ],
+)
+def test_views_by_hand_keep_the_sign_of_a_variance(view, moves):
+    by_hand, v = View("by hand", view, view), noise(2, 3, 64, 64)
+    check_view(by_hand)
+    assert torch.equal(by_hand.inverse_variance(torch.ones_like(v)), torch.ones_like(v))
+    assert torch.equal(by_hand.inverse_variance(v), moves(v))
 
 
 @pytest.mark.parametrize(
@@ -251,16 +270,26 @@ def test_maps_that_invert_but_correlate_noise_are_refused():
         )
 
 
-def test_a_mixing_orthogonal_map_is_accepted():
-    """Not only permutations: a rotation of colours."""
-    rotation = torch.linalg.qr(noise(3, 3))[0]
-    check_view(
-        View(
-            "colours",
-            lambda x: torch.einsum("ij,bjhw->bihw", rotation, x),
-            lambda x: torch.einsum("ji,bjhw->bihw", rotation, x),
-        )
-    )
+def colours(rotation):
+    def turned(by):
+        return lambda x: torch.einsum("ij,bjhw->bihw", by, x)
+
+    return View("colours", turned(rotation), turned(rotation.T))
+
+
+def test_a_mixing_orthogonal_map_is_accepted_where_no_variance_is_learned():
+    """Not only permutations: a rotation of colours, which would take a v in [-1, 1] out of it."""
+    mixing = colours(torch.linalg.qr(noise(3, 3))[0])
+    grey = torch.full((3,), 3**-0.5)
+    hues = colours(2 * torch.outer(grey, grey) - torch.eye(3))  # half a turn about grey: what is grey stays
+    for view in (mixing, hues):
+        check_view(view, learned_variance=False)
+        with pytest.raises(ValueError, match="it mixes pixels, so a learned variance has no way back"):
+            check_view(view)
+    swapped = colours(torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]]))
+    check_view(swapped)
+    v = noise(1, 3, 8, 8)
+    assert torch.equal(swapped.inverse_variance(v), v[:, [1, 0, 2]])
 
 
 @pytest.mark.parametrize(
