@@ -4,10 +4,11 @@
 
 For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest
 training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
-pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with
-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, or the least within two points of it,
-which needs fewer steps. Then anagrams and hybrids of random pairs, in which both things must be recognised, and stage
-2 beside bicubic upscaling.
+pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
+steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, or the least within two
+points of it, which needs fewer steps. Then anagrams and hybrids, in which both things must be recognised: of random
+pairs, and of pairs whose pictures are alike when blurred, as one who makes illusions would choose them; one picture
+each, and the best of --tries. And stage 2 beside bicubic upscaling.
 
 Writes report.json, curves.png and samples of each kind to --out; all pictures are kept there too, so a stopped
 evaluation goes on where it was.
@@ -45,16 +46,23 @@ from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.judge import frechet_distance
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
-from ddpm.schedule import leading_timesteps
-from ddpm.views import identity, vertical_flip
+from ddpm.schedule import leading_timesteps, linspace_timesteps
+from ddpm.views import View, identity, vertical_flip
 from ifmodel import load_unet
 from ifmodel.captions import STYLES, CaptionedPictures, curated, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
 from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
 
-STEPS = {"ddpm": partial(ddpm_step, variance="learned_range"), "ddim": ddim_step, "dpm++": dpm_solver_step}
-SAMPLERS = [("dpm++", 10), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("dpm++", 5)]
+# each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
+STEPS = {
+    "ddpm": (partial(ddpm_step, variance="learned_range"), leading_timesteps),
+    "ddim": (ddim_step, leading_timesteps),
+    "dpm++": (dpm_solver_step, linspace_timesteps),
+    "sde-dpm++": (partial(dpm_solver_step, eta=1.0), linspace_timesteps),
+}
+FAST = ("sde-dpm++", 20)
+SAMPLERS = [("sde-dpm++", 10), ("dpm++", 20), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("sde-dpm++", 5)]
 TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
 
 
@@ -87,13 +95,15 @@ def main():
         draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
         return row
 
-    report["guidance"] = [measure(guidance, "dpm++", 20) for guidance in args.guidance]
+    report["guidance"] = [measure(guidance, *FAST) for guidance in args.guidance]
     found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
     best = min(guidance for guidance, share in found.items() if share >= max(found.values()) - 0.04)
     report["best_guidance"] = best
     report["samplers"] = [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps]
-    report["anagrams"] = anagrams(args, model, judge, known, data, best)
-    report["hybrids"] = hybrids(args, model, judge, known, data, best)
+    for alike in (False, True):
+        kind = "alike" if alike else "random"
+        report[f"anagrams, {kind} pairs"] = anagrams(args, model, judge, known, data, alike)
+        report[f"hybrids, {kind} pairs"] = hybrids(args, model, judge, known, data, alike)
     if args.upscaler != "none":
         report["stage_2"] = {
             kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in held_out(args, data).items()
@@ -111,6 +121,9 @@ def arguments() -> Namespace:
     options.add_argument("--upscaler", default="tiny-if/II", metavar="FOLDER", help="or none (default: tiny-if/II)")
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
+    options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
+    options.add_argument("--anagram-guidance", type=number, default=2.0, help="default: 2")
+    options.add_argument("--hybrid-guidance", type=number, default=4.0, help="default: 4")
     options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
     options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
@@ -153,10 +166,22 @@ def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
     return asked
 
 
-def pairs_of(data: CaptionedPictures, count: int, seed: int) -> list[tuple[Asked, Asked]]:
-    """Random pairs of different pictures, both plain."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [torch.randperm(len(data.names), generator=generator)[:2].tolist() for _ in range(count)]
+def pairs_of(data: CaptionedPictures, count: int, seed: int, view: View, alike: bool) -> list[tuple[Asked, Asked]]:
+    """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
+
+    alike: the second is compared in its view; each picture is in one pair alone
+    """
+    if alike:
+        plain = data_rows(data, [Asked("", name, 0) for name in range(len(data.names))])
+        seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
+        distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
+        while len(chosen) < count and distances.isfinite().any():
+            pair = divmod(distances.argmin().item(), len(distances))
+            chosen.append(pair)
+            distances[list(pair), :] = distances[:, list(pair)] = torch.inf
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = [torch.randperm(len(data.names), generator=generator)[:2].tolist() for _ in range(count)]
     return [tuple(Asked(TEMPLATES[0].format(data.phrases[name][0]), name, 0) for name in pair) for pair in chosen]
 
 
@@ -183,7 +208,7 @@ class SmallIF:
         return self.draw(name, prompts, lambda rows: self.estimate(prompts[rows], guidance), sampler, steps)
 
     def draw(
-        self, name: str, prompts: Sequence, estimate_of: Callable, sampler: str = "dpm++", steps: int = 20
+        self, name: str, prompts: Sequence, estimate_of: Callable, sampler: str = FAST[0], steps: int = FAST[1]
     ) -> Tensor:
         """Pictures [N, 3, S, S] in [-1, 1], number k from seed + k, those of estimate_of(rows) at a time.
 
@@ -195,13 +220,13 @@ class SmallIF:
         if path.is_file():
             return load_tensors(path)[0]["pictures"]
         count = len(prompts)
-        step = partial(STEPS[sampler], threshold=STAGE_1_THRESHOLD)
+        step, spaced = STEPS[sampler]
+        step, timesteps = partial(step, threshold=STAGE_1_THRESHOLD), spaced(SCHEDULE.num_timesteps, steps)
         side, pictures = self.unet.config.sample_size, []
         for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
             rows = slice(start, min(start + self.args.batch_size, count))
             seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
             noise = noise_source(seeds, (3, side, side), self.device)
-            timesteps = leading_timesteps(SCHEDULE.num_timesteps, steps)
             pictures.append(sample(estimate_of(rows), timesteps, SCHEDULE, noise=noise, step=step).cpu())
         drawn = torch.cat(pictures).clamp(-1, 1)
         save_tensors(path, {"pictures": drawn}, {"name": name})
@@ -233,47 +258,66 @@ def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) ->
     return shares
 
 
-def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, guidance: float) -> dict[str, float]:
-    """Random pairs, upright and flipped: how often each, and both, are the nearest."""
-    pairs, views = pairs_of(data, args.pairs, args.seed), [identity(), vertical_flip()]
+def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
+    """Upright and flipped: how often each thing, and both, are the nearest."""
+    views = [identity(), vertical_flip()]
+    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike) * args.tries
+    name = f"anagrams_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
         sides = zip(*pairs[rows], strict=True)
-        return anagram([model.estimate([one.prompt for one in side], guidance) for side in sides], views)
+        return anagram([model.estimate([one.prompt for one in side], args.anagram_guidance) for side in sides], views)
 
     prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    pictures = model.draw(f"anagrams_{args.pairs}_g{guidance:g}", prompts, estimate_of)
+    pictures = model.draw(f"{name}_{len(pairs)}_g{args.anagram_guidance:g}", prompts, estimate_of)
     seen = [view.view(pictures) for view in views]
-    labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
-    draw(args, "anagrams.png", [part[:8] for part in seen], ["upright", "flipped"], labels)
-    return recognised("anagrams", ["upright", "flipped"], seen, pairs, judge, known)
+    found, measures = recognised(name, ["upright", "flipped"], seen, pairs, judge, known, args.tries)
+    draw_best(args, f"{name}.png", seen, ["upright", "flipped"], pairs, found)
+    return measures
 
 
-def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, guidance: float) -> dict[str, float]:
-    """Random pairs, far and near: how often each, and both, are the nearest."""
-    pairs, components = pairs_of(data, args.pairs, args.seed + 1), low_high_pass()
+def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
+    """Far and near: how often each thing, and both, are the nearest."""
+    components = low_high_pass()
+    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike) * args.tries
+    name = f"hybrids_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
         sides = zip(*pairs[rows], strict=True)
-        return hybrid([model.estimate([one.prompt for one in side], guidance) for side in sides], components)
+        estimates = [model.estimate([one.prompt for one in side], args.hybrid_guidance) for side in sides]
+        return hybrid(estimates, components)
 
     prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    pictures = model.draw(f"hybrids_{args.pairs}_g{guidance:g}", prompts, estimate_of)
+    pictures = model.draw(f"{name}_{len(pairs)}_g{args.hybrid_guidance:g}", prompts, estimate_of)
     seen = [low_pass(pictures), high_passed(pictures)]
-    labels = [f"{a.prompt} / {b.prompt}" for a, b in pairs[:8]]
-    draw(args, "hybrids.png", [pictures[:8], *(part[:8] for part in seen)], ["drawn", "low pass", "high pass"], labels)
-    return recognised("hybrids", ["low pass", "high pass"], seen, pairs, judge, known)
+    found, measures = recognised(name, ["low pass", "high pass"], seen, pairs, judge, known, args.tries)
+    draw_best(args, f"{name}.png", [pictures, *seen], ["drawn", "low pass", "high pass"], pairs, found)
+    return measures
 
 
-def recognised(what: str, names, seen: Sequence[Tensor], pairs, judge, known: Tensor) -> dict[str, float]:
-    """The share of pairs whose first, second, and both things are the nearest, whatever their style."""
-    found = [
-        nearest(judge, part, known) // len(STYLES) == torch.tensor([pair[k].name for pair in pairs])
+def recognised(what: str, names, seen: Sequence[Tensor], pairs, judge, known: Tensor, tries: int):
+    """Which pictures show both things, whatever their style, [tries, pairs]; and the shares of pairs.
+
+    Of the first try: whose first, second, and both things are the nearest; and for which any try shows both.
+    """
+    first, second = (
+        (nearest(judge, part, known) // len(STYLES) == torch.tensor([pair[k].name for pair in pairs])).view(tries, -1)
         for k, part in enumerate(seen)
-    ]
-    shares = {**dict(zip(names, map(share, found), strict=True)), "both": share(found[0] & found[1])}
+    )
+    both = first & second
+    shares = {names[0]: share(first[0]), names[1]: share(second[0]), "both": share(both[0])}
+    shares[f"both, in one of {tries}"] = share(both.any(0))
     print(f"{what}: " + ", ".join(f"{name} {value:.0%}" for name, value in shares.items()))
-    return shares
+    return both, shares
+
+
+def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], pairs, both: Tensor):
+    """Of eight pairs the picture that shows both things, or the first; pairs in which one does come first."""
+    count = both.shape[1]
+    order = both.any(0).double().argsort(descending=True, stable=True)[:8].tolist()
+    chosen = [int(both[:, k].double().argmax()) * count + k for k in order]
+    labels = [" / ".join(one.prompt.removeprefix("a photo of ") for one in pairs[k]) for k in order]
+    draw(args, name, [row[chosen] for row in rows], row_labels, labels)
 
 
 def held_out(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
@@ -339,9 +383,9 @@ def draw_curves(path: Path, report: dict, seed: int):
     for name in ("plain", "styled"):
         left.plot([row["guidance"] for row in rows], [100 * row[name] for row in rows], "o-", label=f"found, {name}, %")
     left.plot([row["guidance"] for row in rows], [row["distance"] for row in rows], "s--", label="distance")
-    left.set(xlabel="guidance γ", ylim=(0, None), title="DPM-Solver++, 20 steps")
+    left.set(xlabel="guidance γ", ylim=(0, None), title="SDE-DPM-Solver++, 20 steps")
     best = [row for row in report["guidance"] if row["guidance"] == report["best_guidance"]]
-    for sampler in ("dpm++", "ddim", "ddpm"):
+    for sampler in STEPS:
         rows = sorted(
             (row for row in [*report["samplers"], *best] if row["sampler"] == sampler), key=lambda r: r["steps"]
         )

@@ -217,7 +217,7 @@ EXPERIMENTS = [
         (),
         "hybrids.png",
         (
-            ("hybrids.png", "Each pair of rows: the pictures, and how they look from afar."),
+            ("hybrids.png", "Of each pair: the pictures, what is seen of them from afar, and what only near by."),
             *((f"hybrids_{k}.gif", "The first seed, going away and coming back.") for k in range(3)),
         ),
         CASCADE,

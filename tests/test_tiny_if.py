@@ -2,6 +2,7 @@
 
 import json
 
+import evaluate_if
 import numpy
 import pytest
 import torch
@@ -10,8 +11,9 @@ from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
+from ddpm.views import vertical_flip
 from ifmodel import load_unet
-from ifmodel.captions import load_captioned
+from ifmodel.captions import CaptionedPictures, load_captioned
 from ifmodel.cascade import generate
 from ifmodel.text import embed_prompts
 from ifmodel.weights import SHIPPED
@@ -104,6 +106,8 @@ def test_evaluation(run_script, refused, tmp_path):
         4,
         "--pairs",
         2,
+        "--tries",
+        2,
         "--guidance",
         2,
         "--seed",
@@ -114,13 +118,14 @@ def test_evaluation(run_script, refused, tmp_path):
     assert status == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["guidance"] for row in report["guidance"]] == [2]
-    assert [(row["sampler"], row["steps"]) for row in report["samplers"]] == [("dpm++", 5)]
+    assert [(row["sampler"], row["steps"]) for row in report["samplers"]] == [("sde-dpm++", 5)]
     for row in [*report["guidance"], *report["samplers"]]:
         assert row["plain"] in (0, 0.5, 1) and row["styled"] in (0, 0.5, 1) and row["distance"] > 0
-    for kind in ("anagrams", "hybrids"):
-        assert report[kind]["both"] <= min(report[kind].values()) <= 1
+    for kind in ("anagrams, random pairs", "anagrams, alike pairs", "hybrids, random pairs", "hybrids, alike pairs"):
+        first, second, both, of_two = report[kind].values()
+        assert 0 <= both <= min(first, second, of_two) <= 1
     assert report["stage_2"]["trained on"]["bicubic, PSNR"] > 15
-    assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams.png").is_file()
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams_alike.png").is_file()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     assert run_script("evaluate_if", *options)[1] == printed
@@ -129,6 +134,17 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "metadata.jsonl" in refused("evaluate_if", "--data", tmp_path, "--out", tmp_path / "other")
     line = refused("evaluate_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
+
+
+def test_pairs_that_are_alike_are_the_nearest_ones():
+    pictures = torch.zeros((4, 4, 3, 128, 128), dtype=torch.uint8)
+    for row, (top, bottom) in enumerate(((0, 200), (199, 1), (90, 100), (110, 80))):
+        pictures[row, :, :, :64], pictures[row, :, :, 64:] = top, bottom
+    data = CaptionedPictures(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
+    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True)
+    assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
+    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False)
+    assert len(apart) == 5 and all(first.name != second.name for first, second in apart)
 
 
 def test_generate_alone_draws_the_assignments_prompts(run_script, tmp_path):
