@@ -268,9 +268,9 @@ def load_stage(source: str, dtype: torch.dtype, device: torch.device, revision: 
     """A stage's UNet: half precision from the fp16 files where there are some, full precision from the others."""
     variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]
     try:
-        return load_unet(source, dtype, device, variants[0], revision)
+        return load_unet(source, dtype, device, variants[0], revision, pack=True)
     except FileNotFoundError:
-        unet = load_unet(source, dtype, device, variants[1], revision)
+        unet = load_unet(source, dtype, device, variants[1], revision, pack=True)
     if dtype == torch.float32 and source not in SHIPPED:
         print(f"{source} has its weights in float16 alone: computing with them in float32", file=sys.stderr)
     return unet

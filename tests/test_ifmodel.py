@@ -1,9 +1,13 @@
 """IF's UNets against diffusers' UNet2DConditionModel with the same weights."""
 
 import copy
+import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,11 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ifmodel import UNet, UNetConfig, load_unet
+from ifmodel import UNet, UNetConfig, load_unet, weights
 from ifmodel.cascade import generate, upscale
 from ifmodel.config import published_config
 from ifmodel.layers import GroupNorm, attend
-from ifmodel.packed import can_pack, pack_convolutions
+from ifmodel.packed import PackedConv2d, can_pack, pack_convolutions
 
 STAGE_1 = {
     "sample_size": 16,
@@ -378,6 +382,53 @@ def test_loading_what_diffusers_saved(saved):
     assert {parameter.dtype for parameter in load_unet(saved, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not can_pack(), reason="no oneDNN for x86 here")
+def test_a_packed_unet_gives_up_the_originals(saved):
+    """Of its convolutions: after the first step none of their weights is held any more, in whatever place."""
+    unet = load_unet(saved, pack=True)
+    originals = [weakref.ref(layer.weight) for layer in unet.modules() if isinstance(layer, PackedConv2d)]
+    assert len(originals) > 40
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    unet(x_t, t, unet.encode_text(prompt_embeds))
+    gc.collect()
+    assert not any(original() is not None for original in originals)
+
+
+def test_unless_asked_nothing_is_packed_and_float16_never(saved):
+    plain, half = load_unet(saved), load_unet(saved, torch.float16, variant="fp16", pack=True)
+    assert not any(isinstance(layer, PackedConv2d) for unet in (plain, half) for layer in unet.modules())
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    x_t.requires_grad_()
+    plain(x_t, t, plain.encode_text(prompt_embeds)).sum().backward()
+    assert x_t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "pack"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_weights_that_the_memory_cannot_hold_are_not_loaded(saved, monkeypatch, dtype, pack):
+    """Packed, the convolutions count twice unless the weights are converted."""
+    unet, _ = pair(STAGE_1, torch.float32)
+    convolutions = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d))
+    twice = pack and can_pack() and dtype == torch.float32
+    needed = (sum(parameter.numel() for parameter in unet.parameters()) + twice * convolutions) * dtype.itemsize
+    monkeypatch.setattr(weights, "free_memory", lambda device: needed)
+    load_unet(saved, dtype, pack=pack)
+    monkeypatch.setattr(weights, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(UNet, "load_state_dict", lambda *_, **__: pytest.fail("the weights were loaded"))
+    with pytest.raises(ValueError, match=r"unet in .* needs about 0\.0 GB of memory, and 0\.0 GB are free"):
+        load_unet(saved, dtype, pack=pack)
+
+
+def test_free_memory_is_known(monkeypatch):
+    """From /proc/meminfo, and without it from the system's own figures, which are no less than that."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(weights, "MEMINFO", Path("nowhere"))
+    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 85})  # as on macOS
+    assert weights.free_memory(torch.device("cpu")) == physical
+
+
 def test_weights_that_do_not_fit_are_named(saved, tmp_path):
     unet = tmp_path / "unet"
     unet.mkdir()
@@ -404,6 +455,19 @@ def test_weights_that_do_not_fit_are_named(saved, tmp_path):
         load_unet(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.fp16\.safetensors: it has diffusion"):
         load_unet(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[", "[]", '{"weight_map": 5}', '{"weight_map": {"conv_in.weight": 5}}', "\xff"]
+)
+def test_a_damaged_index_of_shards_is_named(saved, tmp_path, content):
+    shutil.copytree(saved / "sharded" / "unet", tmp_path / "unet")
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    assert index.is_file()
+    index.write_text(content, "latin-1")
+    with pytest.raises(ValueError, match="does not say which files hold the weights: download it again") as error:
+        load_unet(tmp_path)
+    assert str(index) in str(error.value)
 
 
 def pipelines(dtype=torch.float32):
