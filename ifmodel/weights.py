@@ -97,18 +97,26 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[safe_ope
 
 def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
     """The config of a model's UNet, without its weights. Raises as `load_unet` does."""
-    path = fetch(source, "unet", ["config.json"], revision) / "config.json"
-    if not path.is_file():
+    path, config = read_json(source, "unet", "config.json", revision)
+    if config is None:
         raise FileNotFoundError(
             f"{path.parent} has no config.json: {source} must hold unet/config.json and its weights"
         )
+    return UNetConfig.from_dict(config)
+
+
+def read_json(source: str | Path, subfolder: str, name: str, revision: str | None = None) -> tuple[Path, dict | None]:
+    """Where a model's .json file is, and its fields; None when there is no such file. Raises ValueError if damaged."""
+    path = fetch(source, subfolder, [name], revision) / name
+    if not path.is_file():
+        return path, None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
-    return UNetConfig.from_dict(config)
+    return path, config
 
 
 def check_memory(needed: int, what: str, device: str | torch.device):
