@@ -199,6 +199,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
         assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
         line = said("--model", one, "--size", 100_000, 100_000)
         assert "a picture of 100000 × 100000 needs about " in line and "GB are free" in line
+        assert r"the prompt 'caf\udce9' is not valid UTF-8" in said("--model", one, "--prompt", "caf\udce9")
         assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "has no config.json" in said("--model", tmp_path)
     save_embeds(tmp_path / "null.safetensors", {"": torch.zeros(77, 24)})
