@@ -193,19 +193,19 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
+    licence = f"accept its licence at https://huggingface.co/{source}, then run `hf auth login` or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
     except GatedRepoError:
-        raise ValueError(
-            f"{source} is gated: accept its licence at https://huggingface.co/{source}, "
-            "then run `hf auth login` or set HF_TOKEN"
-        ) from None
+        raise ValueError(f"{source} is gated: {licence}") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
     except Exception as error:  # whatever the network and its client may raise
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            raise ValueError(f"the Hub refuses your token for {source}, it may have expired: {licence}") from None
         raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
     for path in sorted(folder.glob("*.safetensors")):
         _check_download(path)
