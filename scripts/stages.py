@@ -109,18 +109,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its files say, before it is loaded.
-
-    variant: of the files that hold the weights, as in `load_unet`
-    size: height and width of its pictures
-    """
+    """A model of the cascade as its small files describe it."""
 
     source: str
     revision: str | None
     config: UNetConfig
-    variant: str | None
     threshold: Threshold
-    size: tuple[int, int]
 
 
 class Cascade:
@@ -131,8 +125,8 @@ class Cascade:
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
         args.model = MODEL if args.model == "tiny-if" else args.model
-        config = check_stage(args.model, 1, args.revision)
-        settle(args, config.sample_size, single_stage)
+        found = find_stage(args.model, 1, args.revision)
+        settle(args, found.config.sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
@@ -146,21 +140,20 @@ class Cascade:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
         leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
-        self.size = tuple(args.size or [config.sample_size] * 2)
+        self.stages = [found]
+        self.size = tuple(args.size or [found.config.sample_size] * 2)
         self.final_size = self.size
-        self.stages = [find_stage(args.model, 1, args.revision, config, self.size, self.dtype)]
         if args.upscaler:
-            larger = check_stage(args.upscaler, 2, args.upscaler_revision)
-            self.final_size = tuple(round(side * larger.sample_size / config.sample_size) for side in self.size)
-            self.stages.append(
-                find_stage(args.upscaler, 2, args.upscaler_revision, larger, self.final_size, self.dtype)
-            )
+            self.stages.append(find_stage(args.upscaler, 2, args.upscaler_revision))
+            factor = self.stages[1].config.sample_size / found.config.sample_size
+            self.final_size = tuple(round(side * factor) for side in self.size)
         self.check_sizes(1)
         self.embeds = load_embeds(args.embeds) if args.embeds else {}
         self.check_embeds()
         self.prompts = list(prompts or [prompt for prompt in self.embeds if prompt not in ("", args.null_prompt)])
         if not self.prompts:
             raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
+        self.variants = [find_variant(stage, self.dtype) for stage in self.stages]  # last, since it may download them
 
     def from_index(self, i_start: int) -> list[int]:
         """The timesteps from an index on. Raises ValueError when there is no such index."""
@@ -173,10 +166,20 @@ class Cascade:
         options = {} if self.args.sampler == "ddpm" else {"eta": self.args.eta}
         return partial(SAMPLERS[self.args.sampler], threshold=self.stages[self.stage - 1].threshold, **options)
 
+    def check_size(self, stage: int, batch_size: int):
+        """Refuse a height or width that a stage cannot halve often enough, or that the memory cannot hold."""
+        config, (h, w) = self.stages[stage - 1].config, (self.size, self.final_size)[stage - 1]
+        multiple = config.size_multiple
+        if h % multiple or w % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, not {h} × {w}")
+        needed = config.activation_bytes(2 * batch_size, h, w, self.dtype.itemsize)  # guidance doubles the batch
+        pictures = "a picture" if batch_size == 1 else f"a batch of {batch_size} pictures"
+        check_memory(needed, f"{pictures} of {h} × {w}", self.device)
+
     def check_sizes(self, batch_size: int):
-        """Refuse pictures that one of the stages cannot draw, or the memory not hold, so many at a time."""
-        for stage in self.stages:
-            check_size(stage, batch_size, self.dtype, self.device)
+        """Both stages', before anything is computed."""
+        for stage in range(1, len(self.stages) + 1):
+            self.check_size(stage, batch_size)
 
     def check_embeds(self):
         """Refuse embeddings that one of the stages cannot take."""
@@ -185,14 +188,14 @@ class Cascade:
                 wanted = f"{stage.source} takes those that are {stage.config.encoder_hid_dim} wide"
                 raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
 
-    def load(self, number: int, batch_size: int):
+    def load(self, stage: int, batch_size: int):
         """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
         self.embed()
-        stage = self.stages[number - 1]
-        if self.stage != number:
+        if self.stage != stage:
             self.unet = None  # before the next one is loaded
-            self.unet, self.stage = load_stage(stage, self.dtype, self.device), number
-        check_size(stage, batch_size, self.dtype, self.device)  # again, beside the weights
+            found, variant = self.stages[stage - 1], self.variants[stage - 1]
+            self.unet, self.stage = load_stage(found, variant, self.dtype, self.device), stage
+        self.check_size(stage, batch_size)  # again, beside the weights
 
     def embed(self):
         """Embed the prompts that are not known yet; T5 is freed again before a UNet is loaded."""
@@ -302,46 +305,31 @@ def check_stage(source: str, stage: int, revision: str | None = None) -> UNetCon
     return config
 
 
-def find_stage(
-    source: str,
-    number: int,
-    revision: str | None,
-    config: UNetConfig,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-) -> Stage:
-    """A stage whose weights are there, in half precision from the fp16 files where there are some, in full from others.
+def find_stage(source: str, stage: int, revision: str | None) -> Stage:
+    """Stage 1 or 2 of a model, by its small files. Raises ValueError for what is not implemented, or is the other."""
+    return Stage(source, revision, check_stage(source, stage, revision), stage_threshold(source, stage, revision))
 
-    Raises FileNotFoundError when they are not, ValueError for a scheduler that is not implemented.
+
+def find_variant(stage: Stage, dtype: torch.dtype) -> str | None:
+    """Which of a stage's weights to read: for half precision the fp16 files where there are some, else the others.
+
+    They are downloaded if need be. Raises FileNotFoundError when there are none.
     """
-    threshold = stage_threshold(source, number, revision)
     variant, other = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
     try:
-        find_weights(source, variant, revision)
+        find_weights(stage.source, variant, stage.revision)
     except FileNotFoundError:
-        variant = other
-        find_weights(source, variant, revision)
-    return Stage(source, revision, config, variant, threshold, size)
+        find_weights(stage.source, other, stage.revision)
+        return other
+    return variant
 
 
-def load_stage(stage: Stage, dtype: torch.dtype, device: torch.device) -> UNet:
+def load_stage(stage: Stage, variant: str | None, dtype: torch.dtype, device: torch.device) -> UNet:
     """A stage's UNet, packed on the CPU; says so when float16 weights are computed with in float32."""
-    if dtype == torch.float32 and stage.source not in SHIPPED:
-        files = find_weights(stage.source, stage.variant, stage.revision)
-        if torch.float16 in stored_dtypes(files):
-            print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
-    return load_unet(stage.source, dtype, device, stage.variant, stage.revision, pack=True)
-
-
-def check_size(stage: Stage, batch_size: int, dtype: torch.dtype, device: torch.device):
-    """Refuse a height or width that the UNet cannot halve often enough, or that the memory cannot hold."""
-    h, w = stage.size
-    multiple = stage.config.size_multiple
-    if h % multiple or w % multiple:
-        raise ValueError(f"height and width must be multiples of {multiple}, not {h} × {w}")
-    needed = stage.config.activation_bytes(2 * batch_size, h, w, dtype.itemsize)  # guidance doubles the batch
-    pictures = "a picture" if batch_size == 1 else f"a batch of {batch_size} pictures"
-    check_memory(needed, f"{pictures} of {h} × {w}", device)
+    stored = stored_dtypes(find_weights(stage.source, variant, stage.revision))
+    if dtype == torch.float32 and torch.float16 in stored and stage.source not in SHIPPED:
+        print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
+    return load_unet(stage.source, dtype, device, variant, stage.revision, pack=True)
 
 
 def check_finite(where: str, *tensors: Tensor):
