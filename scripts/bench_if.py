@@ -230,7 +230,7 @@ def load_sides(work: Work) -> dict[str, Callable]:
     """From the folder to a model on the device that has touched all its weights."""
 
     def ours():
-        unet = load_unet(work.root, work.dtype, work.device)
+        unet = load_unet(work.root, work.dtype, work.device, pack=True)
         return sum(float(parameter.flatten()[::1024].float().sum()) for parameter in unet.parameters())
 
     def theirs():

@@ -220,6 +220,12 @@ def test_a_t5_that_is_damaged_is_refused_and_nothing_is_cached(model_folder, tmp
     with pytest.raises(ValueError, match=r"lacks 2 tensors: encoder\.block\.0\."):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     weights.unlink()
+    T5EncoderModel.from_pretrained(model_folder / "text_encoder").save_pretrained(weights.parent, max_shard_size="30KB")
+    weights.with_name("model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"T5 in .* cannot be loaded"):
+        embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
+    for shard in weights.parent.glob("*.safetensors"):
+        shard.unlink()
     with pytest.raises(FileNotFoundError, match="has no safetensors"):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     assert not cache.exists()
