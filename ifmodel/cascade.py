@@ -6,16 +6,20 @@ noise. Stage 2 also sees the small picture, upscaled and a little noised.
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.process import add_noise, ddpm_step, dynamic_threshold
+from ddpm.process import Threshold, add_noise, ddpm_step, dynamic_threshold
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, iterative_denoise, noise_source
 from ddpm.schedule import cosine_schedule, leading_timesteps
+from ifmodel.config import check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
+from ifmodel.weights import read_json
 
+SCHEDULER_CONFIG = "scheduler_config.json"
 SCHEDULE = cosine_schedule(1000)
 STAGE_1_THRESHOLD = partial(dynamic_threshold, maximum=1.5)
 STAGE_2_THRESHOLD = partial(dynamic_threshold, maximum=1.0)
@@ -61,6 +65,23 @@ def stage_2(
     return guided(model, text, null, guidance_scale)
 
 
+def stage_threshold(source: str | Path, stage: int, revision: str | None = None) -> Threshold:
+    """How stage 1 or 2 of a model thresholds x̂_0: as its scheduler_config.json says, or as IF's when it has none.
+
+    source, revision: as in `load_unet`
+    Raises ValueError for a field, of stage 2's image_noising_scheduler too, with a value that is not implemented here.
+    """
+    if stage == 2:
+        path, config = read_json(source, "image_noising_scheduler", SCHEDULER_CONFIG, revision)
+        if config is not None:
+            check_noising_scheduler(config, str(path))
+    path, config = read_json(source, "scheduler", SCHEDULER_CONFIG, revision)
+    if config is None:
+        return STAGE_1_THRESHOLD if stage == 1 else STAGE_2_THRESHOLD
+    percentile, maximum = check_scheduler(config, str(path))
+    return partial(dynamic_threshold, percentile=percentile, maximum=maximum)
+
+
 def noised_upscaled(small: Tensor, size: tuple[int, int], noise_level: int, noise: Noise) -> Tensor:
     """What stage 2 sees of small pictures [N, 3, h, w]: upscaled to [N, 3, H, W] and noised, so that it adds detail.
 
@@ -86,6 +107,7 @@ def generate(
     num_steps: int = 100,
     guidance_scale: float = 7.0,
     size: tuple[int, int] | None = None,
+    threshold: Threshold = STAGE_1_THRESHOLD,
     callback: Callback | None = None,
 ) -> Tensor:
     """Stage 1: prompts -> pictures [N, 3, H, W] in [-1, 1].
@@ -93,13 +115,15 @@ def generate(
     prompt_embeds, null_embeds: as in `stage_1`
     seeds: [N]; a picture depends on its own seed and prompt alone, up to the rounding of another batch size
     size: height and width, the model's own when None
+    threshold: of x̂_0, IF's unless `stage_threshold` finds another in the model's folder
     Source: Imagen §2, arXiv 2205.11487, with DeepFloyd IF's settings.
     """
     h, w = size or (unet.config.sample_size, unet.config.sample_size)
     noise = noise_source(seeds, (3, h, w), prompt_embeds.device)
     estimate = stage_1(unet, prompt_embeds, null_embeds, guidance_scale)
     timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    return iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, step=STAGE_1_STEP, callback=callback)
+    step = partial(STAGE_1_STEP, threshold=threshold)
+    return iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, step=step, callback=callback)
 
 
 def upscale(
@@ -113,6 +137,7 @@ def upscale(
     guidance_scale: float = 4.0,
     noise_level: int = 250,
     size: tuple[int, int] | None = None,
+    threshold: Threshold = STAGE_2_THRESHOLD,
     callback: Callback | None = None,
 ) -> Tensor:
     """Stage 2: pictures [N, 3, h, w] in [-1, 1] and their prompts -> pictures [N, 3, H, W] in [-1, 1].
@@ -126,4 +151,5 @@ def upscale(
     low_res = noised_upscaled(small, (h, w), noise_level, noise)
     estimate = stage_2(unet, low_res, prompt_embeds, null_embeds, guidance_scale, noise_level)
     timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    return iterative_denoise(estimate, x_T, timesteps, SCHEDULE, noise=noise, step=STAGE_2_STEP, callback=callback)
+    step = partial(STAGE_2_STEP, threshold=threshold)
+    return iterative_denoise(estimate, x_T, timesteps, SCHEDULE, noise=noise, step=step, callback=callback)

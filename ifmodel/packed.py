@@ -3,10 +3,12 @@
 oneDNN, which computes torch's convolutions on x86 CPUs, wants weights in an order of its own, and puts them in that
 order again at every call. On small pictures with many channels that takes longer than the convolution: laid out once,
 a 3 × 3 convolution of 768 channels at 8 × 8 is three times as fast in bfloat16, and a step of IF-I-M as a whole 1.06
-times (scripts/bench_if.py --no-pack).
+times (scripts/bench_if.py --no-pack). The price: the laid out weights are no longer those of the memory-mapped file but
+a copy beside it, and the model is for inference alone, without gradients, copies or a state_dict.
 """
 
 import platform
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +45,15 @@ def is_plain(convolution: nn.Conv2d) -> bool:
     return steps == ((1, 1), (1, 1), 1) and convolution.padding_mode == "zeros"
 
 
+def plain_convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d]]:
+    """Those below a model that can be packed, each with the module that has it, and its name there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and is_plain(child):
+                yield parent, name, child
+
+
 def pack_convolutions(model: nn.Module):
     """Replace every plain nn.Conv2d below a model; from its first picture on, the model is for inference alone."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.Conv2d) and is_plain(child):
-            setattr(model, name, PackedConv2d(child))
-        else:
-            pack_convolutions(child)
+    for parent, name, convolution in list(plain_convolutions(model)):
+        setattr(parent, name, PackedConv2d(convolution))

@@ -24,7 +24,10 @@ PAD, END = 0, 1
 
 
 class Tokenizer:
-    """Prompts to tokens as IF does it: lower-cased, stripped, cut at 77 tokens with the end token, padded to 77."""
+    """Prompts to tokens as IF does it: lower-cased, stripped, cut at 77 tokens with the end token, padded to 77.
+
+    Raises ValueError for a prompt that is not valid Unicode.
+    """
 
     def __init__(self, folder: str | Path):
         """folder: a repository's tokenizer/, with sentencepiece's spiece.model or, failing that, tokenizer.json.
@@ -65,6 +68,10 @@ class Tokenizer:
         return self._decode(self._numbers(prompt)[NUM_TOKENS - 1 :])
 
     def _numbers(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # half a character: a command line that is not UTF-8 leaves such
+            raise ValueError(f"the prompt {prompt!r} is not valid UTF-8: type it anew") from None
         return self._encode(prompt.lower().strip())
 
 
@@ -114,7 +121,8 @@ def embed_prompts(
     dtype: float32 reads the full-precision files; bfloat16 and float16 the fp16 ones where there are some. In
         float16, T5's `wo` layers stay in float32 because they overflow
     cache: the folder that keeps embeddings, by model revision, dtype and prompt; None keeps nothing
-    T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost.
+    T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
+    damaged file in the cache, whose prompt is embedded again.
     Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
     """
     tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
@@ -123,7 +131,8 @@ def embed_prompts(
             warnings.warn(f"prompt cut at {NUM_TOKENS} tokens, lost: {lost!r}", stacklevel=2)
     model = fetch(source, "text_encoder", ["config.json"], revision)  # a Hub model's folder is named by its commit
     files = {prompt: _cache_file(cache, model, dtype, prompt) for prompt in prompts} if cache else {}
-    embeds = {prompt: load_file(file)["prompt_embeds"] for prompt, file in files.items() if file.is_file()}
+    known = {prompt: _cached(file) for prompt, file in files.items() if file.is_file()}
+    embeds = {prompt: tensor for prompt, tensor in known.items() if tensor is not None}
     unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
     if unknown:
         found = _encode(source, revision, tokenizer, unknown, dtype, device)
@@ -156,7 +165,7 @@ def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]
         encoder, loading = T5EncoderModel.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
         )
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # of a dozen kinds, from safetensors, json and transformers
         raise ValueError(f"T5 in {folder} cannot be loaded: {first_line(error)}") from None
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"T5 in {folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
@@ -166,6 +175,15 @@ def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]
         tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
         outputs.append(encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous())
     return outputs
+
+
+def _cached(file: Path) -> Tensor | None:
+    """The embeddings in a file of the cache; None, and a warning, when it is damaged."""
+    try:
+        return load_file(file)["prompt_embeds"]
+    except (SafetensorError, KeyError, OSError) as error:
+        warnings.warn(f"{file} is damaged ({first_line(error)}): its prompt is embedded again", stacklevel=3)
+        return None
 
 
 def _cache_file(cache: Path, model: Path, dtype: torch.dtype, prompt: str) -> Path:

@@ -156,21 +156,6 @@ class UNet(nn.Module):
         self.conv_act = ACTIVATION[config.act_fn]()
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this, since each level but the last halves them."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
-
-    def activation_bytes(self, batch: int, height: int, width: int) -> int:
-        """About how much memory a forward pass needs beside the weights: the skips, and what a layer works on.
-
-        Measured in float32 on the CPU, three pictures of 128 to 512 pixels took 0.98 to 1.6 times this.
-        """
-        config, pixels = self.config, batch * height * width
-        sizes = [pixels // 4**level * dim for level, dim in enumerate(config.block_out_channels)]
-        skips = sum(size * (layers + 1) for size, layers in zip(sizes, config.layers_per_block, strict=True))
-        return (skips + 12 * max(sizes)) * self.encoder_hid_proj.weight.element_size()
-
     def encode_text(self, prompt_embeds: Tensor) -> Text:
         """T5's output [B, L, D_text] -> everything in this UNet that depends on the prompt alone."""
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.encoder_hid_dim:
@@ -212,7 +197,7 @@ class UNet(nn.Module):
         yield from (*self.down_blocks, self.mid_block, *self.up_blocks)
 
     def _check(self, x_t: Tensor, text: Text, noise_level: int | Tensor | None):
-        config, multiple = self.config, self.size_multiple
+        config, multiple = self.config, self.config.size_multiple
         if x_t.ndim != 4 or x_t.shape[1] != config.in_channels:
             raise ValueError(f"x_t must be [B, {config.in_channels}, H, W] for this UNet, not {list(x_t.shape)}")
         if x_t.shape[2] % multiple or x_t.shape[3] % multiple:

@@ -4,9 +4,10 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from ddpm.files import first_line, write_atomically
 from ifmodel.config import UNetConfig
-from ifmodel.packed import can_pack, pack_convolutions
+from ifmodel.packed import can_pack, pack_convolutions, plain_convolutions
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
 SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny-if" / stage for stage in ("I", "II")}
 CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
+MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
 
 
 def load_unet(
@@ -29,7 +31,7 @@ def load_unet(
     device: str | torch.device = "cpu",
     variant: str | None = None,
     revision: str | None = None,
-    pack: bool = True,
+    pack: bool = False,
 ) -> UNet:
     """The UNet of a folder or a Hub repository, in evaluation mode.
 
@@ -37,68 +39,106 @@ def load_unet(
         SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
     variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
-    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but then
-        state_dict() no longer has them
+    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but a copy
+        of them in memory, without gradients, deepcopy or a whole state_dict(); float16 is never packed
 
     The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the
-    dtype of the file on the CPU, they are not copied at all.
+    dtype of the file on the CPU, and not packed, they are not copied at all.
     Raises FileNotFoundError when a file is missing, ValueError when the config or the weights do not fit.
     """
     config = load_config(source, revision)
-    folder = fetch(source, "unet", weight_patterns(WEIGHTS, variant), revision)
+    files = find_weights(source, variant, revision)
+    folder, on_cpu = files[0].parent, torch.device(device).type == "cpu"
+    pack = pack and on_cpu and dtype != torch.float16 and can_pack()
     with torch.device("meta"):
         unet = UNet(config)
-    needed = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    held = list(unet.parameters())
+    if pack and stored_dtypes(files) == {dtype}:  # beside the file: a converted copy is given up for the packed one
+        held += [convolution.weight for _, _, convolution in plain_convolutions(unet)]
+    needed = sum(parameter.numel() for parameter in held) * dtype.itemsize
     check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
     loaded: dict[str, Tensor] = {}
-    for path in _weight_files(folder, variant):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118
-                    loaded[name] = file.get_tensor(name).to(dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+    for path in files:
+        with _opened(path, device) as file:
+            loaded |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     _check_names(folder, expected, {name: tensor.shape for name, tensor in loaded.items()})
     unet.load_state_dict(loaded, assign=True)
-    if torch.device(device).type != "cpu":
+    if not on_cpu:
         unet.to(memory_format=torch.channels_last)
-    elif pack and can_pack():
+    elif pack:
         pack_convolutions(unet)
     return unet.eval().requires_grad_(False)
 
 
+def find_weights(source: str | Path, variant: str | None = None, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a model's UNet in one precision, downloaded if need be. Raises as `load_unet` does."""
+    return _weight_files(fetch(source, "unet", weight_patterns(WEIGHTS, variant), revision), variant)
+
+
+def stored_dtypes(files: Sequence[Path]) -> set[torch.dtype]:
+    """The dtypes of the tensors in safetensors files, which are mapped and not read. Raises ValueError if damaged."""
+    dtypes: set[torch.dtype] = set()
+    for path in files:
+        with _opened(path) as file:
+            dtypes |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    return dtypes
+
+
+@contextlib.contextmanager
+def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+
+
 def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
     """The config of a model's UNet, without its weights. Raises as `load_unet` does."""
-    path = fetch(source, "unet", ["config.json"], revision) / "config.json"
-    if not path.is_file():
+    path, config = read_json(source, "unet", "config.json", revision)
+    if config is None:
         raise FileNotFoundError(
             f"{path.parent} has no config.json: {source} must hold unet/config.json and its weights"
         )
+    return UNetConfig.from_dict(config)
+
+
+def read_json(source: str | Path, subfolder: str, name: str, revision: str | None = None) -> tuple[Path, dict | None]:
+    """Where a model's .json file is, and its fields; None when there is no such file. Raises ValueError if damaged."""
+    path = fetch(source, subfolder, [name], revision) / name
+    if not path.is_file():
+        return path, None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
-    return UNetConfig.from_dict(config)
+    return path, config
 
 
 def check_memory(needed: int, what: str, device: str | torch.device):
     """Refuse what does not fit into a device's memory, saying what is needed and what there is. Raises ValueError."""
-    device = torch.device(device)
+    free = free_memory(torch.device(device))
+    if free is not None and needed > free:
+        raise ValueError(f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device can still give; on macOS all that it has, and None where no one says."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # what the model before this one has left behind
-        free = torch.cuda.mem_get_info(device)[0]
-    elif Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    else:
-        return
-    if needed > free:
-        raise ValueError(f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+        return torch.cuda.mem_get_info(device)[0]
+    if MEMINFO.exists():
+        lines = MEMINFO.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if pages in getattr(os, "sysconf_names", ()):
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -109,7 +149,10 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
         return [single]
     index = folder / f"{WEIGHTS}.safetensors.index{'' if variant is None else '.' + variant}.json"
     if index.is_file():
-        shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
@@ -150,19 +193,19 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
+    licence = f"accept its licence at https://huggingface.co/{source}, then run `hf auth login` or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
     except GatedRepoError:
-        raise ValueError(
-            f"{source} is gated: accept its licence at https://huggingface.co/{source}, "
-            "then run `hf auth login` or set HF_TOKEN"
-        ) from None
+        raise ValueError(f"{source} is gated: {licence}") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
     except Exception as error:  # whatever the network and its client may raise
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            raise ValueError(f"the Hub refuses your token for {source}, it may have expired: {licence}") from None
         raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
     for path in sorted(folder.glob("*.safetensors")):
         _check_download(path)

@@ -112,8 +112,8 @@ class Work:
             save_random(root, published_config(args.geometry), dtype)
         self.root = root
         self.config_dict = json.loads((root / "unet" / "config.json").read_text())
-        self.ours = load_unet(root, dtype, device)
-        self.weights = load_unet(root, dtype, device, pack=False).state_dict()
+        self.ours = load_unet(root, dtype, device, pack=True)
+        self.weights = load_unet(root, dtype, device).state_dict()
         self.config = self.ours.config
         self.size = tuple(args.size or [self.config.sample_size] * 2)
         generator = torch.Generator().manual_seed(SEED)
@@ -171,11 +171,9 @@ def step_sides(work: Work) -> dict[str, Callable]:
         sides["diffusers, documented"] = their_step(work, work.theirs(documented))
         sides["diffusers, tuned"] = their_step(work, work.theirs(work.dtype, torch.channels_last))
     if work.args.no_pack:
-        sides["ours, not packed"] = our_step(work, load_unet(work.root, work.dtype, work.device, pack=False))
+        sides["ours, not packed"] = our_step(work, load_unet(work.root, work.dtype, work.device))
     if work.args.compile:
-        sides["ours, compiled"] = our_step(
-            work, torch.compile(load_unet(work.root, work.dtype, work.device, pack=False))
-        )
+        sides["ours, compiled"] = our_step(work, torch.compile(load_unet(work.root, work.dtype, work.device)))
         if diffusers is not None:
             unet = work.theirs(work.dtype, torch.channels_last)
             sides["diffusers, compiled"] = their_step(work, torch.compile(unet))
@@ -232,7 +230,7 @@ def load_sides(work: Work) -> dict[str, Callable]:
     """From the folder to a model on the device that has touched all its weights."""
 
     def ours():
-        unet = load_unet(work.root, work.dtype, work.device)
+        unet = load_unet(work.root, work.dtype, work.device, pack=True)
         return sum(float(parameter.flatten()[::1024].float().sum()) for parameter in unet.parameters())
 
     def theirs():
@@ -289,7 +287,7 @@ def draw_their_picture(root: str, embeds: str, out: str, device: str):
 
 def floor_of(work: Work) -> dict[str, float]:
     """The least time that a step could take on this machine, from what it reaches in the two simplest tasks."""
-    plain = load_unet(work.root, work.dtype, work.device, pack=False)  # the counter does not know packed ones
+    plain = load_unet(work.root, work.dtype, work.device)  # the counter does not know packed ones
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         our_step(work, plain)()
     a, b = (torch.randn(2048, 2048, device=work.device, dtype=work.dtype) for _ in range(2))

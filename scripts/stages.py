@@ -13,13 +13,13 @@ from common import SEED, add_device_options, check_writable, number, pick_device
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
+from ddpm.process import Threshold, ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
 from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, noised_upscaled, stage_1, stage_2
+from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
 from ifmodel.text import embed_prompts, load_embeds
-from ifmodel.weights import SHIPPED, check_memory, load_config
+from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
@@ -107,6 +107,16 @@ class Cell:
     upscale: Callable[..., Tensor] = sample
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A model of the cascade as its small files describe it."""
+
+    source: str
+    revision: str | None
+    config: UNetConfig
+    threshold: Threshold
+
+
 class Cascade:
     """Both stages as a script's options ask for them: checked, then T5 and one stage after the other, as needed."""
 
@@ -115,8 +125,8 @@ class Cascade:
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
         args.model = MODEL if args.model == "tiny-if" else args.model
-        sample_size = check_stage(args.model, 1, args.revision).sample_size
-        settle(args, sample_size, single_stage)
+        found = find_stage(args.model, 1, args.revision)
+        settle(args, found.config.sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
@@ -130,15 +140,20 @@ class Cascade:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
         leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
-        self.size = tuple(args.size or [sample_size] * 2)
+        self.stages = [found]
+        self.size = tuple(args.size or [found.config.sample_size] * 2)
         self.final_size = self.size
         if args.upscaler:
-            factor = check_stage(args.upscaler, 2, args.upscaler_revision).sample_size / sample_size
+            self.stages.append(find_stage(args.upscaler, 2, args.upscaler_revision))
+            factor = self.stages[1].config.sample_size / found.config.sample_size
             self.final_size = tuple(round(side * factor) for side in self.size)
+        self.check_sizes(1)
         self.embeds = load_embeds(args.embeds) if args.embeds else {}
+        self.check_embeds()
         self.prompts = list(prompts or [prompt for prompt in self.embeds if prompt not in ("", args.null_prompt)])
         if not self.prompts:
             raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
+        self.variants = [find_variant(stage, self.dtype) for stage in self.stages]  # last, since it may download them
 
     def from_index(self, i_start: int) -> list[int]:
         """The timesteps from an index on. Raises ValueError when there is no such index."""
@@ -148,19 +163,39 @@ class Cascade:
 
     @property
     def step(self) -> Step:
-        threshold = STAGE_1_THRESHOLD if self.stage == 1 else STAGE_2_THRESHOLD
         options = {} if self.args.sampler == "ddpm" else {"eta": self.args.eta}
-        return partial(SAMPLERS[self.args.sampler], threshold=threshold, **options)
+        return partial(SAMPLERS[self.args.sampler], threshold=self.stages[self.stage - 1].threshold, **options)
+
+    def check_size(self, stage: int, batch_size: int):
+        """Refuse a height or width that a stage cannot halve often enough, or that the memory cannot hold."""
+        config, (h, w) = self.stages[stage - 1].config, (self.size, self.final_size)[stage - 1]
+        multiple = config.size_multiple
+        if h % multiple or w % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, not {h} × {w}")
+        needed = config.activation_bytes(2 * batch_size, h, w, self.dtype.itemsize)  # guidance doubles the batch
+        pictures = "a picture" if batch_size == 1 else f"a batch of {batch_size} pictures"
+        check_memory(needed, f"{pictures} of {h} × {w}", self.device)
+
+    def check_sizes(self, batch_size: int):
+        """Both stages', before anything is computed."""
+        for stage in range(1, len(self.stages) + 1):
+            self.check_size(stage, batch_size)
+
+    def check_embeds(self):
+        """Refuse embeddings that one of the stages cannot take."""
+        for stage in self.stages:
+            for width in {tensor.shape[-1] for tensor in self.embeds.values()} - {stage.config.encoder_hid_dim}:
+                wanted = f"{stage.source} takes those that are {stage.config.encoder_hid_dim} wide"
+                raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
 
     def load(self, stage: int, batch_size: int):
         """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
-        args = self.args
         self.embed()
         if self.stage != stage:
             self.unet = None  # before the next one is loaded
-            source, revision = ((args.model, args.revision), (args.upscaler, args.upscaler_revision))[stage - 1]
-            self.unet, self.stage = load_stage(source, self.dtype, self.device, revision), stage
-        check_size(self.unet, (self.size, self.final_size)[stage - 1], batch_size, self.device)
+            found, variant = self.stages[stage - 1], self.variants[stage - 1]
+            self.unet, self.stage = load_stage(found, variant, self.dtype, self.device), stage
+        self.check_size(stage, batch_size)  # again, beside the weights
 
     def embed(self):
         """Embed the prompts that are not known yet; T5 is freed again before a UNet is loaded."""
@@ -168,6 +203,7 @@ class Cascade:
         if unknown:
             t5 = {"dtype": self.dtype, "device": self.device, "revision": self.args.revision}
             self.embeds |= embed_prompts(self.args.model, unknown, **t5)
+            self.check_embeds()
 
     def embedded(self, prompt: str, n: int = 1) -> Tensor:
         """A prompt's embeddings, n times: [n, 77, D_text] on the device."""
@@ -180,8 +216,10 @@ class Cascade:
         args, text, null = self.args, self.embedded(prompt, n), self.embedded(self.args.null_prompt)
         if self.stage == 1:
             scale = args.guidance if guidance is None else guidance
-            return stage_1(self.unet, text, null, scale, tuple(args.guidance_interval or ALWAYS))
-        return stage_2(self.unet, low_res, text, null, args.upscaler_guidance, args.noise_level)
+            estimate = stage_1(self.unet, text, null, scale, tuple(args.guidance_interval or ALWAYS))
+        else:
+            estimate = stage_2(self.unet, low_res, text, null, args.upscaler_guidance, args.noise_level)
+        return finite(estimate, f"stage {self.stage}")
 
     def plain(self, prompt: str, guidance: float | None = None) -> Callable[[int, Tensor | None], Estimate]:
         """The `estimate_of` of a cell that draws one prompt."""
@@ -198,6 +236,7 @@ class Cascade:
             (cell, cell.seeds[start : start + size]) for cell in cells for start in range(0, len(cell.seeds), size)
         ]
         largest = max(len(seeds) for _, seeds in batches)
+        self.check_sizes(largest)
         self.load(1, largest)
         counts = [cell.num_steps or len(cell.timesteps or self.timesteps) for cell, _ in batches]
         with watch(self.unet, sum(counts), "stage 1") as callback:
@@ -222,7 +261,9 @@ class Cascade:
 
     def _run(self, algorithm, estimate: Estimate, timesteps: Sequence[int], noise: Noise, callback: Callback) -> Tensor:
         options = {"schedule": SCHEDULE, "noise": noise, "step": self.step, "callback": callback}
-        return algorithm(estimate=estimate, timesteps=timesteps, **options)
+        picture = algorithm(estimate=estimate, timesteps=timesteps, **options)
+        check_finite(f"stage {self.stage}, the picture", picture)
+        return picture
 
     def _upscale(self, cell: Cell, small: Tensor, seeds: Sequence[int], callback: Callback) -> Tensor:
         noise = noise_source(seeds, (3, *self.final_size), self.device)
@@ -264,37 +305,62 @@ def check_stage(source: str, stage: int, revision: str | None = None) -> UNetCon
     return config
 
 
-def load_stage(source: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> UNet:
-    """A stage's UNet: half precision from the fp16 files where there are some, full precision from the others."""
-    variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]
+def find_stage(source: str, stage: int, revision: str | None) -> Stage:
+    """Stage 1 or 2 of a model, by its small files. Raises ValueError for what is not implemented, or is the other."""
+    return Stage(source, revision, check_stage(source, stage, revision), stage_threshold(source, stage, revision))
+
+
+def find_variant(stage: Stage, dtype: torch.dtype) -> str | None:
+    """Which of a stage's weights to read: for half precision the fp16 files where there are some, else the others.
+
+    They are downloaded if need be. Raises FileNotFoundError when there are none.
+    """
+    variant, other = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
     try:
-        return load_unet(source, dtype, device, variants[0], revision)
+        find_weights(stage.source, variant, stage.revision)
     except FileNotFoundError:
-        unet = load_unet(source, dtype, device, variants[1], revision)
-    if dtype == torch.float32 and source not in SHIPPED:
-        print(f"{source} has its weights in float16 alone: computing with them in float32", file=sys.stderr)
-    return unet
+        find_weights(stage.source, other, stage.revision)
+        return other
+    return variant
 
 
-def check_size(unet: UNet, size: tuple[int, int], batch_size: int, device: torch.device):
-    """Refuse a height or width that the UNet cannot halve often enough, or that the memory cannot hold."""
-    if any(side % unet.size_multiple for side in size):
-        raise ValueError(f"height and width must be multiples of {unet.size_multiple}, not {size[0]} × {size[1]}")
-    needed = unet.activation_bytes(2 * batch_size, *size)  # guidance doubles the batch
-    check_memory(needed, f"{batch_size} pictures of {size[0]} × {size[1]} at a time", device)
+def load_stage(stage: Stage, variant: str | None, dtype: torch.dtype, device: torch.device) -> UNet:
+    """A stage's UNet, packed on the CPU; says so when float16 weights are computed with in float32."""
+    stored = stored_dtypes(find_weights(stage.source, variant, stage.revision))
+    if dtype == torch.float32 and torch.float16 in stored and stage.source not in SHIPPED:
+        print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
+    return load_unet(stage.source, dtype, device, variant, stage.revision, pack=True)
+
+
+def check_finite(where: str, *tensors: Tensor):
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{where}: not finite any more; try --dtype float32, or less --guidance")
+
+
+def finite(estimate: Estimate, where: str) -> Estimate:
+    """An estimate that stops when guidance has made it infinite, which thresholding would hide."""
+
+    def checked(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        eps, v = estimate(x_t, t)
+        check_finite(f"{where}, t = {t}, with guidance", eps)
+        return eps, v
+
+    return checked
 
 
 @contextmanager
 def watch(unet: UNet, steps: int, description: str) -> Iterator[Callback]:
-    """A progress bar for a sampler, whose callback it gives; stops at the UNet's first output that is not finite."""
+    """A progress bar for a sampler, whose callback it gives.
+
+    Stops at the first output of the UNet, and at the first picture that the callback is given, that is not finite.
+    """
     step = [0]
 
     def check(module, inputs, output: Tensor):
-        if not output.isfinite().all():
-            where = f"{description}, step {step[0]} (t = {int(torch.as_tensor(inputs[1]).max())})"
-            raise ValueError(f"{where}: not finite any more; try --dtype float32, or less --guidance")
+        check_finite(f"{description}, step {step[0]} (t = {int(torch.as_tensor(inputs[1]).max())})", output)
 
-    def callback(*_):
+    def callback(*given):
+        check_finite(f"{description}, step {step[0]}", *(value for value in given if isinstance(value, Tensor)))
         step[0] += 1
         bar.update()
 

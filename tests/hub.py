@@ -2,7 +2,7 @@
 
 Repository information and file trees under /api, files under /{repository}/resolve/{revision}/{file} with commit,
 ETag, size and a redirect to another address for large files, as the Hub does; Range requests; 401 and 403 for
-repositories that are hidden or gated.
+repositories that are hidden or gated, and for a token that has expired.
 """
 
 import hashlib
@@ -14,18 +14,20 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = 20_000  # bytes; larger files are redirected, as those in Git LFS are
+LARGE = 10_000  # bytes; larger files are redirected, as those in Git LFS are
 
 
 class Hub:
-    """Serves repositories = {"owner/name": folder}; `gated` ones only to `token`.
+    """Serves repositories = {"owner/name": folder}; `gated` ones only to `token`, and none to `expired`.
 
     requests: (method, path, Range header or None) of every request; cut: files whose next download breaks off
     in the middle
     """
 
-    def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = (), token: str = ""):
-        self.repositories, self.gated, self.token = repositories, gated, token
+    def __init__(
+        self, repositories: dict[str, Path], gated: tuple[str, ...] = (), token: str = "", expired: str = "hf_expired"
+    ):
+        self.repositories, self.gated, self.token, self.expired = repositories, gated, token, expired
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut: set[str] = set()
         hub = self
@@ -89,11 +91,15 @@ class Hub:
         return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
     def refused(self, request: BaseHTTPRequestHandler, repository: str, files: bool) -> bool:
-        """Answer for a repository that is not there (the Hub says 401) or, for its files, gated (403)."""
-        if repository not in self.repositories:
+        """Answer for an expired token, a repository that is not there (401) or, for its files, gated (401 or 403)."""
+        token = (request.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token == self.expired:
+            headers = {"X-Error-Message": "Invalid credentials in Authorization header"}  # and no code, as the Hub
+            self.send(request, 401, b"", headers)
+        elif repository not in self.repositories:
             self.error(request, 401, "RepoNotFound")
-        elif files and repository in self.gated and request.headers.get("Authorization") != f"Bearer {self.token}":
-            self.error(request, 403, "GatedRepo")
+        elif files and repository in self.gated and token != self.token:
+            self.error(request, 403 if token else 401, "GatedRepo")
         else:
             return False
         return True

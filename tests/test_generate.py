@@ -1,5 +1,6 @@
 """scripts/generate.py and scripts/embed_prompts.py on a small random cascade that diffusers saved."""
 
+import json
 import shutil
 
 import numpy
@@ -15,6 +16,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from ifmodel.text import embed_prompts, load_embeds, save_embeds
 
 PROMPT = "an oil painting of a snowy mountain village"
+NEGATIVE = "a rocket ship"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,7 @@ def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscale
     folder, stage_1, stage_2 = cascade
     out = tmp_path / "out.png"
     options = ["--model", folder / "stage_1", "--prompt", PROMPT, "--steps", 5, "--guidance", 6, "--seed", 7]
+    options += ["--negative-prompt", NEGATIVE]
     if upscaled:
         options += ["--upscaler", folder / "stage_2", "--upscaler-steps", 4, "--upscaler-guidance", 3]
         options += ["--noise-level", 120]
@@ -67,7 +70,8 @@ def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscale
     assert printed.strip() == str(out)
 
     def call(pipeline, **options):
-        return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(7), clean_caption=False, **options)
+        options |= {"prompt": PROMPT, "negative_prompt": NEGATIVE, "clean_caption": False}
+        return pipeline(generator=torch.Generator().manual_seed(7), **options)
 
     image = call(stage_1, num_inference_steps=5, guidance_scale=6.0, output_type="pt" if upscaled else "pil").images
     if upscaled:
@@ -76,6 +80,33 @@ def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscale
     assert found.shape == expected.shape == ((32, 32, 3) if upscaled else (16, 16, 3))
     assert expected.std() > 10
     assert abs(found - expected).max() <= 1
+
+
+def test_thresholding_is_what_the_scheduler_says(run_script, cascade, tmp_path):
+    """With another sample_max_value and ratio in both stages' files, the picture is diffusers' with these."""
+    folder, stage_1, stage_2 = cascade
+    said = {"sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.8}
+    for name in ("stage_1", "stage_2"):
+        path = shutil.copytree(folder / name, tmp_path / name) / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    pipelines = [IFPipeline(**stage_1.components, requires_safety_checker=False)]
+    pipelines += [IFSuperResolutionPipeline(**stage_2.components, requires_safety_checker=False)]
+    options = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 6.0, "output_type": "pt"}
+    image = {}
+    for pipeline in pipelines:
+        pipeline.scheduler = DDPMScheduler(**{**SCHEDULER, **said})
+        pipeline.set_progress_bar_config(disable=True)
+        image = {"image": pipeline(**options, **image, generator=torch.Generator().manual_seed(7)).images}
+    expected = (image["image"][0] * 127.5 + 127.5).permute(1, 2, 0).clamp(0, 255).numpy()
+
+    options = ["--prompt", PROMPT, "--steps", 3, "--upscaler-steps", 3, "--guidance", 6, "--upscaler-guidance", 6]
+    options += ["--noise-level", 250, "--seed", 7, "--dtype", "float32", "--device", "cpu"]
+    for root in (tmp_path, folder):
+        models = ["--model", root / "stage_1", "--upscaler", root / "stage_2"]
+        status, _, err = run_script("generate", *options, *models, "--out", tmp_path / f"{root.name}.png")
+        assert status == 0, err
+    assert abs(pixels(tmp_path / f"{tmp_path.name}.png") - expected).max() <= 1.01
+    assert abs(pixels(tmp_path / f"{folder.name}.png") - expected).max() > 10
 
 
 def test_a_grid_and_each_picture_beside_it(run_script, cascade, tmp_path):
@@ -110,19 +141,21 @@ def test_another_size_through_both_stages(run_script, cascade, tmp_path):
     assert pixels(tmp_path / "wide.png").shape == (16, 40, 3)
 
 
-def test_half_precision_alone_is_computed_in_float32_and_said(run_script, cascade, tmp_path):
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_half_precision_alone_is_computed_in_float32_and_said(run_script, cascade, tmp_path, name):
+    """The tensors tell, not the file's name."""
     folder, *_ = cascade
     model = shutil.copytree(folder / "stage_1", tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     half = {name: tensor.half() for name, tensor in load_file(weights).items()}
-    save_file(half, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     weights.unlink()
+    save_file(half, weights.with_name(name))
     options = ["--prompt", PROMPT, "--steps", 2, "--dtype", "float32", "--device", "cpu"]
     status, _, err = run_script("generate", *options, "--model", model, "--out", tmp_path / "half.png")
     assert status == 0, err
-    assert f"{model} has its weights in float16 alone: computing with them in float32" in err
+    assert err.count(f"{model} has its weights in float16: computing with them in float32") == 1
     status, _, err = run_script("generate", *options, "--model", folder / "stage_1", "--out", tmp_path / "full.png")
-    assert "float16 alone" not in err
+    assert "float16" not in err
     assert abs(pixels(tmp_path / "half.png") - pixels(tmp_path / "full.png")).max() <= 5
 
 
@@ -155,18 +188,19 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     def said(*more):
         return refused("generate", *options, *more)
 
-    assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
     with monkeypatch.context() as patch:  # refused before anything is computed
         patch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
-        said_early = said("--model", one, "--upscaler", one)
+        patch.setattr("stages.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+        assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
+        assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
         assert "steps must be from 1 to 1000" in said("--model", one, "--upscaler", two, "--upscaler-steps", 1001)
-    assert "is a stage-1 model, not a stage-2 one: give it as --model" in said_early
-    assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
-    assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
-    assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
-    line = said("--model", one, "--size", 100_000, 100_000)
-    assert "pictures of 100000 × 100000 at a time needs about " in line and "GB are free" in line
-    assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
+        assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
+        assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
+        assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
+        line = said("--model", one, "--size", 100_000, 100_000)
+        assert "a picture of 100000 × 100000 needs about " in line and "GB are free" in line
+        assert r"the prompt 'caf\udce9' is not valid UTF-8" in said("--model", one, "--prompt", "caf\udce9")
+        assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "has no config.json" in said("--model", tmp_path)
     save_embeds(tmp_path / "null.safetensors", {"": torch.zeros(77, 24)})
     assert "nothing to draw" in refused(
@@ -175,7 +209,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     assert "nothing to embed" in refused("embed_prompts", "--model", one, "--out", tmp_path / "e.safetensors")
     save_embeds(tmp_path / "wide.safetensors", {PROMPT: torch.zeros(77, 99), "": torch.zeros(77, 99)})
     line = said("--model", one, "--embeds", tmp_path / "wide.safetensors")
-    assert "must be [B, L, 24] for this UNet, not [1, 77, 99]" in line
+    assert f"embeddings are 99 wide, of another text encoder: {one} takes those that are 24 wide" in line
     save_embeds(tmp_path / "nan.safetensors", {prompt: torch.full((77, 24), torch.nan) for prompt in (PROMPT, "")})
     line = said("--model", one, "--embeds", tmp_path / "nan.safetensors")
     assert "stage 1, step 0 (t = 500): not finite any more" in line
@@ -185,4 +219,51 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     tensors["conv_out.bias"][0] = torch.inf  # which thresholding would hide
     save_file(tensors, weights)
     assert "stage 1, step 0 (t = 500): not finite any more" in said("--model", tmp_path / "infinite")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, number):
+    """Though the UNet's outputs are finite, and thresholding may make the picture so again."""
+    folder, out = cascade[0], tmp_path / "out.png"
+    options = ["--model", folder / "stage_1", "--upscaler", folder / "stage_2", "--prompt", PROMPT, "--steps", 1]
+    options += ["--upscaler-steps", 1, "--dtype", "float32", "--out", out]
+    line = refused("generate", *options, "--guidance" if number == 1 else "--upscaler-guidance", 1e300)
+    assert f"stage {number}, t = 0, with guidance: not finite any more; try" in line and "less --guidance" in line
+    assert not out.exists()
+
+
+def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade, tmp_path, monkeypatch):
+    folder, out = cascade[0], tmp_path / "out.png"
+    monkeypatch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr("stages.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+    two = shutil.copytree(folder / "stage_2", tmp_path / "two")
+
+    def said(*more):
+        options = ["--model", folder / "stage_1", "--upscaler", two, "--prompt", PROMPT, "--dtype", "float32"]
+        return refused("generate", *options, "--out", out, *more)
+
+    def change(name: str, **fields):
+        path = two / name
+        path.write_text(json.dumps(json.loads((folder / "stage_2" / name).read_text()) | fields))
+
+    change("unet/config.json", sample_size=24)
+    assert "multiples of 4, not 30 × 24" in said("--size", 20, 16)
+    change("unet/config.json", sample_size=2**20)
+    assert "a picture of 1048576 × 1048576 needs about" in said()
+    change("unet/config.json", sample_size=256)
+    with monkeypatch.context() as patch:
+        patch.setattr("ifmodel.weights.free_memory", lambda device: 10**9)
+        assert "a batch of 8 pictures of 256 × 256 needs about" in said("--num-images", 20)
+    change("unet/config.json", encoder_hid_dim=48)
+    save_embeds(tmp_path / "e.safetensors", {prompt: torch.zeros(77, 24) for prompt in (PROMPT, "")})
+    assert f"embeddings are 24 wide, of another text encoder: {two} takes" in said(
+        "--embeds", tmp_path / "e.safetensors"
+    )
+    change("unet/config.json")
+    change("scheduler/scheduler_config.json", thresholding=False)
+    assert "scheduler_config.json has thresholding = False, the sampler implements True" in said()
+    change("scheduler/scheduler_config.json")
+    (two / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "it has no safetensors at all" in said()
     assert not out.exists()

@@ -12,20 +12,27 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_generate import PROMPT, cascade  # noqa: F401
 from test_text import model_folder  # noqa: F401
+from transformers import T5EncoderModel
 
 TOKEN = "hf_a_secret_that_must_never_be_printed"
-UNET = "diffusion_pytorch_model.safetensors"
+UNET, FP16 = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.fixture(scope="module")
 def hub(cascade, model_folder, tmp_path_factory):  # noqa: F811
-    """Two repositories laid out like DeepFloyd's: gated, with both precisions, and .bin copies beside them."""
+    """Two repositories laid out like DeepFloyd's: gated, both precisions, T5 in shards, .bin copies beside them."""
     folder, repositories = tmp_path_factory.mktemp("hub"), {}
     for stage, name in (("stage_1", "IF-I-S-v1.0"), ("stage_2", "IF-II-S-v1.0")):
         shutil.copytree(cascade[0] / stage, folder / name)
-        for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
-            full = folder / name / part / f"{stem}.safetensors"
-            shutil.copy(full, folder / name / part / f"{stem}.fp16.safetensors")
+        save_file(
+            {tensor_name: tensor.half() for tensor_name, tensor in load_file(folder / name / "unet" / UNET).items()},
+            folder / name / "unet" / FP16,
+        )
+        encoder = T5EncoderModel.from_pretrained(model_folder / "text_encoder")
+        (folder / name / "text_encoder" / "model.safetensors").unlink()
+        encoder.save_pretrained(folder / name / "text_encoder", max_shard_size="30KB")
+        encoder.half().save_pretrained(folder / name / "text_encoder", max_shard_size="15KB", variant="fp16")
+        for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
             (folder / name / part / f"{stem}.bin").write_bytes(b"pickled" * 10_000)
         shutil.rmtree(folder / name / "tokenizer")
         shutil.copytree(model_folder / "tokenizer", folder / name / "tokenizer")  # with spiece.model, as theirs
@@ -71,6 +78,22 @@ def error_line(status: int, printed: str) -> str:
     return line
 
 
+def downloaded(hub) -> list[str]:
+    """The weights that were downloaded, as owner/name/folder/file, in order."""
+    paths = [path.removeprefix("/cdn/") for method, path, _ in hub.requests if method == "GET" and "/cdn/" in path]
+    return [path for path in paths if path.endswith(".safetensors")]
+
+
+def weights_of(hub, encoder: str, unet: str) -> list[str]:
+    """T5's shards of stage 1, those whose names begin with `encoder`, and both stages' UNets, sorted."""
+    first, second = CASCADE[1::2]
+    shards = [path.name for path in (hub.repositories[first] / "text_encoder").glob(f"{encoder}-*.safetensors")]
+    assert len(shards) > 1
+    return sorted(
+        [f"{first}/text_encoder/{name}" for name in shards] + [f"{name}/unet/{unet}" for name in (first, second)]
+    )
+
+
 CASCADE = ("--model", "DeepFloyd/IF-I-S-v1.0", "--upscaler", "DeepFloyd/IF-II-S-v1.0")
 
 
@@ -78,12 +101,9 @@ def test_a_cascade_is_downloaded_once_and_runs_offline(hub, generate, tmp_path):
     status, printed = generate(*CASCADE)
     assert status == 0, printed
     # one precision, safetensors only, and T5 from the first stage alone
-    unet, encoder = f"unet/{UNET}", "text_encoder/model.safetensors"
-    large = [path.split("/cdn/")[1] for method, path, _ in hub.requests if method == "GET" and "/cdn/" in path]
-    large = [path for path in large if "tokenizer" not in path]
-    assert set(large) == {f"{repository}/{unet}" for repository in CASCADE[1::2]} | {f"DeepFloyd/IF-I-S-v1.0/{encoder}"}
-    assert len(large) == 3
-    assert not any(path.endswith((".bin", "fp16.safetensors")) for _, path, _ in hub.requests)
+    assert sorted(downloaded(hub)) == weights_of(hub, "model", UNET)
+    assert not any(path.endswith(".bin") or "fp16" in path for _, path, _ in hub.requests)
+    assert any(path.endswith("/text_encoder/model.safetensors.index.json") for _, path, _ in hub.requests)
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (32, 32)
         first = image.tobytes()
@@ -97,9 +117,19 @@ def test_a_cascade_is_downloaded_once_and_runs_offline(hub, generate, tmp_path):
         assert image.tobytes() == first
 
 
+def test_in_bfloat16_the_fp16_files_are_downloaded_alone(hub, generate, tmp_path):
+    status, printed = generate(*CASCADE, "--dtype", "bfloat16")
+    assert status == 0, printed
+    assert sorted(downloaded(hub)) == weights_of(hub, "model.fp16", FP16)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (32, 32)
+
+
 def test_a_gated_repository_names_the_licence_and_the_login(generate):
-    for token in (None, "hf_of_somebody_else"):
+    """Without a token the Hub answers 401, with that of someone who has not accepted the licence 403."""
+    for token, said in ((None, "is gated"), ("hf_of_somebody_else", "is gated"), ("hf_expired", "may have expired")):
         line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", token=token))
+        assert said in line and "hf_expired" not in line
         assert "accept its licence at https://huggingface.co/DeepFloyd/IF-I-S-v1.0" in line
         assert "hf auth login" in line and "HF_TOKEN" in line
         assert "somebody_else" not in line

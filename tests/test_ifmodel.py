@@ -1,9 +1,13 @@
 """IF's UNets against diffusers' UNet2DConditionModel with the same weights."""
 
 import copy
+import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,11 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import generate, upscale
+from ifmodel import UNet, UNetConfig, load_unet, weights
+from ifmodel.cascade import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
 from ifmodel.config import published_config
 from ifmodel.layers import GroupNorm, attend
-from ifmodel.packed import can_pack, pack_convolutions
+from ifmodel.packed import PackedConv2d, can_pack, pack_convolutions
 
 STAGE_1 = {
     "sample_size": 16,
@@ -71,10 +75,11 @@ CONFIGS = {
         "up_block_types": [ATTENTION_UP, "ResnetUpsampleBlock2D"],
     },
     "attention to the text alone": {**STAGE_1, "only_cross_attention": True},
-    "to the text alone on one level": {**STAGE_2, "only_cross_attention": [False, True, False]},
+    "to the text alone on one level": {**STAGE_2, "only_cross_attention": [False, False, True]},
     "to the text alone in the middle": {**STAGE_1, "mid_block_only_cross_attention": True},
     "silu and fewer groups": {**STAGE_1, "act_fn": "silu", "norm_num_groups": 16, "norm_eps": 1e-6},
 }
+COARSER_IN_BFLOAT16 = ("stage 2", "to the text alone on one level")
 # Billions of parameters of the published models, those of diffusers' model
 COUNTS = {"IF-I-M": 0.372, "IF-I-L": 0.935, "IF-I-XL": 4.305, "IF-II-M": 0.461, "IF-II-L": 1.243}
 
@@ -129,6 +134,7 @@ def test_whole_unets_equal_diffusers(name, dtype, tolerance):
 def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
     """Both round at every layer, to about 1 %; over four inputs ours must not be further from float64 than diffusers.
 
+    It is within 2e-2, but for two of stage 2's configs, where diffusers' too is 2.2e-2 off.
     Of one input the two errors differ by up to 1.3 times either way, even with attention in float32.
     """
     ours, theirs = pair(CONFIGS[name])
@@ -144,6 +150,7 @@ def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
         errors.append([relative_error(output.double(), truth) ** 2 for output in (found, expected)])
     ours_off, theirs_off = torch.tensor(errors).mean(0).sqrt()
     assert ours_off < 1.15 * theirs_off < 0.05
+    assert ours_off < (3e-2 if name in COARSER_IN_BFLOAT16 else 2e-2)
 
 
 @torch.no_grad()
@@ -336,18 +343,101 @@ def test_inputs_that_do_not_fit_are_refused():
         ({"up_block_types": [ATTENTION_UP] * 2}, "as many up_block_types as block_out_channels, 3"),
         ({"layers_per_block": [1, 2]}, "2 values of layers_per_block for 3 levels"),
         ({"flux_capacitor": 1.21}, "does not know: flux_capacitor"),
-        ({"block_out_channels": [32, 64, 100]}, "100 does not divide into 32 groups"),
-        ({"attention_head_dim": 40}, "64 does not divide into heads of 40"),
+        ({"block_out_channels": [32, 64, 100]}, "100 in block_out_channels, which does not divide into 32 groups"),
+        ({"attention_head_dim": 40}, "64 in block_out_channels, which does not divide into heads of 40"),
         ({"encoder_hid_dim": None}, "no encoder_hid_dim"),
         ({"attention_head_dim": [8, 8, 8]}, "attention_head_dim = [8, 8, 8], this UNet implements one whole number"),
-        ({"block_out_channels": 32}, "block_out_channels = 32, not a list"),
+        ({"block_out_channels": 32}, "block_out_channels = 32, not a list of widths"),
         ({"addition_embed_type_num_heads": 5}, "24, which does not divide into 5 heads"),
+        ({"cross_attention_dim": 100}, "cross_attention_dim of 100, which does not divide into 32 groups"),
+        ({"norm_num_groups": None}, "norm_num_groups = None, this UNet implements one whole number of at least 1"),
+        ({"norm_num_groups": 0}, "norm_num_groups = 0"),
+        ({"layers_per_block": 2.5}, "layers_per_block = 2.5, this UNet implements one whole number"),
+        ({"layers_per_block": "abc"}, "layers_per_block = 'abc', this UNet implements one whole number"),
+        ({"layers_per_block": [1, None, 2]}, "layers_per_block = None"),
+        ({"block_out_channels": ["a"]}, "block_out_channels = 'a', this UNet implements one whole number"),
+        ({"block_out_channels": []}, "block_out_channels = [], not a list of widths"),
+        ({"block_out_channels": "abc"}, "block_out_channels = 'abc', not a list of widths"),
+        ({"in_channels": "3"}, "in_channels = '3', this UNet implements one whole number"),
+        ({"out_channels": None}, "out_channels = None"),
+        ({"norm_eps": "x"}, "norm_eps = 'x', this UNet implements one positive number"),
+        ({"sample_size": [32, 48]}, "sample_size = [32, 48], this UNet implements one whole number"),
+        ({"sample_size": 0}, "sample_size = 0"),
+        ({"attention_head_dim": 0}, "attention_head_dim = 0"),
+        ({"attention_head_dim": True}, "attention_head_dim = True"),
+        ({"addition_embed_type_num_heads": 0}, "addition_embed_type_num_heads = 0"),
+        ({"time_embedding_dim": "wide"}, "time_embedding_dim = 'wide'"),
+        ({"down_block_types": 5}, "as many down_block_types as block_out_channels, 3"),
+        ({"up_block_types": [[], [], []]}, "[] in up_block_types"),
+        ({"resnet_out_scale_factor": None}, "resnet_out_scale_factor = None, this UNet implements one positive number"),
+        ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor = nan"),
+        ({"only_cross_attention": None}, "only_cross_attention = None, this UNet implements true or false"),
+        ({"mid_block_only_cross_attention": 2}, "mid_block_only_cross_attention = 2"),
     ],
 )
 def test_configs_that_are_not_ifs_are_refused_by_name(change, said):
-    with pytest.raises(ValueError, match=r"config\.json|a width of") as error:
+    with pytest.raises(ValueError, match=r"config\.json") as error:
         UNetConfig.from_dict({**STAGE_1, **change})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_square_sample_size_is_one_number():
+    assert UNetConfig.from_dict({**STAGE_1, "sample_size": [32, 32]}).sample_size == 32
+
+
+# Values in a scheduler_config.json that would give other pictures than ours, and what is said of each
+SCHEDULER_REFUSALS = [
+    ({"_class_name": "DDIMScheduler"}, "_class_name = 'DDIMScheduler', the sampler implements 'DDPMScheduler'"),
+    ({"beta_schedule": "linear"}, "beta_schedule = 'linear', the sampler implements 'squaredcos_cap_v2'"),
+    ({"num_train_timesteps": 500}, "num_train_timesteps = 500, the sampler implements 1000"),
+    ({"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction', the sampler implements 'epsilon'"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True, the sampler implements False"),
+    ({"steps_offset": 1}, "steps_offset = 1, the sampler implements 0"),
+    ({"thresholding": False}, "thresholding = False, the sampler implements True"),
+    ({"timestep_spacing": "trailing"}, "timestep_spacing = 'trailing', the sampler implements 'leading'"),
+    ({"trained_betas": [0.1]}, "trained_betas = [0.1], the sampler implements None"),
+    ({"variance_type": "fixed_small"}, "variance_type = 'fixed_small', the sampler implements 'learned_range'"),
+    ({"sample_max_value": "x"}, "sample_max_value = 'x', the sampler implements one positive number"),
+    ({"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio = 2, the sampler implements at most 1"),
+]
+
+
+def write_scheduler(root: Path, name: str, config: dict):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "scheduler_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("change", "said"), SCHEDULER_REFUSALS)
+def test_schedulers_that_are_not_ifs_are_refused_by_name(tmp_path, change, said):
+    write_scheduler(tmp_path, "scheduler", {**SCHEDULER, **change})
+    with pytest.raises(ValueError, match=r"scheduler/scheduler_config\.json has ") as error:
+        stage_threshold(tmp_path, 1)
     assert said in str(error.value)
+
+
+def test_what_a_scheduler_says_of_thresholding_is_done(tmp_path):
+    """Fields that change no picture may be anything; those that the file leaves out are diffusers' defaults."""
+    x_0 = 2 * torch.randn(2, 3, 8, 8)
+    assert stage_threshold(tmp_path, 1) is STAGE_1_THRESHOLD  # no file: as IF does
+    assert stage_threshold(tmp_path, 2) is STAGE_2_THRESHOLD
+    config = {**SCHEDULER, "sample_max_value": 2.5, "dynamic_thresholding_ratio": 0.9, "clip_sample_range": 3, "x": 1}
+    for written in (config, {name: config[name] for name in ("beta_schedule", "thresholding", "variance_type")}):
+        write_scheduler(tmp_path, "scheduler", written)
+        theirs = DDPMScheduler.from_config(written)._threshold_sample(x_0)
+        for stage in (1, 2):
+            torch.testing.assert_close(stage_threshold(tmp_path, stage)(x_0), theirs)
+
+
+def test_stage_2s_noising_scheduler_is_checked(tmp_path):
+    write_scheduler(tmp_path, "image_noising_scheduler", {"beta_schedule": "squaredcos_cap_v2", "variance_type": "x"})
+    stage_threshold(tmp_path, 2)
+    write_scheduler(tmp_path, "image_noising_scheduler", {"num_train_timesteps": 1000})  # diffusers assumes linear
+    stage_threshold(tmp_path, 1)  # which has no such scheduler
+    with pytest.raises(ValueError, match=r"image_noising_scheduler/\S+ has beta_schedule = 'linear'"):
+        stage_threshold(tmp_path, 2)
+    (tmp_path / "image_noising_scheduler" / "scheduler_config.json").write_text("[")
+    with pytest.raises(ValueError, match="is not JSON"):
+        stage_threshold(tmp_path, 2)
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +468,53 @@ def test_loading_what_diffusers_saved(saved):
     assert {parameter.dtype for parameter in load_unet(saved, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not can_pack(), reason="no oneDNN for x86 here")
+def test_a_packed_unet_gives_up_the_originals(saved):
+    """Of its convolutions: after the first step none of their weights is held any more, in whatever place."""
+    unet = load_unet(saved, pack=True)
+    originals = [weakref.ref(layer.weight) for layer in unet.modules() if isinstance(layer, PackedConv2d)]
+    assert len(originals) > 40
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    unet(x_t, t, unet.encode_text(prompt_embeds))
+    gc.collect()
+    assert not any(original() is not None for original in originals)
+
+
+def test_unless_asked_nothing_is_packed_and_float16_never(saved):
+    plain, half = load_unet(saved), load_unet(saved, torch.float16, variant="fp16", pack=True)
+    assert not any(isinstance(layer, PackedConv2d) for unet in (plain, half) for layer in unet.modules())
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    x_t.requires_grad_()
+    plain(x_t, t, plain.encode_text(prompt_embeds)).sum().backward()
+    assert x_t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "pack"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_weights_that_the_memory_cannot_hold_are_not_loaded(saved, monkeypatch, dtype, pack):
+    """Packed, the convolutions count twice unless the weights are converted."""
+    unet, _ = pair(STAGE_1, torch.float32)
+    convolutions = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d))
+    twice = pack and can_pack() and dtype == torch.float32
+    needed = (sum(parameter.numel() for parameter in unet.parameters()) + twice * convolutions) * dtype.itemsize
+    monkeypatch.setattr(weights, "free_memory", lambda device: needed)
+    load_unet(saved, dtype, pack=pack)
+    monkeypatch.setattr(weights, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(UNet, "load_state_dict", lambda *_, **__: pytest.fail("the weights were loaded"))
+    with pytest.raises(ValueError, match=r"unet in .* needs about 0\.0 GB of memory, and 0\.0 GB are free"):
+        load_unet(saved, dtype, pack=pack)
+
+
+def test_free_memory_is_known(monkeypatch):
+    """From /proc/meminfo, and without it from the system's own figures, which are no less than that."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(weights, "MEMINFO", Path("nowhere"))
+    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 85})  # as on macOS
+    assert weights.free_memory(torch.device("cpu")) == physical
+
+
 def test_weights_that_do_not_fit_are_named(saved, tmp_path):
     unet = tmp_path / "unet"
     unet.mkdir()
@@ -404,6 +541,19 @@ def test_weights_that_do_not_fit_are_named(saved, tmp_path):
         load_unet(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.fp16\.safetensors: it has diffusion"):
         load_unet(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[", "[]", '{"weight_map": 5}', '{"weight_map": {"conv_in.weight": 5}}', "\xff"]
+)
+def test_a_damaged_index_of_shards_is_named(saved, tmp_path, content):
+    shutil.copytree(saved / "sharded" / "unet", tmp_path / "unet")
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    assert index.is_file()
+    index.write_text(content, "latin-1")
+    with pytest.raises(ValueError, match="does not say which files hold the weights: download it again") as error:
+        load_unet(tmp_path)
+    assert str(index) in str(error.value)
 
 
 def pipelines(dtype=torch.float32):

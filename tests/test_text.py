@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import warnings
 
 import pytest
 import sentencepiece
@@ -113,6 +114,39 @@ def test_embeddings_are_t5s_and_t5_is_needed_once(model_folder, tmp_path, monkey
             embed_prompts(model_folder, prompts, **{"cache": tmp_path, **other})
 
 
+@pytest.mark.parametrize("damage", ["cut short", "empty", "another tensor"])
+def test_a_damaged_file_in_the_cache_is_embedded_anew(model_folder, tmp_path, damage):
+    found = embed_prompts(model_folder, ["a dog"], cache=tmp_path)["a dog"]
+    (file,) = tmp_path.iterdir()
+    if damage == "another tensor":
+        save_file({"something": torch.zeros(1)}, file)
+    else:
+        file.write_bytes(file.read_bytes()[: 100 if damage == "cut short" else 0])
+    with pytest.warns(UserWarning, match=r"safetensors is damaged \(.+\): its prompt is embedded again") as warned:
+        again = embed_prompts(model_folder, ["a dog"], cache=tmp_path)["a dog"]
+    assert torch.equal(again, found)
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(embed_prompts(model_folder, ["a dog"], cache=tmp_path)["a dog"], found)
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(model_folder, tmp_path):
+    """Such as b"caf\\xe9" on the command line of a UTF-8 terminal, which Python reads as a lone surrogate."""
+    with pytest.raises(ValueError, match="is not valid UTF-8") as error:
+        embed_prompts(model_folder, ["caf\udce9"], cache=tmp_path)
+    assert r"the prompt 'caf\udce9'" in str(error.value)
+
+
+def test_a_t5_that_the_memory_cannot_hold_is_not_loaded(model_folder, monkeypatch):
+    size = (model_folder / "text_encoder" / "model.safetensors").stat().st_size
+    monkeypatch.setattr("ifmodel.weights.free_memory", lambda device: size // 2)
+    embed_prompts(model_folder, ["a dog"], dtype=torch.bfloat16, cache=None)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", lambda *_, **__: pytest.fail("T5 was loaded"))
+    with pytest.raises(ValueError, match=r"T5 in float32 needs about 0\.0 GB of memory, and 0\.0 GB are free"):
+        embed_prompts(model_folder, ["a dog"], cache=None)
+
+
 def test_another_model_has_another_cache(model_folder, tmp_path, monkeypatch):
     embed_prompts(model_folder, ["a dog"], cache=tmp_path / "cache")
     shutil.copytree(model_folder, tmp_path / "other")
@@ -186,6 +220,12 @@ def test_a_t5_that_is_damaged_is_refused_and_nothing_is_cached(model_folder, tmp
     with pytest.raises(ValueError, match=r"lacks 2 tensors: encoder\.block\.0\."):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     weights.unlink()
+    T5EncoderModel.from_pretrained(model_folder / "text_encoder").save_pretrained(weights.parent, max_shard_size="30KB")
+    weights.with_name("model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"T5 in .* cannot be loaded"):
+        embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
+    for shard in weights.parent.glob("*.safetensors"):
+        shard.unlink()
     with pytest.raises(FileNotFoundError, match="has no safetensors"):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     assert not cache.exists()
