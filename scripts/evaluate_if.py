@@ -190,8 +190,8 @@ class SmallIF:
 
     def __init__(self, args: Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device = args, device
-        self.unet = load_unet(args.model, dtype, device)
-        self.upscaler = None if args.upscaler == "none" else load_unet(args.upscaler, dtype, device)
+        self.unet = load_unet(args.model, dtype, device, pack=True)
+        self.upscaler = None if args.upscaler == "none" else load_unet(args.upscaler, dtype, device, pack=True)
         weights = b"".join(parameter.detach().float().cpu().numpy().tobytes() for parameter in self.unet.parameters())
         self.identity = f"{hashlib.sha256(weights).hexdigest()[:12]}_{str(dtype).removeprefix('torch.')}_{args.seed}"
 

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ddpm.process import Threshold, ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
-from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, strided_timesteps
+from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, linspace_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
+from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_2_start, stage_threshold
 from ifmodel.text import embed_prompts, load_embeds
 from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
+UPSCALER_START = 700  # of that upscaler, which draws colours badly from pure noise
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
 SMALL_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
 
@@ -82,6 +83,9 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--upscaler-steps", type=positive, help=by_model("upscaler_steps"))
     options.add_argument("--upscaler-guidance", type=number, help=by_model("upscaler_guidance"))
     options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model('noise_level')})")
+    start = f"stage 2 begins with the enlarged picture, noised to t = 0 to 999 (default: pure noise; {UPSCALER}: {{}})"
+    options.add_argument("--upscaler-start", type=int, metavar="T", help=start.format(UPSCALER_START))
+    options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many pictures")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
@@ -139,7 +143,11 @@ class Cascade:
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
-        leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
+        if args.upscaler_start is not None and not 0 <= args.upscaler_start < SCHEDULE.num_timesteps:
+            raise ValueError(f"--upscaler-start must be from 0 to 999, not {args.upscaler_start}")
+        last = SCHEDULE.num_timesteps if args.upscaler_start is None else args.upscaler_start + 1
+        if args.upscaler_steps > last:
+            raise ValueError(f"--upscaler-steps {args.upscaler_steps} is more than the {last} timesteps there are")
         self.stages = [found]
         self.size = tuple(args.size or [found.config.sample_size] * 2)
         self.final_size = self.size
@@ -194,7 +202,7 @@ class Cascade:
         if self.stage != stage:
             self.unet = None  # before the next one is loaded
             found, variant = self.stages[stage - 1], self.variants[stage - 1]
-            self.unet, self.stage = load_stage(found, variant, self.dtype, self.device), stage
+            self.unet, self.stage = load_stage(found, variant, self.dtype, self.device, self.args.compile), stage
         self.check_size(stage, batch_size)  # again, beside the weights
 
     def embed(self):
@@ -267,11 +275,12 @@ class Cascade:
 
     def _upscale(self, cell: Cell, small: Tensor, seeds: Sequence[int], callback: Callback) -> Tensor:
         noise = noise_source(seeds, (3, *self.final_size), self.device)
-        x_T = [noise()]  # drawn before the noise of low_res, as IF does
+        steps, start = self.args.upscaler_steps, self.args.upscaler_start
+        x_t, timesteps = stage_2_start(small, self.final_size, steps, noise, start)  # before low_res, as IF does
         low_res = noised_upscaled(small, self.final_size, self.args.noise_level, noise)
         estimate = cell.estimate_of(len(seeds), low_res)
-        timesteps = leading_timesteps(SCHEDULE.num_timesteps, self.args.upscaler_steps)
-        return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
+        first = [x_t]  # what the algorithm takes for its first noise
+        return self._run(cell.upscale, estimate, timesteps, lambda: first.pop() if first else noise(), callback)
 
 
 def settle(args: Namespace, sample_size: int, single_stage: bool):
@@ -281,18 +290,26 @@ def settle(args: Namespace, sample_size: int, single_stage: bool):
         args.upscaler = None
     elif args.upscaler is None and args.model == MODEL:
         args.upscaler = UPSCALER
+    if args.upscaler == UPSCALER and args.upscaler_start is None:
+        args.upscaler_start = UPSCALER_START
     for name, value in (SETTINGS if sample_size >= 64 else SMALL_SETTINGS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def pick_timesteps(args: Namespace) -> list[int]:
-    """Which timesteps --steps or --stride visit, noisiest first."""
+    """Which timesteps --steps or --stride visit, noisiest first.
+
+    IF's own spacing leaves out the noisiest ones; DPM-Solver++ does better with them (scripts/evaluate_if.py).
+    """
     stride = args.stride or (args.default_stride if args.steps is None else None)
     if stride is not None:
         return strided_timesteps(SCHEDULE.num_timesteps, stride)
     steps = 100 if args.steps is None else args.steps
-    return named_timesteps(steps) if isinstance(steps, str) else leading_timesteps(SCHEDULE.num_timesteps, steps)
+    if isinstance(steps, str):
+        return named_timesteps(steps)
+    spaced = linspace_timesteps if args.sampler == "dpm++" else leading_timesteps
+    return spaced(SCHEDULE.num_timesteps, steps)
 
 
 def check_stage(source: str, stage: int, revision: str | None = None) -> UNetConfig:
@@ -324,12 +341,17 @@ def find_variant(stage: Stage, dtype: torch.dtype) -> str | None:
     return variant
 
 
-def load_stage(stage: Stage, variant: str | None, dtype: torch.dtype, device: torch.device) -> UNet:
-    """A stage's UNet, packed on the CPU; says so when float16 weights are computed with in float32."""
+def load_stage(
+    stage: Stage, variant: str | None, dtype: torch.dtype, device: torch.device, compiled: bool = False
+) -> UNet:
+    """A stage's UNet, packed on the CPU unless compiled; says so when float16 weights are computed with in float32."""
     stored = stored_dtypes(find_weights(stage.source, variant, stage.revision))
     if dtype == torch.float32 and torch.float16 in stored and stage.source not in SHIPPED:
         print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
-    return load_unet(stage.source, dtype, device, variant, stage.revision, pack=True)
+    unet = load_unet(stage.source, dtype, device, variant, stage.revision, pack=not compiled)
+    if compiled:
+        unet.compile()
+    return unet
 
 
 def check_finite(where: str, *tensors: Tensor):
