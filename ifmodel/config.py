@@ -228,10 +228,10 @@ class UNetConfig:
     def _check_kinds(self):
         """Refuse a value of another type than its field's, or of a list one that is: true, 3.0 or "3" instead of 3."""
         for field in fields(self):
-            value, kind = getattr(self, field.name), get_args(field.type)[:1] or (field.type,)
-            for part in value if type(value) is tuple else [value]:
-                if kind[0] in KINDS:
-                    _check_kind("config.json", field.name, part, kind[0], "this UNet")
+            value, kind = getattr(self, field.name), (*get_args(field.type), field.type)[0]  # of a tuple, its entries'
+            for part in value if type(value) is tuple else (value,):
+                if kind in KINDS:
+                    _check_kind("config.json", field.name, part, kind, "this UNet")
 
     def _check_divisibility(self):
         if self.encoder_hid_dim % self.addition_embed_type_num_heads:
