@@ -245,6 +245,19 @@ def load_sides(work: Work) -> dict[str, Callable]:
     return {"ours": ours, "a copy of the file": copy} | ({} if diffusers is None else {"diffusers, same dtype": theirs})
 
 
+# Runs a script and then says how much memory this process had at most; rusage would count its parent's too.
+MEASURED = """
+import resource, runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+status = Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+print(1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+"""
+
+
 def cold_starts(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     """Processes that start from nothing, load, draw one picture and write it: seconds and peak memory of each side."""
     scripts, folder = Path(__file__).parent, Path(work.folder.name)
@@ -254,17 +267,16 @@ def cold_starts(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     ours += ["--prompt", "something", "--steps", NUM_STEPS, "--dtype", short(work.dtype), "--device", work.device]
     theirs = [__file__, "--their-picture", work.root, embeds, out, work.device]
     sides = {"ours": ours} if diffusers is None else {"ours": ours, "diffusers, documented": theirs}
-    spent = {name: [] for name in sides}
+    spent, environment = {name: [] for name in sides}, {**os.environ, "PYTHONPATH": str(scripts)}
     for _ in range(rounds):
         for name, command in sides.items():
             started = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, *map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            done = subprocess.run(
+                [sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True, env=environment
             )
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise ValueError(f"a process of {name} failed: {' '.join(map(str, command))}")
-            spent[name].append((time.perf_counter() - started, usage.ru_maxrss * 1024))
+            if done.returncode:
+                raise ValueError(f"a process of {name} failed: {done.stderr[-200:]}")
+            spent[name].append((time.perf_counter() - started, int(done.stdout.split()[-1])))
     rows = {}
     print(f"a process from its start to the PNG, {NUM_STEPS} steps, {rounds} rounds")
     for name, pairs in spent.items():

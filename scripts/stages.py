@@ -145,9 +145,8 @@ class Cascade:
         self.timesteps = pick_timesteps(args)
         if args.upscaler_start is not None and not 0 <= args.upscaler_start < SCHEDULE.num_timesteps:
             raise ValueError(f"--upscaler-start must be from 0 to 999, not {args.upscaler_start}")
-        last = SCHEDULE.num_timesteps if args.upscaler_start is None else args.upscaler_start + 1
-        if args.upscaler_steps > last:
-            raise ValueError(f"--upscaler-steps {args.upscaler_steps} is more than the {last} timesteps there are")
+        first = SCHEDULE.num_timesteps - 1 if args.upscaler_start is None else args.upscaler_start
+        leading_timesteps(first + 1, args.upscaler_steps)
         self.stages = [found]
         self.size = tuple(args.size or [found.config.sample_size] * 2)
         self.final_size = self.size

@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm.views import vertical_flip
 from ifmodel import load_unet
 from ifmodel.captions import CaptionedPictures, load_captioned
-from ifmodel.cascade import generate
+from ifmodel.cascade import generate, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.weights import SHIPPED
 
@@ -145,6 +145,33 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
     assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
     apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False)
     assert len(apart) == 5 and all(first.name != second.name for first, second in apart)
+
+
+def test_stage_2_begins_with_the_enlarged_picture(run_script, refused, tmp_path):
+    """Of the shipped stage 2 unless said otherwise; from pure noise, as IF does, for all others."""
+    prompt, out = "a photo of a dog", tmp_path / "out.png"
+    options = ["--prompt", prompt, "--steps", 3, "--upscaler-steps", 3, "--dtype", "float32", "--out", out]
+    status, _, err = run_script("generate", *options)
+    assert status == 0, err
+    embeds = embed_prompts("tiny-if/I", [prompt, ""])
+    text, null = embeds[prompt][None], embeds[""][None]
+    small = generate(load_unet("tiny-if/I"), text, null, seeds=[20040805], num_steps=3, guidance_scale=4.0)
+    stage_2, seeds = load_unet("tiny-if/II"), {"seeds": [20040805], "num_steps": 3}
+    drawn = [
+        upscale(stage_2, small, text, null, **seeds, guidance_scale=1.0, noise_level=50, start=start)
+        for start in (700, None)
+    ]
+    with Image.open(out) as picture:
+        found = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 127.5 - 1
+    differences = [(found - large[0].clamp(-1, 1)).abs().max().item() for large in drawn]
+    assert differences[0] < 0.01 < 0.2 < differences[1]
+    # a picture that is noised but a little keeps its colours
+    little = upscale(stage_2, small, text, null, **seeds, guidance_scale=1.0, noise_level=0, start=20)
+    assert (little.mean((2, 3)) - small.mean((2, 3))).abs().max() < 0.1
+
+    assert "--upscaler-start must be from 0 to 999, not 1000" in refused("generate", *options, "--upscaler-start", 1000)
+    line = refused("generate", *options, "--upscaler-start", 1)
+    assert "steps must be from 1 to 2" in line
 
 
 def test_generate_alone_draws_the_assignments_prompts(run_script, tmp_path):
