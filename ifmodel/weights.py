@@ -204,7 +204,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     except RepositoryNotFoundError:
         raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
     except Exception as error:  # whatever the network and its client may raise
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) == 401:
             raise ValueError(f"the Hub refuses your token for {source}, it may have expired: {licence}") from None
         raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
     for path in sorted(folder.glob("*.safetensors")):

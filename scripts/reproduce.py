@@ -64,7 +64,10 @@ def main():
         print("stopped: the same command goes on here", file=sys.stderr)
         raise
     failed = [experiment.key for experiment in chosen if made[experiment.key].failure]
-    print(f"{args.out / 'index.html'}: {len(chosen) - len(failed)} of {len(chosen)} experiments")
+    seconds = sum(made[experiment.key].seconds for experiment in chosen)
+    print(
+        f"{args.out / 'index.html'}: {len(chosen) - len(failed)} of {len(chosen)} experiments, made in {seconds:.0f} s"
+    )
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, see above")
 

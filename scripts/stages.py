@@ -44,6 +44,13 @@ def steps_or_name(text: str) -> int | str:
         raise ArgumentTypeError(f"{text!r} is neither a number of steps nor one of {names}") from None
 
 
+def start_or_none(text: str) -> int | str:
+    """An argparse type: a timestep, or none."""
+    if text == "none" or (text.isdecimal() and int(text) < SCHEDULE.num_timesteps):
+        return text if text == "none" else int(text)
+    raise ArgumentTypeError(f"{text!r} is neither a timestep from 0 to 999 nor none")
+
+
 def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
     """The options of every script that runs IF.
 
@@ -83,8 +90,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--upscaler-steps", type=positive, help=by_model("upscaler_steps"))
     options.add_argument("--upscaler-guidance", type=number, help=by_model("upscaler_guidance"))
     options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model('noise_level')})")
-    start = f"stage 2 begins with the enlarged picture, noised to t = 0 to 999 (default: pure noise; {UPSCALER}: {{}})"
-    options.add_argument("--upscaler-start", type=int, metavar="T", help=start.format(UPSCALER_START))
+    start = f"stage 2 begins with the enlarged picture, noised to this t, or none (default: none; {UPSCALER}: {{}})"
+    options.add_argument("--upscaler-start", type=start_or_none, metavar="T", help=start.format(UPSCALER_START))
     options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many pictures")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
@@ -143,8 +150,6 @@ class Cascade:
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
-        if args.upscaler_start is not None and not 0 <= args.upscaler_start < SCHEDULE.num_timesteps:
-            raise ValueError(f"--upscaler-start must be from 0 to 999, not {args.upscaler_start}")
         first = SCHEDULE.num_timesteps - 1 if args.upscaler_start is None else args.upscaler_start
         leading_timesteps(first + 1, args.upscaler_steps)
         self.stages = [found]
@@ -289,8 +294,10 @@ def settle(args: Namespace, sample_size: int, single_stage: bool):
         args.upscaler = None
     elif args.upscaler is None and args.model == MODEL:
         args.upscaler = UPSCALER
-    if args.upscaler == UPSCALER and args.upscaler_start is None:
+    if args.upscaler_start is None and args.upscaler == UPSCALER:
         args.upscaler_start = UPSCALER_START
+    elif args.upscaler_start == "none":
+        args.upscaler_start = None
     for name, value in (SETTINGS if sample_size >= 64 else SMALL_SETTINGS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -37,9 +37,10 @@ def test_it_is_small_and_in_safetensors_alone():
 
 
 def test_diffusers_draws_the_same_pictures(run_script, tmp_path):
-    """Both stages by our script's defaults, in float32, and by diffusers' pipelines from the same folders."""
+    """Both stages by our script, in float32, and by diffusers' pipelines from the same folders."""
     prompt, out = "a photo of a rocket ship", tmp_path / "out.png"
     options = ["--prompt", prompt, "--steps", 6, "--upscaler-steps", 4, "--upscaler-guidance", 2]
+    options += ["--upscaler-start", "none"]  # as IF does
     status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
     assert status == 0, err
     with Image.open(out) as picture:
@@ -169,7 +170,7 @@ def test_stage_2_begins_with_the_enlarged_picture(run_script, refused, tmp_path)
     little = upscale(stage_2, small, text, null, **seeds, guidance_scale=1.0, noise_level=0, start=20)
     assert (little.mean((2, 3)) - small.mean((2, 3))).abs().max() < 0.1
 
-    assert "--upscaler-start must be from 0 to 999, not 1000" in refused("generate", *options, "--upscaler-start", 1000)
+    assert "neither a timestep from 0 to 999 nor none" in refused("generate", *options, "--upscaler-start", 1000)
     line = refused("generate", *options, "--upscaler-start", 1)
     assert "steps must be from 1 to 2" in line
 
