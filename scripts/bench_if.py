@@ -384,8 +384,9 @@ def growth(work: Work, rounds: int) -> list[dict]:
     cases = [(n, side) for n in (1, 2, 4, 8, 16)] + [(1, 2 * side), (1, 4 * side), (1, 8 * side)]
     for batch, size in cases:
         x_t = torch.randn(2 * batch, channels, size, size, device=work.device)
-        text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        step = {"ours": lambda x_t=x_t, text=text: work.ours(x_t, 500, text, work.noise_level)}
+        unet = load_unet(work.root, work.dtype, work.device, pack=True)  # anew: it is packed for the first size it sees
+        text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
+        step = {"ours": lambda unet=unet, x_t=x_t, text=text: unet(x_t, 500, text, work.noise_level)}
         seconds = median(times_of(step, max(1, rounds // 3), work.device)["ours"])
         rows.append({"batch": batch, "size": size, "seconds_per_picture": seconds / batch})
         print(f"  {batch} pictures of {size} × {size}: {1000 * seconds / batch:.1f} ms a picture and step")

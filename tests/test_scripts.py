@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -43,6 +44,14 @@ def picture(path):
 
 
 # End to end
+
+
+def test_the_documents_are_finished():
+    for name in ("README.md", "weights.md"):
+        text = (ROOT / name).read_text()
+        assert not re.findall(r"TODO|FIXME|XXX|[A-Z0-9]{4,}TEXT", text)
+        for figure in re.findall(r"\]\((\.github/figures/[^)]+)\)", text):
+            assert (ROOT / figure).is_file(), figure
 
 
 def stopped_after(steps: int, loss, seen=lambda *arguments: None):
