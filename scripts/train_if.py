@@ -305,16 +305,7 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
                 with averaged(model, average), autocast, torch.no_grad():
                     seen = stage.watch(held)
                     stage.draw_sheet(held, step + 1)
-                recent = losses[-args.every :]
-                log = log or [",".join(["step", "loss", *seen])]
-                log.append(
-                    ",".join([str(step + 1), *(f"{x:.5f}" for x in (sum(recent) / len(recent), *seen.values()))])
-                )
-                bar.write(f"{log[0]}: {log[-1]}")
-                if step >= 1000 and seen.get("others", math.inf) < 1.05 * seen.get("right", 0):
-                    bar.write(
-                        "warning: it draws without listening: others' captions serve it as well as the right ones"
-                    )
+                add_row(log, step, losses[-args.every :], seen, bar)
             if told[1] > 0:
                 break
             if time.monotonic() - saved > 300:
@@ -325,6 +316,16 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
         bar.write(f"stopped and saved: go on with the same command and --resume (the run is in {args.out})")
         raise SystemExit(130)
     print(f"trained: {args.out / 'model'}")
+
+
+def add_row(log: list[str], step: int, losses: list[float], seen: dict[str, float], bar: tqdm):
+    """Add the mean loss, and what was seen, to the log and show it; warn where captions are not listened to."""
+    if not log:
+        log.append(",".join(["step", "loss", *seen]))
+    log.append(",".join([str(step + 1), *(f"{x:.5f}" for x in (sum(losses) / len(losses), *seen.values()))]))
+    bar.write(f"{log[0]}: {log[-1]}")
+    if step >= 1000 and seen.get("others", math.inf) < 1.05 * seen.get("right", 0):
+        bar.write("warning: it draws without listening: others' captions serve it as well as the right ones")
 
 
 def average_gradients(model: TextToPicture, world: int):
