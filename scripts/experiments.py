@@ -56,6 +56,21 @@ class Experiment:
         return "-".join(self.keys)
 
 
+@dataclass(frozen=True)
+class Made:
+    """An experiment after its run.
+
+    command: the command line to repeat it; seconds: how long it took
+    inputs: a `fingerprint` of all that decided its figures; failure: what went wrong, if something did
+    """
+
+    experiment: Experiment
+    command: str
+    seconds: float
+    inputs: str = ""
+    failure: str = ""
+
+
 NOISED = r"x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon"
 ESTIMATE = r"\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\; \epsilon_\theta(x_t, t)}{\sqrt{\bar\alpha_t}}"
 STEP = (

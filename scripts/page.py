@@ -7,16 +7,12 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from experiments import EXPERIMENTS
+from experiments import EXPERIMENTS, Made
 from matplotlib.font_manager import FontProperties
 
 from ddpm.files import write_atomically
-
-if TYPE_CHECKING:
-    from reproduce import Made
 
 INK = "#010203"  # replaced by the colour of the text
 
@@ -45,7 +41,7 @@ summary { cursor: pointer } .failed { color: #c0392b }
 """
 
 
-def write_page(out: Path, made: Mapping[str, "Made"]):
+def write_page(out: Path, made: Mapping[str, Made]):
     """Write out/index.html: a section for each experiment that is made, and a word on those that are not yet."""
     done, waiting = ([e for e in EXPERIMENTS if (e.key in made) == there] for there in (True, False))
     entries = "".join(f'<a href="#{e.folder}">{e.key} {html.escape(e.title)}</a>' for e in done)
@@ -74,7 +70,7 @@ equation, its figure, the command that made it, and the function that did it, as
     write_atomically(out / "index.html", page.encode())
 
 
-def section(made: "Made", out: Path) -> str:
+def section(made: Made, out: Path) -> str:
     """One experiment's part of the page."""
     experiment = made.experiment
     body = f'<p class="failed">This failed: {html.escape(made.failure)}.</p>' if made.failure else ""

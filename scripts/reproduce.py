@@ -19,12 +19,11 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from common import SEED, check_writable, parser, run, seed_number
-from experiments import EXPERIMENTS, Experiment
+from experiments import EXPERIMENTS, Experiment, Made
 from page import write_page
 
 from ddpm.checkpoint import SHIPPED
@@ -33,21 +32,6 @@ from ifmodel.weights import SHIPPED as SHIPPED_IF
 
 ROOT = Path(__file__).parent.parent
 FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype")
-
-
-@dataclass(frozen=True)
-class Made:
-    """An experiment after its run.
-
-    command: the command line to repeat it; seconds: how long it took
-    inputs: a `fingerprint` of all that decided its figures; failure: what went wrong, if something did
-    """
-
-    experiment: Experiment
-    command: str
-    seconds: float
-    inputs: str = ""
-    failure: str = ""
 
 
 def main():
