@@ -118,10 +118,25 @@ def pick(choices: Sequence, generator: torch.Generator):
     return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
 
-def load_captioned(folder: str | Path, size: int, names: Sequence[str] | None = None) -> CaptionedPictures:
+def held_out(folder: str | Path, count: int) -> list[str]:
+    """So many of a folder's short names, spread evenly over those that are not CURATED: to test on, not to train on.
+
+    Raises as `load_captioned` does, and ValueError when the folder has no more names than that.
+    """
+    known = set(curated())
+    names = list(dict.fromkeys(row["text"] for row in read_metadata(folder) if row["text"] not in known))
+    if count >= len(names):
+        raise ValueError(f"{folder} has {len(names)} names to choose from: {count} of them cannot be held out")
+    return names[:: len(names) // count][:count] if count else []
+
+
+def load_captioned(
+    folder: str | Path, size: int, names: Sequence[str] | None = None, without: Sequence[str] = ()
+) -> CaptionedPictures:
     """A folder of pictures with metadata.jsonl, each picture in size × size pixels and every style.
 
     names: the short names to take, in this order; None takes all
+    without: short names to leave out
     Raises FileNotFoundError when the folder or its pictures are not there, ValueError when a line is broken, a
     caption is missing, a picture is too small, or a name is not in the folder; each in one line that names it.
     """
@@ -133,6 +148,7 @@ def load_captioned(folder: str | Path, size: int, names: Sequence[str] | None = 
         if unknown:
             raise ValueError(f"{folder} has no {', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}")
         rows = [by_name[name] for name in names]
+    rows = [row for row in rows if row["text"] not in without]
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         more = ", …" if len(missing) > 5 else ""
@@ -143,9 +159,9 @@ def load_captioned(folder: str | Path, size: int, names: Sequence[str] | None = 
     return CaptionedPictures(pictures, found, phrases, [row["tags"] for row in rows])
 
 
-def read_metadata(folder: Path) -> list[dict]:
+def read_metadata(folder: str | Path) -> list[dict]:
     """The lines of a folder's metadata.jsonl. Raises as `load_captioned` does."""
-    path = folder / "metadata.jsonl"
+    path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each picture, file_name and text")
     try:

@@ -49,7 +49,7 @@ from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
 from ddpm.schedule import leading_timesteps, linspace_timesteps
 from ddpm.views import View, identity, vertical_flip
 from ifmodel import load_unet
-from ifmodel.captions import STYLES, CaptionedPictures, curated, load_captioned
+from ifmodel.captions import STYLES, CaptionedPictures, curated, held_out, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
 from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
@@ -106,7 +106,7 @@ def main():
         report[f"hybrids, {kind} pairs"] = hybrids(args, model, judge, known, data, alike)
     if args.upscaler != "none":
         report["stage_2"] = {
-            kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in held_out(args, data).items()
+            kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in upscaling_sets(args, data).items()
         }
     draw_curves(args.out / "curves.png", report, args.seed)
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
@@ -116,7 +116,7 @@ def main():
 def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
-    options.add_argument("--curated", action="store_true", help="as in train_if.py; the other pictures test stage 2")
+    options.add_argument("--curated", action="store_true", help="as in train_if.py; 64 other pictures test stage 2")
     options.add_argument("--model", default="tiny-if/I", metavar="FOLDER", help="default: tiny-if/I")
     options.add_argument("--upscaler", default="tiny-if/II", metavar="FOLDER", help="or none (default: tiny-if/II)")
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
@@ -323,13 +323,11 @@ def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str]
     draw(args, name, [row[chosen] for row in rows], row_labels, labels)
 
 
-def held_out(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
-    """Plain pictures [64, 3, 128, 128] in [-1, 1] that stage 2 was trained on and, if there are any, was not."""
+def upscaling_sets(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
+    """Plain pictures [64, 3, 128, 128] in [-1, 1]: of our list, or the first, and those of --hold-out 64."""
     sets = {"trained on": data.pictures[:64, 0]}
     if args.curated:
-        everything = load_captioned(args.data, 128)
-        rest = [k for k, name in enumerate(everything.names) if name not in set(data.names)]
-        sets["never seen"] = everything.pictures[rest[:: max(1, len(rest) // 64)][:64], 0]
+        sets["never seen"] = load_captioned(args.data, 128, held_out(args.data, 64)).pictures[:, 0]
     return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
 
 

@@ -36,7 +36,7 @@ from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.training import step_seed, stop_signal
-from ifmodel.captions import CaptionedPictures, curated, load_captioned
+from ifmodel.captions import CaptionedPictures, curated, held_out, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
 from ifmodel.text import Tokenizer
 from ifmodel.training import (
@@ -70,6 +70,8 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="folder with pictures and metadata.jsonl")
     options.add_argument("--curated", action="store_true", help="take our list of names out of the emoji folder")
+    help = "keep so many pictures, not of our list, out of the training: the log measures on them (default: 0)"
+    options.add_argument("--hold-out", type=int, default=0, metavar="N", help=help)
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     options.add_argument("--out", type=Path, default=Path("out/stage-1"), help="default: out/stage-1")
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -91,6 +93,8 @@ def arguments() -> Namespace:
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
     args = options.parse_args()
+    if args.hold_out < 0:
+        raise ValueError(f"--hold-out must not be negative, but is {args.hold_out}")
     args.size = args.size or (128 if args.stage_2_of else 32)
     args.widths = args.widths or ([32, 48, 64, 96] if args.stage_2_of else [64, 96, 192])
     return args
@@ -107,10 +111,12 @@ def main():
             "there is no run in {} to resume" if args.resume else "there is a run in {}: add --resume, or another --out"
         )
         raise ValueError(told.format(args.out))
-    data = load_captioned(args.data, args.size, curated() if args.curated else None)
+    unseen = held_out(args.data, args.hold_out) if args.hold_out else []
+    data = load_captioned(args.data, args.size, curated() if args.curated else None, without=unseen)
+    watched = load_captioned(args.data, args.size, unseen) if unseen else data
     torch.manual_seed(args.seed)
     stage = Stage2(args, data, device) if args.stage_2_of else Stage1(args, data, device, rank, world)
-    fit(args, data, stage, dtype, rank, world)
+    fit(args, data, watched, stage, dtype, rank, world)
 
 
 class Stage1:
@@ -252,8 +258,8 @@ def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, e
         bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
 
 
-def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):
-    """Train a stage from --resume's state or the start, to --steps or until stopped."""
+def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):
+    """Train a stage on `data` from --resume's state or the start, to --steps or until stopped; log it on `watched`."""
     model = stage.model
     device = next(model.parameters()).device
     if world > 1:  # the text encoders were trained apart, on GPUs not to the same bit
@@ -265,7 +271,7 @@ def fit(args: Namespace, data: CaptionedPictures, stage: Stage1 | Stage2, dtype,
     average, log, first, seconds = Average(model), [], 0, 0.0
     if args.resume:
         first, seconds, log = restore(args, model, optimizer, average)
-    held = draw_batch(data, stage.tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
+    held = draw_batch(watched, stage.tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     started, saved, losses = time.monotonic() - seconds, time.monotonic(), []
 
@@ -364,8 +370,9 @@ def recipe_of(args) -> dict:
     """What, besides the data, decides the trained weights."""
     names = ("size", "widths", "layers", "text_dim", "text_steps", "text_batch", "steps", "batch_size", "lr", "seed")
     recipe = {name: getattr(args, name) for name in names}
-    if args.start:
-        recipe["start"] = args.start
+    for name in ("start", "hold_out"):  # states from before there were these have no such field
+        if getattr(args, name):
+            recipe[name] = getattr(args, name)
     return {**recipe, "stage": 2, "crop": args.crop} if args.stage_2_of else recipe
 
 

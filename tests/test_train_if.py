@@ -12,6 +12,7 @@ import sys
 import numpy
 import pytest
 import torch
+import train_if
 from conftest import ROOT
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 import ifmodel.training as training
 from ddpm.files import load_tensors
 from ifmodel import UNet, UNetConfig
-from ifmodel.captions import ALIASES, STYLES, curated, load_captioned, with_article
+from ifmodel.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
 from ifmodel.text import Tokenizer, embed_prompts
 
 COLOURS = ["red", "lime", "blue", "black", "orange", "purple"]
@@ -105,6 +106,35 @@ def test_the_list_has_every_prompt_of_the_assignment():
     for wanted in ("a man wearing a hat", "a skull", "waterfalls", "the amalfi coast", "a hipster barista"):
         assert wanted in phrases
     assert len(curated()) == len(set(curated())) > 200
+
+
+def test_pictures_are_held_out_of_the_training(folder, data):
+    unseen = held_out(folder, 2)
+    assert unseen == [data.names[0], data.names[3]]  # spread evenly
+    kept = load_captioned(folder, 32, without=unseen)
+    assert kept.names == [name for name in data.names if name not in unseen]
+    rows = [data.names.index(name) for name in kept.names]
+    assert torch.equal(kept.pictures, load_captioned(folder, 32).pictures[rows])
+    assert held_out(folder, 0) == []
+    with pytest.raises(ValueError, match="6 of them cannot be held out"):
+        held_out(folder, 6)
+
+
+def test_the_log_measures_on_what_is_held_out(monkeypatch, folder, tmp_path):
+    seen = {}
+
+    def fit(args, data, watched, *rest):
+        seen.update(data=data.names, watched=watched.names, recipe=train_if.recipe_of(args))
+
+    monkeypatch.setattr(train_if, "fit", fit)
+    for count in (0, 2):
+        more = ["--hold-out", count] if count else []
+        options = [str(x) for x in stage_1_options(folder, tmp_path / str(count), 1, "--text-steps", 1, *more)]
+        monkeypatch.setattr("sys.argv", ["train_if.py", *options])
+        train_if.main()
+        assert len(seen["data"]) == 6 - count
+        assert set(seen["watched"]) == (set(held_out(folder, 2)) if count else set(seen["data"]))
+        assert seen["recipe"].get("hold_out", 0) == count
 
 
 def test_text_and_pictures_find_each_other(data, tokenizer):
@@ -325,6 +355,8 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     (other / "metadata.jsonl").write_text(good)
     assert "too small: 64 × 64" in told("--size", 128)
     assert "has no snow-capped mountain" in told("--curated")
+    assert "has 6 names to choose from: 9 of them" in told("--hold-out", 9)
+    assert "--hold-out must not be negative" in told("--hold-out", -1)
     (other / "3.png").write_bytes(b"no picture")
     assert "3.png cannot be read as a picture" in told()
     (other / "3.png").unlink()
