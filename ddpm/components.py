@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SIGMA = 2.0  # of A11
+
 
 @dataclass(frozen=True)
 class Component:
@@ -29,13 +31,13 @@ def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     return gaussian_blur(x, [2 * radius + 1] * 2, [sigma] * 2)
 
 
-def low_pass(x: Tensor, sigma: float = 2.0, kernel_size: int = 33) -> Tensor:
+def low_pass(x: Tensor, sigma: float = SIGMA, kernel_size: int = 33) -> Tensor:
     """A Gaussian blur of x [B, C, H, W]; sigma and kernel_size are those at 64 pixels."""
     scale = min(x.shape[-2:]) / 64
     return gaussian_blur(x, sigma * scale, round(kernel_size // 2 * max(scale, 1)))
 
 
-def low_high_pass(sigma: float = 2.0) -> list[Component]:
+def low_high_pass(sigma: float = SIGMA) -> list[Component]:
     """What is seen from afar, and what is seen near by (A11). Source: Hybrid Images, SIGGRAPH 2006."""
     return [
         Component("low pass", lambda x: low_pass(x, sigma)),

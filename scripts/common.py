@@ -109,6 +109,13 @@ def number(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if (value := number(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
 def seed_number(text: str) -> int:
     """An argparse type: a seed, from 0 to 2⁶² so that others may be counted on from it."""
     if not text.isdecimal() or int(text) > 2**62:

@@ -33,6 +33,7 @@ from common import (
     pick_device,
     pick_dtype,
     positive,
+    positive_number,
     run,
     seed_number,
 )
@@ -123,7 +124,11 @@ def arguments() -> Namespace:
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
     options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
     options.add_argument("--anagram-guidance", type=number, default=2.0, help="default: 2")
-    options.add_argument("--hybrid-guidance", type=number, default=4.0, help="default: 4")
+    options.add_argument("--hybrid-guidance", type=number, default=2.0, help="default: 2")
+    help = "the blur that parts far from near, in pixels of a 64-pixel picture (default: 4)"
+    options.add_argument("--hybrid-sigma", type=positive_number, default=4.0, help=help)
+    help = "of anagrams and hybrids, with SDE-DPM-Solver++ (default: 50)"
+    options.add_argument("--illusion-steps", type=positive, default=50, help=help)
     options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
     options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
@@ -272,7 +277,8 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
         return anagram([model.estimate([one.prompt for one in side], args.anagram_guidance) for side in sides], views)
 
     prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    pictures = model.draw(f"{name}_{len(pairs)}_g{args.anagram_guidance:g}", prompts, estimate_of)
+    drawn = f"{name}_{len(pairs)}_g{args.anagram_guidance:g}_{args.illusion_steps}"
+    pictures = model.draw(drawn, prompts, estimate_of, steps=args.illusion_steps)
     seen = [view.view(pictures) for view in views]
     found, measures = recognised(name, ["upright", "flipped"], seen, pairs, judge, known, args.tries)
     draw_best(args, f"{name}.png", seen, ["upright", "flipped"], pairs, found)
@@ -280,8 +286,8 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
 
 
 def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
-    """Far and near: how often each thing, and both, are the nearest."""
-    components = low_high_pass()
+    """Far and near, always seen through σ = 2, however drawn: how often each thing, and both, are the nearest."""
+    components = low_high_pass(args.hybrid_sigma)
     pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike) * args.tries
     name = f"hybrids_{'alike' if alike else 'random'}"
 
@@ -291,7 +297,8 @@ def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures,
         return hybrid(estimates, components)
 
     prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    pictures = model.draw(f"{name}_{len(pairs)}_g{args.hybrid_guidance:g}", prompts, estimate_of)
+    drawn = f"{name}_{len(pairs)}_g{args.hybrid_guidance:g}_s{args.hybrid_sigma:g}_{args.illusion_steps}"
+    pictures = model.draw(drawn, prompts, estimate_of, steps=args.illusion_steps)
     seen = [low_pass(pictures), high_passed(pictures)]
     found, measures = recognised(name, ["low pass", "high pass"], seen, pairs, judge, known, args.tries)
     draw_best(args, f"{name}.png", [pictures, *seen], ["drawn", "low pass", "high pass"], pairs, found)

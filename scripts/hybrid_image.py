@@ -4,9 +4,9 @@
     python scripts/hybrid_image.py --components grey_colour \\
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
-A prompt for each component: low_high_pass (two prompts: far, near), three_bands (coarse, middle, fine), grey_colour
-and motion_blur (moving, still). Rows: the picture, then each of its components, those without a mean around grey;
-columns: seeds. Beside it lies the first seed as an animation that goes away and comes back.
+A prompt for each component: low_high_pass (two prompts: far, near; --sigma parts them), three_bands (coarse, middle,
+fine), grey_colour and motion_blur (moving, still). Rows: the picture, then each of its components, those without a mean
+around grey; columns: seeds. Beside it lies the first seed as an animation that goes away and comes back.
 --keep FILE takes the first component from a picture instead, and makes up the rest (one prompt).
 """
 
@@ -14,13 +14,13 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from common import parser, positive, run
+from common import parser, positive, positive_number, run
 from figures import save_gif, save_table
 from pictures import read_picture
 from stages import Cascade, Cell, add_cascade_options
 from turning import recede
 
-from ddpm.components import DECOMPOSITIONS, Component, check_components
+from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
 from ddpm.sampling import complete, hybrid
 
 PAIRS = [
@@ -34,11 +34,15 @@ def main():
     options = parser(__doc__)
     options.add_argument("--prompt", action="append", metavar="TEXT", help="for each component (default: three pairs)")
     options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
+    help = f"of low_high_pass, its blur in pixels of a 64-pixel picture: more of it, more near by (default: {SIGMA:g})"
+    options.add_argument("--sigma", type=positive_number, metavar="PIXELS", help=help)
     options.add_argument("--keep", metavar="FILE", help="a picture whose first component is kept")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
     add_cascade_options(options, out="out/hybrid_image.png", stride=30)
     args = options.parse_args()
-    components = DECOMPOSITIONS[args.components]()
+    if args.sigma and args.components != "low_high_pass":
+        raise ValueError(f"--sigma is of --components low_high_pass, not of {args.components}")
+    components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
     groups = [tuple(args.prompt)] if args.prompt else PAIRS
     needed = 1 if args.keep else len(components)
     if any(len(group) != needed for group in groups):

@@ -311,6 +311,16 @@ def test_a10_three_views(run_script, tmp_path, model):
     assert abs(255 - cells["0_0"] - cells["1_0"]).max() <= 1
 
 
+def test_a_hybrid_of_a_larger_sigma_leaves_more_to_the_near_prompt(run_script, tmp_path, model):
+    options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
+    contrast = {}
+    for sigma in (None, 2, 4):
+        more = [] if sigma is None else ["--sigma", sigma]
+        cells = draw(run_script, tmp_path / str(sigma), "hybrid_image", *options, *more, cells=table(3, 1))
+        contrast[sigma] = cells["2_0"].std()
+    assert contrast[None] == contrast[2] < contrast[4]
+
+
 @pytest.mark.parametrize("components", ["low_high_pass", "grey_colour"])
 def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
@@ -444,6 +454,10 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "give 3 --prompt for the components coarse, middle, fine, not 2" in said(
         "hybrid_image", *model, *two, "--components", "three_bands"
     )
+    assert "--sigma is of --components low_high_pass, not of grey_colour" in said(
+        "hybrid_image", *model, *two, "--components", "grey_colour", "--sigma", 3
+    )
+    assert "'0' is not above 0" in said("hybrid_image", *model, *two, "--sigma", 0)
     assert "'nan' is not a finite number" in said("sample", *model, "--guidance", "nan")
     assert "neither a number of steps nor one of fast27" in said("sample", *model[:-2], "--steps", "smart26")
     assert "not allowed with argument" in said("sample", *model, "--stride", 10)
