@@ -6,12 +6,13 @@
     torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/stage-1
 
 Stage 1: first a tokenizer is trained on the captions, and the text encoder against the pictures (--text-steps); then
-both the encoder and the UNet. Stage 2 keeps the text encoder of its stage 1 as it is, and learns on crops. Writes to
---out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage 2 its error
-beside that of bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py and
-diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same CPU
-with as many threads. Several processes share each batch, and on several hosts --out, which must be a folder that all
-see. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
+both the encoder and the UNet. Stage 2 keeps the text encoder of its stage 1 as it is, and learns on crops, which are
+cheap; let it finish on whole pictures, which alone say where a pixel lies (--start out/stage-2/model --crop 128).
+Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
+2 its error beside bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py
+and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
+CPU with as many threads. Several processes share each batch, and on several hosts --out, which must be a folder that
+all see. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
 import math
@@ -78,7 +79,7 @@ def arguments() -> Namespace:
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
     options.add_argument("--start", metavar="FOLDER", help=help)
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
-    options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64)")
+    options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64 pixels)")
     default = "default: 64 96 192; stage 2: 32 48 64 96"
     options.add_argument("--widths", type=positive, nargs="+", help=f"channels of the levels ({default})")
     options.add_argument("--layers", type=positive, default=1, help="ResNets a level (default: 1)")
