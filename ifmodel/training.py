@@ -268,17 +268,20 @@ def stage_2_loss(
     small: int,
     crop: int,
     max_noise_level: int = 100,
+    offset: float = 0.1,
 ) -> Tensor:
     """As `stage_1_loss`, for crops of the pictures beside crops of what stage 2 sees of the small ones.
 
-    small: the size of stage 1's pictures; crop: of the crops
+    small: the size of stage 1's pictures; crop: of the crops; offset: the noise's own brightness, of each channel
     The small pictures are noised to a random level, which the model is told, so that in sampling it forgives what
     stage 1 draws. They are upscaled whole and cropped then: a crop upscaled alone would lie a little differently.
     How a pixel lies still depends on its place, since `enlarged` aligns the corners: near them it moves the small
     picture by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops blurs
     or misplaces edges; a few thousand steps with `crop` the whole size mend that.
-    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a picture is.
-    Source: Imagen §2.4, arXiv 2205.11487.
+    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a picture is. The mean of so
+    many pixels of x_t does, even at t = 950: a model that reads it there believes pure noise to be of a dull grey
+    picture. An offset of the noise makes it read the small picture instead.
+    Source: Imagen §2.4, arXiv 2205.11487; Guttenberg, Diffusion with Offset Noise, crosslabs.org, 2023.
     """
     device, count = batch.x_0.device, len(batch.x_0)
     t = torch.randint(SCHEDULE.num_timesteps, (count,), generator=generator).to(device)[rows]
@@ -286,7 +289,8 @@ def stage_2_loss(
     low_res = small_noised(batch.x_0, small, noise_level, generator)
     both = cropped(torch.cat([batch.x_0, low_res], dim=1), crop, generator)[rows]
     x_0, low_res = both.chunk(2, dim=1)
-    eps = torch.randn((count, 3, crop, crop), generator=generator).to(device)[rows]
+    eps = torch.randn((count, 3, crop, crop), generator=generator)
+    eps = (eps + offset * torch.randn((count, 3, 1, 1), generator=generator)).to(device)[rows]
     x_t = add_noise(x_0, eps, t, SCHEDULE)
     output = model(torch.cat([x_t, low_res], dim=1), t, batch[rows], noise_level[rows])
     return hybrid_loss(output, x_0, x_t, eps, t, most=5.0)

@@ -188,6 +188,20 @@ def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
     assert not eps_grad.any() and v_grad.any()
 
 
+def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tokenizer):
+    """Else a model reads a picture's brightness off the mean of the noisiest x_t, where sampling begins without any."""
+    seen = []
+    monkeypatch.setattr(training, "hybrid_loss", lambda output, x_0, x_t, eps, t, most: seen.append(eps) or eps.mean())
+    model = small_model(tokenizer, training.stage_2_config(16, [32, 32], 1, 32))
+    for k in range(20):
+        batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(k), drop=0)
+        training.stage_2_loss(model, batch, torch.Generator().manual_seed(k), small=8, crop=16, offset=0.5)
+    eps = torch.cat(seen)
+    assert eps.shape == (120, 3, 16, 16)
+    assert 0.4 < eps.mean((2, 3)).std() < 0.6  # without it 1/16
+    assert 0.95 < (eps - eps.mean((2, 3), keepdim=True)).std() < 1.05
+
+
 def test_a_crop_of_what_stage_2_sees_lies_where_its_picture_does(data):
     """The small picture is upscaled whole, so a crop of both is of the same place."""
     x_0 = data.pictures[:, 0].float() / 127.5 - 1
