@@ -14,6 +14,7 @@ a file: a stopped evaluation goes on where it was.
 
 import hashlib
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -46,27 +47,10 @@ JUDGE_EPOCHS = 6
 
 
 def main():
-    options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
-    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM (default: the shipped B5)")
-    options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
-    options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
-    options.add_argument("--samples", type=positive, default=10_000, help="samples for each guidance (default: 10000)")
-    options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
-    options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
-    options.add_argument(
-        "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
-    )
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"that of sample 0 (default: {SEED})")
-    options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
-    add_device_options(options)
-    args = options.parse_args()
-
+    args = arguments()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out / "report.json")
-    if args.samples < 2:
-        raise ValueError("--samples must be at least 2: one digit has no covariance")
     ddpm, denoiser = load_model(args.weights, (ClassUNet, TimeUNet), device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
@@ -111,6 +95,27 @@ def main():
         draw_guidance(args.out / "guidance.png", report, args.seed)
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
+
+
+def arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM (default: the shipped B5)")
+    options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
+    options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
+    options.add_argument("--samples", type=positive, default=10_000, help="samples for each guidance (default: 10000)")
+    options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
+    options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
+    options.add_argument(
+        "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
+    )
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"that of sample 0 (default: {SEED})")
+    options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
+    add_device_options(options)
+    args = options.parse_args()
+    if args.samples < 2:
+        raise ValueError("--samples must be at least 2: one digit has no covariance")
+    return args
 
 
 def get_judge(args, images: Tensor, labels: Tensor) -> Judge:

@@ -293,16 +293,9 @@ def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage
             batch = draw_batch(data, stage.tokenizer, args.batch_size, generator).to(device)
             with autocast:
                 loss = stage.loss(model, batch, generator, mine).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            told = torch.stack([loss.detach(), loss.new_tensor(float(stopped()))])
-            if world > 1:
-                average_gradients(model, world)
-                dist.all_reduce(told)  # so that all processes stop when one is told to
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            loss, stop = descend(model, optimizer, loss, bool(stopped()), world)
             average.update(model, step)
-            losses.append(told[0].item() / world)
+            losses.append(loss)
             if not losses[-1] < 1e3:
                 raise ValueError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr, or --resume the run")
             if step % 10 == 0:
@@ -313,7 +306,7 @@ def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage
                     seen = stage.watch(held)
                     stage.draw_sheet(held, step + 1)
                 add_row(log, step, losses[-args.every :], seen, bar)
-            if told[1] > 0:
+            if stop:
                 break
             if time.monotonic() - saved > 300:
                 save(step + 1)
@@ -323,6 +316,19 @@ def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage
         bar.write(f"stopped and saved: go on with the same command and --resume (the run is in {args.out})")
         raise SystemExit(130)
     print(f"trained: {args.out / 'model'}")
+
+
+def descend(model: TextToPicture, optimizer, loss: Tensor, stop: bool, world: int) -> tuple[float, bool]:
+    """One step of the optimizer; returns the loss, the mean over all processes, and whether any of them is to stop."""
+    optimizer.zero_grad()
+    loss.backward()
+    told = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
+    if world > 1:
+        average_gradients(model, world)
+        dist.all_reduce(told)  # so that all processes stop when one is told to
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return told[0].item() / world, told[1].item() > 0
 
 
 def add_row(log: list[str], step: int, losses: list[float], seen: dict[str, float], bar: tqdm):
