@@ -52,6 +52,11 @@ def test_the_documents_are_finished():
         assert not re.findall(r"TODO|FIXME|XXX|[A-Z0-9]{4,}TEXT", text)
         for figure in re.findall(r"\]\((\.github/figures/[^)]+)\)", text):
             assert (ROOT / figure).is_file(), figure
+    for path in (ROOT / ".github" / "figures").glob("*.png"):
+        with Image.open(path) as image:
+            command = image.text["Command"]
+        assert command.startswith("python scripts/")
+        assert not re.search(r"[ =']/|\.\./", command), f"{path.name} names a folder of somebody's machine: {command}"
 
 
 def stopped_after(steps: int, loss, seen=lambda *arguments: None):
