@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.process import Threshold, add_noise, ddpm_step, dynamic_threshold
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, iterative_denoise, noise_source
-from ddpm.schedule import cosine_schedule, leading_timesteps, linspace_timesteps
+from ddpm.schedule import cosine_schedule, leading_timesteps
 from ifmodel.config import check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
 from ifmodel.weights import read_json
@@ -87,28 +87,8 @@ def noised_upscaled(small: Tensor, size: tuple[int, int], noise_level: int, nois
 
     Source: Imagen §2.4, arXiv 2205.11487.
     """
-    return add_noise(enlarged(small, size), noise(), noise_level, SCHEDULE)
-
-
-def enlarged(small: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures [N, 3, h, w] -> [N, 3, H, W], as IF enlarges them."""
-    return F.interpolate(small, size, mode="bilinear", align_corners=True)
-
-
-def stage_2_start(
-    small: Tensor, size: tuple[int, int], num_steps: int, noise: Noise, start: int | None = None
-) -> tuple[Tensor, list[int]]:
-    """What stage 2 denoises, [N, 3, H, W], and the timesteps that it visits.
-
-    start: None for pure noise and IF's spacing; or a timestep, to which the enlarged picture is noised. Then its
-        colours stay, and what a small model cannot draw from pure noise need not be drawn
-    Raises ValueError when start is outside the schedule, or there are more steps than timesteps before it.
-    Source: SDEdit Algorithm 1, arXiv 2108.01073.
-    """
-    if start is None:
-        return noise(), leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    timesteps = linspace_timesteps(start + 1, num_steps)
-    return add_noise(enlarged(small, size), noise(), start, SCHEDULE), timesteps
+    upscaled = F.interpolate(small, size, mode="bilinear", align_corners=True)
+    return add_noise(upscaled, noise(), noise_level, SCHEDULE)
 
 
 @torch.no_grad()
@@ -156,7 +136,6 @@ def upscale(
     num_steps: int = 50,
     guidance_scale: float = 4.0,
     noise_level: int = 250,
-    start: int | None = None,
     size: tuple[int, int] | None = None,
     threshold: Threshold = STAGE_2_THRESHOLD,
     callback: Callback | None = None,
@@ -164,13 +143,13 @@ def upscale(
     """Stage 2: pictures [N, 3, h, w] in [-1, 1] and their prompts -> pictures [N, 3, H, W] in [-1, 1].
 
     noise_level: the timestep to which the upscaled small picture is noised; the model is told
-    start: as in `stage_2_start`; None is IF's way
     The rest as in `generate`. Source: Imagen §2.4, arXiv 2205.11487, with DeepFloyd IF's settings.
     """
     h, w = size or (unet.config.sample_size, unet.config.sample_size)
     noise = noise_source(seeds, (3, h, w), prompt_embeds.device)
-    x_t, timesteps = stage_2_start(small, (h, w), num_steps, noise, start)
+    x_T = noise()
     low_res = noised_upscaled(small, (h, w), noise_level, noise)
     estimate = stage_2(unet, low_res, prompt_embeds, null_embeds, guidance_scale, noise_level)
+    timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
     step = partial(STAGE_2_STEP, threshold=threshold)
-    return iterative_denoise(estimate, x_t, timesteps, SCHEDULE, noise=noise, step=step, callback=callback)
+    return iterative_denoise(estimate, x_T, timesteps, SCHEDULE, noise=noise, step=step, callback=callback)

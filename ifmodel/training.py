@@ -275,9 +275,9 @@ def stage_2_loss(
     small: the size of stage 1's pictures; crop: of the crops; offset: the noise's own brightness, of each channel
     The small pictures are noised to a random level, which the model is told, so that in sampling it forgives what
     stage 1 draws. They are upscaled whole and cropped then: a crop upscaled alone would lie a little differently.
-    How a pixel lies still depends on its place, since `enlarged` aligns the corners: near them it moves the small
-    picture by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops blurs
-    or misplaces edges; a few thousand steps with `crop` the whole size mend that.
+    How a pixel lies still depends on its place, since `noised_upscaled` aligns the corners: near them it moves the
+    small picture by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops
+    blurs or misplaces edges; a few thousand steps with `crop` the whole size mend that.
     Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a picture is. The mean of so
     many pixels of x_t does, even at t = 950: a model that reads it there believes pure noise to be of a dull grey
     picture. An offset of the noise makes it read the small picture instead.

@@ -38,7 +38,7 @@ from common import (
     seed_number,
 )
 from figures import save_figure, save_grid
-from stages import UPSCALER_START, check_stage, start_or_none
+from stages import check_stage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -133,8 +133,6 @@ def arguments() -> Namespace:
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
     options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
     options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
-    start = f"where stage 2 begins, or none for pure noise (default: {UPSCALER_START})"
-    options.add_argument("--upscaler-start", type=start_or_none, default=UPSCALER_START, metavar="T", help=start)
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
@@ -142,7 +140,6 @@ def arguments() -> Namespace:
     args = options.parse_args()
     if args.prompts < 2:
         raise ValueError("--prompts must be at least 2: one picture has no covariance")
-    args.upscaler_start = None if args.upscaler_start == "none" else args.upscaler_start
     if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
     check_stage(args.model, 1)
@@ -347,12 +344,7 @@ def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Ten
     for start in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
         part = small[start : start + 8].to(model.device)
         text = null.expand(len(part), -1, -1)
-        options = {
-            "num_steps": 20,
-            "guidance_scale": 1.0,
-            "noise_level": args.noise_level,
-            "start": args.upscaler_start,
-        }
+        options = {"num_steps": 20, "guidance_scale": 1.0, "noise_level": args.noise_level}
         seeds = range(args.seed + start, args.seed + start + len(part))
         drawn.append(upscale(model.upscaler, part, text, text, seeds=seeds, **options).cpu())
     drawn = torch.cat(drawn).clamp(-1, 1)

@@ -17,12 +17,11 @@ from ddpm.process import Threshold, ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
 from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, linspace_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_2_start, stage_threshold
+from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
 from ifmodel.text import embed_prompts, load_embeds
 from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
-UPSCALER_START = 700  # of that upscaler, which draws colours badly from pure noise
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
 SMALL_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
 
@@ -42,13 +41,6 @@ def steps_or_name(text: str) -> int | str:
     except ArgumentTypeError:
         names = ", ".join(NAMED_SECTIONS)
         raise ArgumentTypeError(f"{text!r} is neither a number of steps nor one of {names}") from None
-
-
-def start_or_none(text: str) -> int | str:
-    """An argparse type: a timestep, or none."""
-    if text == "none" or (text.isdecimal() and int(text) < SCHEDULE.num_timesteps):
-        return text if text == "none" else int(text)
-    raise ArgumentTypeError(f"{text!r} is neither a timestep from 0 to 999 nor none")
 
 
 def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
@@ -90,8 +82,6 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--upscaler-steps", type=positive, help=by_model("upscaler_steps"))
     options.add_argument("--upscaler-guidance", type=number, help=by_model("upscaler_guidance"))
     options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model('noise_level')})")
-    start = f"stage 2 begins with the enlarged picture, noised to this t, or none (default: none; {UPSCALER}: {{}})"
-    options.add_argument("--upscaler-start", type=start_or_none, metavar="T", help=start.format(UPSCALER_START))
     options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many pictures")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
@@ -150,8 +140,7 @@ class Cascade:
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta must be from 0 to 1, not {args.eta:g}")
         self.timesteps = pick_timesteps(args)
-        first = SCHEDULE.num_timesteps - 1 if args.upscaler_start is None else args.upscaler_start
-        leading_timesteps(first + 1, args.upscaler_steps)
+        leading_timesteps(SCHEDULE.num_timesteps, args.upscaler_steps)
         self.stages = [found]
         self.size = tuple(args.size or [found.config.sample_size] * 2)
         self.final_size = self.size
@@ -279,12 +268,11 @@ class Cascade:
 
     def _upscale(self, cell: Cell, small: Tensor, seeds: Sequence[int], callback: Callback) -> Tensor:
         noise = noise_source(seeds, (3, *self.final_size), self.device)
-        steps, start = self.args.upscaler_steps, self.args.upscaler_start
-        x_t, timesteps = stage_2_start(small, self.final_size, steps, noise, start)  # before low_res, as IF does
+        x_T = [noise()]  # drawn before the noise of low_res, as IF does
         low_res = noised_upscaled(small, self.final_size, self.args.noise_level, noise)
         estimate = cell.estimate_of(len(seeds), low_res)
-        first = [x_t]  # what the algorithm takes for its first noise
-        return self._run(cell.upscale, estimate, timesteps, lambda: first.pop() if first else noise(), callback)
+        timesteps = leading_timesteps(SCHEDULE.num_timesteps, self.args.upscaler_steps)
+        return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
 
 
 def settle(args: Namespace, sample_size: int, single_stage: bool):
@@ -294,10 +282,6 @@ def settle(args: Namespace, sample_size: int, single_stage: bool):
         args.upscaler = None
     elif args.upscaler is None and args.model == MODEL:
         args.upscaler = UPSCALER
-    if args.upscaler_start is None and args.upscaler == UPSCALER:
-        args.upscaler_start = UPSCALER_START
-    elif args.upscaler_start == "none":
-        args.upscaler_start = None
     for name, value in (SETTINGS if sample_size >= 64 else SMALL_SETTINGS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
