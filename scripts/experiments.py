@@ -216,7 +216,11 @@ EXPERIMENTS = [
         (),
         "anagrams.png",
         (
-            ("anagrams.png", "Each pair of rows is the same pictures, upright and flipped."),
+            (
+                "anagrams.png",
+                "Each pair of rows is the same pictures, upright and flipped. With tiny-if three pairs come first that "
+                "are alike when one is flipped; the assignment's are too far apart for so small a model.",
+            ),
             *((f"anagrams_{k}.gif", "The first seed, turning.") for k in range(3)),
         ),
         CASCADE,
@@ -232,7 +236,11 @@ EXPERIMENTS = [
         (),
         "hybrids.png",
         (
-            ("hybrids.png", "Of each pair: the pictures, what is seen of them from afar, and what only near by."),
+            (
+                "hybrids.png",
+                "Of each pair: the pictures, what is seen of them from afar, and what only near by. With tiny-if three "
+                "pairs come first whose pictures are alike when blurred, and σ is 4 of 64 pixels; else 2.",
+            ),
             *((f"hybrids_{k}.gif", "The first seed, going away and coming back.") for k in range(3)),
         ),
         CASCADE,

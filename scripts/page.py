@@ -3,8 +3,10 @@
 import html
 import inspect
 import io
+import itertools
 import os
 import platform
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -81,17 +83,26 @@ def section(made: Made, out: Path) -> str:
             image = f'<a href="{source}"><img{kind} src="{source}" alt="{alt}" loading="lazy"></a>'
             body += f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
     sources = "".join(source_of(function, out) for function in experiment.functions)
-    seconds = f"Took {max(made.seconds, 1):.0f} s." if experiment.figures else "Not run for this page."
     return f"""<section id="{experiment.folder}">
 <h2>{experiment.key} · {html.escape(experiment.title)}</h2>
 <p>{html.escape(experiment.says)}</p>
 <div class="equation" role="img" aria-label="{html.escape(experiment.equation)}">{typeset(experiment.equation)}</div>
 <div class="figures">{body}</div>
 <pre>{html.escape(made.command)}</pre>
-<p class="quiet">{seconds}</p>
+<p class="quiet">{html.escape(circumstances(made))}</p>
 {sources}
 </section>
 """
+
+
+def circumstances(made: Made) -> str:
+    """With which seed and model, and for how long, an experiment ran."""
+    if not made.experiment.figures:
+        return "Not run for this page."
+    words = shlex.split(made.command)
+    given = dict(itertools.pairwise(words))
+    model = f"With {given.get('--model', 'tiny-if, which is shipped')}. " if "model" in made.experiment.takes else ""
+    return f"{model}Seed {given['--seed']}. Took {max(made.seconds, 1):.0f} s."
 
 
 def typeset(tex: str) -> str:

@@ -12,6 +12,7 @@ a minute or two, with fewer pictures and steps.
 
 import hashlib
 import json
+import os
 import runpy
 import shlex
 import sys
@@ -25,6 +26,7 @@ import torch
 from common import SEED, check_writable, parser, run, seed_number
 from experiments import EXPERIMENTS, Experiment, Made
 from page import write_page
+from stages import model_name
 
 from ddpm.checkpoint import SHIPPED
 from ddpm.files import write_atomically
@@ -60,7 +62,9 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--only", metavar="A7,A10", help="some of the experiments (default: all)")
     options.add_argument("--fast", action="store_true", help="fewer pictures and steps")
-    options.add_argument("--model", metavar="FOLDER_OR_HUB_ID", help="a stage-1 model (default: tiny-if/I, shipped)")
+    options.add_argument(
+        "--model", type=model_name, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model (default: tiny-if/I, shipped)"
+    )
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model, or none")
     options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
@@ -139,8 +143,8 @@ def command_options(experiment: Experiment, args: Namespace, folder: Path) -> li
 
 def default_data() -> Path:
     """All of MNIST where it was downloaded before, else the 100 test digits that lie beside the tests."""
-    everything = Path("data")
-    return everything if (everything / "MNIST" / "raw").is_dir() else ROOT / "tests" / "data"
+    everything, few = Path("data"), ROOT / "tests" / "data"
+    return everything if (everything / "MNIST" / "raw").is_dir() else Path(os.path.relpath(few))
 
 
 def run_script(name: str, options: Sequence[str]) -> int:

@@ -43,6 +43,16 @@ def steps_or_name(text: str) -> int | str:
         raise ArgumentTypeError(f"{text!r} is neither a number of steps nor one of {names}") from None
 
 
+def model_name(text: str) -> str:
+    """An argparse type: a stage-1 model; tiny-if is short for its first stage."""
+    return MODEL if text == "tiny-if" else text
+
+
+def grouped(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Prompts, so many at a time; the last may be fewer."""
+    return [tuple(prompts[k : k + size]) for k in range(0, len(prompts), size)]
+
+
 def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
     """The options of every script that runs IF.
 
@@ -54,7 +64,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
         return f"default: {SETTINGS[name]:g}; {SMALL_SETTINGS[name]:g} for models below 64 px, such as tiny-if"
 
     stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
-    options.add_argument("--model", default=MODEL, metavar="FOLDER_OR_HUB_ID", help=stage_1)
+    options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER_OR_HUB_ID", help=stage_1)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
     options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
@@ -125,7 +135,6 @@ class Cascade:
         """Refuses what can be refused before anything is computed. prompts: those of --embeds when None."""
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
-        args.model = MODEL if args.model == "tiny-if" else args.model
         found = find_stage(args.model, 1, args.revision)
         settle(args, found.config.sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None

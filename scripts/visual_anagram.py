@@ -11,31 +11,39 @@ vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, 
 
 from common import parser, positive, run
 from figures import save_gif, save_table
-from stages import Cascade, Cell, add_cascade_options
+from stages import MODEL, Cascade, Cell, add_cascade_options, grouped
 from turning import turn
 
 from ddpm.sampling import anagram
 from ddpm.views import VIEWS, check_view, pixels
 
-PAIRS = [
+PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
     ("an oil painting of a snowy mountain village", "a photo of a hipster barista"),
     ("a photo of the amalfi coast", "an oil painting of a snowy mountain village"),
+]
+TINY_PAIRS = [  # of scripts/evaluate_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
+    ("a photo of a cloud with rain", "a photo of a tornado"),
 ]
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--prompt", action="append", metavar="TEXT", help="one for each view (default: three pairs)")
+    prompts = "one for each view; more make more pictures (default: the assignment's, after three for tiny-if)"
+    options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
     options.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="default: mean")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
     add_cascade_options(options, out="out/visual_anagram.png", stride=30)
     args = options.parse_args()
-    groups = [tuple(args.prompt)] if args.prompt else PAIRS
     names = args.view or ["identity", "vertical_flip"]
+    pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS
+    groups = grouped(args.prompt, len(names)) if args.prompt else pairs
     if any(len(group) != len(names) for group in groups):
-        raise ValueError(f"give a --prompt for each --view: there are {len(groups[0])} prompts for {', '.join(names)}")
+        count = len(args.prompt or groups[0])
+        raise ValueError(f"give a --prompt for each --view: there are {count} prompts for {', '.join(names)}")
+    if args.model == MODEL and args.guidance is None:
+        args.guidance = 2.0  # more of it, and each view overrules the others
     cascade = Cascade(args, [prompt for group in groups for prompt in group])
     views = [pixels(cascade.size[0]) if name == "pixels" else VIEWS[name]() for name in names]
     for view in views:

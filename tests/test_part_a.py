@@ -321,6 +321,19 @@ def test_a_hybrid_of_a_larger_sigma_leaves_more_to_the_near_prompt(run_script, t
     assert contrast[None] == contrast[2] < contrast[4]
 
 
+@pytest.mark.parametrize(("script", "rows"), [("visual_anagram", 2), ("hybrid_image", 3)])
+def test_several_pairs_are_several_pictures(run_script, tmp_path, model, script, rows):
+    """Each as if it had been asked for alone."""
+    quick = ["--num-images", 1]
+    asked = [part for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0]) for part in ("--prompt", prompt)]
+    both = draw(run_script, tmp_path / "both", script, *model, *quick, *asked, cells=table(2 * rows, 1))
+    second = draw(run_script, tmp_path / "one", script, *model, *quick, *asked[4:], cells=table(rows, 1))
+    for row in range(rows):
+        assert abs(both[f"{rows + row}_0"] - second[f"{row}_0"]).max() <= 1
+    assert abs(both["0_0"] - second["0_0"]).max() > 10
+    assert (tmp_path / "both" / "out" / f"{script}_1.gif").is_file()
+
+
 @pytest.mark.parametrize("components", ["low_high_pass", "grey_colour"])
 def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
