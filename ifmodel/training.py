@@ -103,6 +103,7 @@ def save_stage_1(folder: Path, config: dict, weights: dict[str, Tensor], encoder
     weights: those of a `TextToPicture`; encoder: where its config is from; tokenizer: a folder with spiece.model
     """
     encoder_config = {**encoder.config.to_dict(), "architectures": ["T5EncoderModel"]}
+    encoder_config.pop("_name_or_path", None)  # where it was loaded from, on this machine
     _save_half(folder / "unet" / "diffusion_pytorch_model.safetensors", weights, "unet.")
     _save_half(folder / "text_encoder" / "model.safetensors", weights, "encoder.")
     files = {
