@@ -6,7 +6,8 @@ For --prompts prompts, half of them plain ("a photo of …"), half with a style,
 training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
 pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
 steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, or the least within two
-points of it, which needs fewer steps. Then anagrams and hybrids, in which both things must be recognised: of random
+points of it, which needs fewer steps. At that guidance also the assignment's own prompts, "a rocket ship" and its like,
+which are other names of pictures. Then anagrams and hybrids, in which both things must be recognised: of random
 pairs, and of pairs whose pictures are alike when blurred, as one who makes illusions would choose them; one picture
 each, and the best of --tries. And stage 2 beside bicubic upscaling.
 
@@ -65,6 +66,7 @@ STEPS = {
 FAST = ("sde-dpm++", 20)
 SAMPLERS = [("sde-dpm++", 10), ("dpm++", 20), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("sde-dpm++", 5)]
 TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
+ALIAS_STYLES = (0, 1)  # in which other names are asked for
 
 
 def main():
@@ -75,32 +77,20 @@ def main():
     data = load_captioned(args.data, 128, curated() if args.curated else None)
     judge, known = get_judge(args, data)
     asked = prompts_of(data, args.prompts, args.seed)
+    measure = partial(measured, args, model, judge, known, data, asked)
     report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(judge, data, known)}
     reference = known[[one.row for one in asked]]
     others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
     report["distance_floor"] = frechet_distance(others, reference)
     print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
 
-    def measure(guidance: float, sampler: str, steps: int) -> dict:
-        pictures = model.draw_prompts(asked, guidance, sampler, steps)
-        found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
-        same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
-        same = found == torch.tensor([one.row for one in asked])
-        plain = torch.tensor([one.style == 0 for one in asked])
-        row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
-        row["distance"] = frechet_distance(features_of(judge, pictures), reference)
-        told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
-        print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
-        labels = [one.prompt for one in asked[:8]]
-        name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
-        draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
-        return row
-
     report["guidance"] = [measure(guidance, *FAST) for guidance in args.guidance]
     found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
     best = min(guidance for guidance, share in found.items() if share >= max(found.values()) - 0.04)
     report["best_guidance"] = best
     report["samplers"] = [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps]
+    if asked_otherwise := aliases_of(data):
+        report["aliases"] = aliases(args, model, judge, known, data, asked_otherwise, best)
     for alike in (False, True):
         kind = "alike" if alike else "random"
         report[f"anagrams, {kind} pairs"] = anagrams(args, model, judge, known, data, alike)
@@ -171,6 +161,16 @@ def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
     return asked
 
 
+def aliases_of(data: CaptionedPictures) -> list[Asked]:
+    """The other names of pictures, such as the assignment's "a rocket ship": as photos all, then as oil paintings."""
+    return [
+        Asked(TEMPLATES[style].format(phrase), name, style)
+        for style in ALIAS_STYLES
+        for name, phrases in enumerate(data.phrases)
+        for phrase in phrases[1:]
+    ]
+
+
 def pairs_of(data: CaptionedPictures, count: int, seed: int, view: View, alike: bool) -> list[tuple[Asked, Asked]]:
     """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
 
@@ -208,8 +208,10 @@ class SmallIF:
     def estimate(self, prompts: Sequence[str], guidance: float) -> Estimate:
         return stage_1(self.unet, self.embedded(prompts), self.embedded([""]), guidance)
 
-    def draw_prompts(self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int) -> Tensor:
-        name, prompts = f"prompts_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
+    def draw_prompts(
+        self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int, kind: str = "prompts"
+    ) -> Tensor:
+        name, prompts = f"{kind}_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
         return self.draw(name, prompts, lambda rows: self.estimate(prompts[rows], guidance), sampler, steps)
 
     def draw(
@@ -261,6 +263,42 @@ def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) ->
         shares[name] = share(nearest(judge, x, known) // len(STYLES) == rows // len(STYLES))
         print(f"the judge finds {shares[name]:.1%} of the training pictures, {name}")
     return shares
+
+
+def measured(
+    args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float, sampler: str, steps: int
+) -> dict:
+    """How often what was asked for is the nearest, and how far the pictures are from the training pictures."""
+    pictures = model.draw_prompts(asked, guidance, sampler, steps)
+    found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
+    same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
+    rows = torch.tensor([one.row for one in asked])
+    same, plain = found == rows, torch.tensor([one.style == 0 for one in asked])
+    row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
+    row["distance"] = frechet_distance(features_of(judge, pictures), known[rows])
+    told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
+    print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
+    labels = [one.prompt for one in asked[:8]]
+    name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
+    draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
+    return row
+
+
+def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float) -> dict:
+    """Prompts of `aliases_of`: how often the nearest picture has the name that each is another word for."""
+    pictures = model.draw_prompts(asked, guidance, *FAST, kind="aliases")
+    found = nearest(judge, pictures, known) // len(STYLES) == torch.tensor([one.name for one in asked])
+    photos, oils = found.chunk(2)
+    measures = {"photo": share(photos), "oil painting": share(oils), "both": share(found)}
+    told = ", ".join(f"{name} {value:.0%}" for name, value in measures.items())
+    print(f"{len(photos)} other names, γ = {guidance:g}: {told}")
+    measures["prompts"] = {one.prompt: right for one, right in zip(asked, found.tolist(), strict=True)}
+    rows, labels = [], [one.prompt.removeprefix(TEMPLATES[0].format("")) for one in asked[: len(photos)][:8]]
+    for part, prompts in zip(pictures.chunk(2), (asked[: len(photos)], asked[len(photos) :]), strict=True):
+        rows += [part[:8], data_rows(data, prompts[:8])]
+    named = [label for style in ALIAS_STYLES for label in (TEMPLATES[style].format("…"), "asked for")]
+    draw(args, "aliases.png", rows, named, labels)
+    return measures
 
 
 def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The tiny IF that is shipped: what is in it, diffusers draws the same with it, and it draws what it is asked for."""
 
 import json
+from functools import partial
 
 import evaluate_if
 import numpy
@@ -11,10 +12,11 @@ from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
+from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
 from ifmodel import load_unet
 from ifmodel.captions import CaptionedPictures, load_captioned
-from ifmodel.cascade import generate, upscale
+from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.weights import SHIPPED
 
@@ -70,12 +72,34 @@ def test_it_draws_what_it_is_asked_for():
     options = {"num_steps": 20, "guidance_scale": 4.0}
     drawn = generate(load_unet("tiny-if/I"), text, null, seeds=range(12), **options)
 
+    assert (likest(drawn, data.pictures[:, 0]) == torch.arange(12)).sum() >= 10
+
+
+def likest(drawn, pictures):
+    """Which of the pictures [K, 3, 32, 32] uint8 is likest to each drawn one [N, 3, 32, 32], coarsely, [N]."""
+
     def coarse(x):  # without its brightness
         x = F.avg_pool2d(x, 4).flatten(1)
         return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
-    likeness = coarse(drawn) @ coarse(data.pictures[:, 0] / 127.5 - 1).T
-    assert (likeness.argmax(1) == torch.arange(12)).sum() >= 10
+    return (coarse(drawn) @ coarse(pictures / 127.5 - 1).T).argmax(1)
+
+
+def test_it_draws_the_assignments_prompts():
+    """Other names than the pictures' own: seven of eight photos, and as many oil paintings, are likest to theirs."""
+    data = load_captioned(DATA / "emoji", 32)
+    asked = evaluate_if.aliases_of(data)
+    prompts = [one.prompt for one in asked]
+    assert {"a photo of a rocket ship", "an oil painting of a snowy mountain village"} < set(prompts)
+    assert "an oil painting of people around a campfire" in prompts and len(prompts) == 16
+    embeds = embed_prompts("tiny-if/I", [*prompts, ""])
+    estimate = stage_1(load_unet("tiny-if/I"), torch.stack([embeds[one] for one in prompts]), embeds[""][None], 4.0)
+    step, spaced = evaluate_if.STEPS["sde-dpm++"]
+    noise = noise_source(range(16), (3, 32, 32), torch.device("cpu"))
+    drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=partial(step, threshold=STAGE_1_THRESHOLD))
+    for style, part in enumerate(drawn.chunk(2)):
+        names = torch.tensor([one.name for one in asked if one.style == style])
+        assert (likest(part, data.pictures[:, style]) == names).sum() >= 7
 
 
 def test_a_folder_of_that_name_is_not_needed_and_others_are_not_found(refused, tmp_path):
@@ -113,7 +137,7 @@ def test_evaluation(run_script, refused, tmp_path):
         "--seed",
         1,
     ]
-    options += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
+    options += ["--most-steps", 5, "--illusion-steps", 6, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
     status, printed, err = run_script("evaluate_if", *options)
     assert status == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -124,6 +148,10 @@ def test_evaluation(run_script, refused, tmp_path):
     for kind in ("anagrams, random pairs", "anagrams, alike pairs", "hybrids, random pairs", "hybrids, alike pairs"):
         first, second, both, of_two = report[kind].values()
         assert 0 <= both <= min(first, second, of_two) <= 1
+    assert len(report["aliases"]["prompts"]) == 16  # eight other names, as photos and as oil paintings
+    found = list(report["aliases"]["prompts"].values())
+    assert report["aliases"]["both"] == sum(found) / 16 and report["aliases"]["photo"] == sum(found[:8]) / 8
+    assert "8 other names, γ = 2: photo" in printed and (tmp_path / "aliases.png").is_file()
     assert report["stage_2"]["trained on"]["bicubic, PSNR"] > 15
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams_alike.png").is_file()
 
@@ -134,6 +162,11 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "metadata.jsonl" in refused("evaluate_if", "--data", tmp_path, "--out", tmp_path / "other")
     line = refused("evaluate_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
+
+
+def test_pictures_without_other_names_have_no_aliases():
+    pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
+    assert evaluate_if.aliases_of(CaptionedPictures(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
 
 
 def test_pairs_that_are_alike_are_the_nearest_ones():
