@@ -74,11 +74,11 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out / "report.json")
     model = SmallIF(args, device, pick_dtype(args.dtype, device))
-    data = load_captioned(args.data, 128, curated() if args.curated else None)
+    data = load_captioned(args.data, args.size, curated() if args.curated else None)
     judge, known = get_judge(args, data)
     asked = prompts_of(data, args.prompts, args.seed)
     measure = partial(measured, args, model, judge, known, data, asked)
-    report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(judge, data, known)}
+    report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(args, judge, data, known)}
     reference = known[[one.row for one in asked]]
     others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
     report["distance_floor"] = frechet_distance(others, reference)
@@ -132,10 +132,24 @@ def arguments() -> Namespace:
         raise ValueError("--prompts must be at least 2: one picture has no covariance")
     if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
-    check_stage(args.model, 1)
-    if args.upscaler != "none":
-        check_stage(args.upscaler, 2)
+    check_models(args)
     return args
+
+
+def check_models(args: Namespace):
+    """Find args.small, which stage 1 draws, and args.size, of the data. Raises ValueError for stages that do not fit.
+
+    The data are as large as stage 2 draws, or the least multiple of args.small from 128 on; the small ones are means.
+    """
+    args.small = check_stage(args.model, 1).sample_size
+    args.size = -(-128 // args.small) * args.small
+    if args.upscaler != "none":
+        args.size = check_stage(args.upscaler, 2).sample_size
+        if args.size % args.small:
+            told = (
+                f"{args.upscaler} draws pictures of {args.size} pixels, no multiple of the {args.small} of {args.model}"
+            )
+            raise ValueError(f"{told}: give another --upscaler, or none")
 
 
 @dataclass(frozen=True)
@@ -171,13 +185,15 @@ def aliases_of(data: CaptionedPictures) -> list[Asked]:
     ]
 
 
-def pairs_of(data: CaptionedPictures, count: int, seed: int, view: View, alike: bool) -> list[tuple[Asked, Asked]]:
+def pairs_of(
+    data: CaptionedPictures, count: int, seed: int, view: View, alike: bool, side: int
+) -> list[tuple[Asked, Asked]]:
     """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
 
-    alike: the second is compared in its view; each picture is in one pair alone
+    alike: the second is compared in its view, at side × side pixels; each picture is in one pair alone
     """
     if alike:
-        plain = data_rows(data, [Asked("", name, 0) for name in range(len(data.names))])
+        plain = reduced(data.pictures[:, 0], side)
         seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
         distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
         while len(chosen) < count and distances.isfinite().any():
@@ -229,7 +245,7 @@ class SmallIF:
         count = len(prompts)
         step, spaced = STEPS[sampler]
         step, timesteps = partial(step, threshold=STAGE_1_THRESHOLD), spaced(SCHEDULE.num_timesteps, steps)
-        side, pictures = self.unet.config.sample_size, []
+        side, pictures = self.args.small, []
         for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
             rows = slice(start, min(start + self.args.batch_size, count))
             seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
@@ -253,9 +269,9 @@ def get_judge(args: Namespace, data: CaptionedPictures) -> tuple[PictureJudge, T
     return judge, features_of(judge, data.pictures.flatten(0, 1) / 127.5 - 1)
 
 
-def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
-    """How often the judge finds the training pictures themselves, at 32 pixels and moved by one."""
-    small = F.avg_pool2d(data.pictures.flatten(0, 1) / 127.5 - 1, 4).roll((1, -1), (2, 3))
+def judge_report(args: Namespace, judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
+    """How often the judge finds the training pictures themselves, as small as stage 1 draws and moved by one."""
+    small = reduced(data.pictures.flatten(0, 1), args.small).roll((1, -1), (2, 3))
     blurred, high = low_pass(small, 2.0), high_passed(small)
     rows = torch.arange(len(known))
     shares = {}
@@ -280,7 +296,7 @@ def measured(
     print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
     labels = [one.prompt for one in asked[:8]]
     name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
-    draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
+    draw(args, name, [pictures[:8], data_rows(data, asked[:8], args.small)], ["drawn", "asked for"], labels)
     return row
 
 
@@ -295,7 +311,7 @@ def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[As
     measures["prompts"] = {one.prompt: right for one, right in zip(asked, found.tolist(), strict=True)}
     rows, labels = [], [one.prompt.removeprefix(TEMPLATES[0].format("")) for one in asked[: len(photos)][:8]]
     for part, prompts in zip(pictures.chunk(2), (asked[: len(photos)], asked[len(photos) :]), strict=True):
-        rows += [part[:8], data_rows(data, prompts[:8])]
+        rows += [part[:8], data_rows(data, prompts[:8], args.small)]
     named = [label for style in ALIAS_STYLES for label in (TEMPLATES[style].format("…"), "asked for")]
     draw(args, "aliases.png", rows, named, labels)
     return measures
@@ -304,7 +320,7 @@ def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[As
 def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
     """Upright and flipped: how often each thing, and both, are the nearest."""
     views = [identity(), vertical_flip()]
-    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike) * args.tries
+    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike, args.small) * args.tries
     name = f"anagrams_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
@@ -323,7 +339,7 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
 def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
     """Far and near, always seen through σ = 2, however drawn: how often each thing, and both, are the nearest."""
     components = low_high_pass(args.hybrid_sigma)
-    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike) * args.tries
+    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike, args.small) * args.tries
     name = f"hybrids_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
@@ -366,17 +382,16 @@ def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str]
 
 
 def upscaling_sets(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
-    """Plain pictures [64, 3, 128, 128] in [-1, 1]: of our list, or the first, and those of --hold-out 64."""
+    """Plain pictures [64, 3, S, S] in [-1, 1], S = args.size: of our list, or the first, and those of --hold-out 64."""
     sets = {"trained on": data.pictures[:64, 0]}
     if args.curated:
-        sets["never seen"] = load_captioned(args.data, 128, held_out(args.data, 64)).pictures[:, 0]
+        sets["never seen"] = load_captioned(args.data, args.size, held_out(args.data, 64)).pictures[:, 0]
     return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
 
 
 def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Tensor, kind: str) -> dict[str, float]:
     """Stage 2, told nothing, and bicubic upscaling of the same small pictures: how near each is to the large ones."""
-    side = model.unet.config.sample_size
-    small = F.avg_pool2d(pictures, pictures.shape[-1] // side)
+    small = F.avg_pool2d(pictures, pictures.shape[-1] // args.small)
     bicubic = F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(-1, 1)
     null, drawn = model.embedded([""]), []
     for start in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
@@ -393,7 +408,7 @@ def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Ten
         near = F.cosine_similarity(features_of(judge, x), reference)
         measures[f"{name}, feature distance"] = (1 - near).mean().item()
     print(f"stage 2, pictures {kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items()))
-    rows, labels = [small, bicubic, drawn, pictures], [f"{side} px", "bicubic", "stage 2", "original"]
+    rows, labels = [small, bicubic, drawn, pictures], [f"{args.small} px", "bicubic", "stage 2", "original"]
     rows = [F.interpolate(x[:8], pictures.shape[-2:], mode="nearest") for x in rows]
     draw(args, f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [""] * 8)
     return measures
@@ -403,9 +418,14 @@ def share(right: Tensor) -> float:
     return right.double().mean().item() if len(right) else float("nan")
 
 
-def data_rows(data: CaptionedPictures, asked: Sequence[Asked]) -> Tensor:
-    """The training pictures that prompts ask for, [N, 3, 32, 32] in [-1, 1]."""
-    return F.avg_pool2d(torch.stack([data.pictures[one.name, one.style] for one in asked]) / 127.5 - 1, 4)
+def data_rows(data: CaptionedPictures, asked: Sequence[Asked], side: int) -> Tensor:
+    """The training pictures that prompts ask for, [N, 3, side, side] in [-1, 1]."""
+    return reduced(torch.stack([data.pictures[one.name, one.style] for one in asked]), side)
+
+
+def reduced(pictures: Tensor, side: int) -> Tensor:
+    """Pictures [N, 3, S, S] uint8 -> means of their pixels [N, 3, side, side] in [-1, 1]; S is a multiple of side."""
+    return F.avg_pool2d(pictures / 127.5 - 1, pictures.shape[-1] // side)
 
 
 def draw(args: Namespace, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):

@@ -1,6 +1,7 @@
 """The tiny IF that is shipped: what is in it, diffusers draws the same with it, and it draws what it is asked for."""
 
 import json
+from argparse import Namespace
 from functools import partial
 
 import evaluate_if
@@ -12,9 +13,11 @@ from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
+import ifmodel.training as training
+from ddpm.files import load_tensors
 from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
-from ifmodel import load_unet
+from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.captions import CaptionedPictures, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
 from ifmodel.text import embed_prompts
@@ -164,6 +167,46 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "'0' is not a whole number" in line
 
 
+def save_untrained(folder, small, large, text_dim=32):
+    """A stage 1 of small × small pixels with the text encoder of 32, and a stage 2 of large × large, in a folder."""
+    torch.manual_seed(0)
+    encoder, widths = training.build_encoder(1500, 32), (32, 32)
+    for name, config in (
+        ("I", training.stage_1_config(small, widths, 1, 32)),
+        ("II", training.stage_2_config(large, widths, 1, text_dim)),
+    ):
+        weights = training.TextToPicture(encoder, UNet(UNetConfig.from_dict(config))).state_dict()
+        if name == "I":
+            training.save_stage_1(folder / name, config, weights, encoder, STAGE_1 / "tokenizer")
+        else:
+            training.save_stage_2(folder / name, config, weights)
+    return ["--data", DATA / "emoji", "--model", folder / "I", "--upscaler", folder / "II", "--out", folder / "out"]
+
+
+QUICK = ["--judge-steps", 2, "--prompts", 2, "--pairs", 1, "--tries", 1, "--guidance", 2, "--illusion-steps", 1]
+QUICK += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu"]
+
+
+def test_models_of_other_sizes_are_evaluated(run_script, refused, tmp_path):
+    """The data are loaded as large as stage 2 draws, and compared with stage 1 as small as that draws."""
+    options = [*save_untrained(tmp_path, 16, 32), *QUICK]
+    status, _, err = run_script("evaluate_if", *options)
+    assert status == 0, err
+    with Image.open(tmp_path / "out" / "stage_2_trained_on.png") as picture:
+        assert picture.height < 4 * 128 + 200  # four rows of pictures of 128 pixels: 32, each four times
+    assert load_tensors(next((tmp_path / "out" / "pictures").glob("aliases*")))[0]["pictures"].shape == (16, 3, 16, 16)
+    line = refused("evaluate_if", *save_untrained(tmp_path, 20, 32), *QUICK)
+    assert "draws pictures of 32 pixels, no multiple of the 20" in line
+
+
+@pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 144), (64, 128), (256, 256)])
+def test_without_an_upscaler_the_data_are_large_enough_for_the_judge(monkeypatch, small, size):
+    monkeypatch.setattr(evaluate_if, "check_stage", lambda source, stage: Namespace(sample_size=small))
+    args = Namespace(model="", upscaler="none")
+    evaluate_if.check_models(args)
+    assert (args.small, args.size) == (small, size)
+
+
 def test_pictures_without_other_names_have_no_aliases():
     pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
     assert evaluate_if.aliases_of(CaptionedPictures(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
@@ -174,9 +217,9 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
     for row, (top, bottom) in enumerate(((0, 200), (199, 1), (90, 100), (110, 80))):
         pictures[row, :, :, :64], pictures[row, :, :, 64:] = top, bottom
     data = CaptionedPictures(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
-    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True)
+    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True, side=32)
     assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
-    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False)
+    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False, side=32)
     assert len(apart) == 5 and all(first.name != second.name for first, second in apart)
 
 
