@@ -55,6 +55,7 @@ from ifmodel.captions import STYLES, CaptionedPictures, curated, held_out, load_
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
 from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
+from ifmodel.weights import read_json
 
 # each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
 STEPS = {
@@ -75,6 +76,9 @@ def main():
     check_writable(args.out / "report.json")
     model = SmallIF(args, device, pick_dtype(args.dtype, device))
     data = load_captioned(args.data, args.size, curated() if args.curated else None)
+    if len(data.names) < 2:
+        raise ValueError(f"{args.data} has one picture alone, {data.names[0]}: pairs and shares need two or more")
+    sets = {} if args.upscaler == "none" else upscaling_sets(args, data)  # now, since there may be too few pictures
     judge, known = get_judge(args, data)
     asked = prompts_of(data, args.prompts, args.seed)
     measure = partial(measured, args, model, judge, known, data, asked)
@@ -95,10 +99,8 @@ def main():
         kind = "alike" if alike else "random"
         report[f"anagrams, {kind} pairs"] = anagrams(args, model, judge, known, data, alike)
         report[f"hybrids, {kind} pairs"] = hybrids(args, model, judge, known, data, alike)
-    if args.upscaler != "none":
-        report["stage_2"] = {
-            kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in upscaling_sets(args, data).items()
-        }
+    if sets:
+        report["stage_2"] = {kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in sets.items()}
     draw_curves(args.out / "curves.png", report, args.seed)
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
@@ -137,19 +139,27 @@ def arguments() -> Namespace:
 
 
 def check_models(args: Namespace):
-    """Find args.small, which stage 1 draws, and args.size, of the data. Raises ValueError for stages that do not fit.
+    """Find args.small, which stage 1 draws, and args.size, of the data.
 
     The data are as large as stage 2 draws, or the least multiple of args.small from 128 on; the small ones are means.
+    Raises FileNotFoundError or ValueError, in one line, for a model that lacks something or stages that do not fit.
     """
-    args.small = check_stage(args.model, 1).sample_size
+    stages = [(args.model, check_stage(args.model, 1))]
+    args.small = stages[0][1].sample_size
     args.size = -(-128 // args.small) * args.small
     if args.upscaler != "none":
-        args.size = check_stage(args.upscaler, 2).sample_size
+        stages.append((args.upscaler, check_stage(args.upscaler, 2)))
+        args.size = stages[1][1].sample_size
         if args.size % args.small:
-            told = (
-                f"{args.upscaler} draws pictures of {args.size} pixels, no multiple of the {args.small} of {args.model}"
-            )
-            raise ValueError(f"{told}: give another --upscaler, or none")
+            told = f"{args.upscaler} draws pictures of {args.size} pixels, no multiple of the {args.small}"
+            raise ValueError(f"{told} of {args.model}: give another --upscaler, or none")
+    path, encoder = read_json(args.model, "text_encoder", "config.json")
+    if encoder is None:
+        raise FileNotFoundError(f"{path} is not there: {args.model} must hold its text encoder")
+    for source, config in stages:
+        if (width := encoder.get("d_model")) != config.encoder_hid_dim:
+            told = f"{source} takes texts that are {config.encoder_hid_dim} wide, {args.model}'s encoder gives {width}"
+            raise ValueError(f"{told}: give stages with the same text encoder, or --upscaler none")
 
 
 @dataclass(frozen=True)

@@ -201,10 +201,28 @@ def test_models_of_other_sizes_are_evaluated(run_script, refused, tmp_path):
 
 @pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 144), (64, 128), (256, 256)])
 def test_without_an_upscaler_the_data_are_large_enough_for_the_judge(monkeypatch, small, size):
-    monkeypatch.setattr(evaluate_if, "check_stage", lambda source, stage: Namespace(sample_size=small))
-    args = Namespace(model="", upscaler="none")
+    monkeypatch.setattr(evaluate_if, "check_stage", lambda *_: Namespace(sample_size=small, encoder_hid_dim=128))
+    args = Namespace(model="tiny-if/I", upscaler="none")
     evaluate_if.check_models(args)
     assert (args.small, args.size) == (small, size)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, monkeypatch, tmp_path):
+    def too_late(*_, **__):
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("ifmodel.judge.train_picture_judge", too_late)
+    line = refused("evaluate_if", *save_untrained(tmp_path, 16, 32, text_dim=64), *QUICK)
+    assert "II takes texts that are 64 wide" in line and "encoder gives 32" in line
+    options = save_untrained(tmp_path, 16, 32)
+    monkeypatch.setattr("ifmodel.captions.curated", lambda: ["rocket", "skull"])
+    assert "64 of them cannot be held out" in refused("evaluate_if", *options, "--curated", *QUICK)
+    (tmp_path / "1F680.png").write_bytes((DATA / "emoji" / "1F680.png").read_bytes())
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1F680.png", "text": "rocket"}))
+    line = refused("evaluate_if", *options, "--data", tmp_path, *QUICK)
+    assert "has one picture alone, rocket" in line
+    (tmp_path / "I" / "text_encoder" / "config.json").unlink()
+    assert "must hold its text encoder" in refused("evaluate_if", *options, *QUICK)
 
 
 def test_pictures_without_other_names_have_no_aliases():
