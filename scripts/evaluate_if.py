@@ -11,8 +11,8 @@ which are other names of pictures. Then anagrams and hybrids, in which both thin
 pairs, and of pairs whose pictures are alike when blurred, as one who makes illusions would choose them; one picture
 each, and the best of --tries. And stage 2 beside bicubic upscaling.
 
-Writes report.json, curves.png and samples of each kind to --out; all pictures are kept there too, so a stopped
-evaluation goes on where it was.
+Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known; all pictures of stage 1
+are kept there too, so a stopped evaluation goes on where it was.
 """
 
 import hashlib
@@ -82,27 +82,31 @@ def main():
     judge, known = get_judge(args, data)
     asked = prompts_of(data, args.prompts, args.seed)
     measure = partial(measured, args, model, judge, known, data, asked)
-    report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(args, judge, data, known)}
+    report = {"prompts": len(asked), "seed": args.seed}
+
+    def keep(section: str, measures):  # written each time, so that a late failure loses nothing
+        report[section] = measures
+        write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+
+    keep("judge", judge_report(args, judge, data, known))
     reference = known[[one.row for one in asked]]
     others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
-    report["distance_floor"] = frechet_distance(others, reference)
+    keep("distance_floor", frechet_distance(others, reference))
     print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
-
-    report["guidance"] = [measure(guidance, *FAST) for guidance in args.guidance]
+    keep("guidance", [measure(guidance, *FAST) for guidance in args.guidance])
     found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
     best = min(guidance for guidance, share in found.items() if share >= max(found.values()) - 0.04)
-    report["best_guidance"] = best
-    report["samplers"] = [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps]
+    keep("best_guidance", best)
+    keep("samplers", [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps])
+    draw_curves(args.out / "curves.png", report, args.seed)
     if asked_otherwise := aliases_of(data):
-        report["aliases"] = aliases(args, model, judge, known, data, asked_otherwise, best)
+        keep("aliases", aliases(args, model, judge, known, data, asked_otherwise, best))
     for alike in (False, True):
         kind = "alike" if alike else "random"
-        report[f"anagrams, {kind} pairs"] = anagrams(args, model, judge, known, data, alike)
-        report[f"hybrids, {kind} pairs"] = hybrids(args, model, judge, known, data, alike)
-    if sets:
-        report["stage_2"] = {kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in sets.items()}
-    draw_curves(args.out / "curves.png", report, args.seed)
-    write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+        keep(f"anagrams, {kind} pairs", anagrams(args, model, judge, known, data, alike))
+        keep(f"hybrids, {kind} pairs", hybrids(args, model, judge, known, data, alike))
+    for kind, pictures in sets.items():
+        keep("stage_2", {**report.get("stage_2", {}), kind: upscaled(args, model, judge, pictures, kind)})
     print(args.out / "report.json")
 
 

@@ -1,5 +1,6 @@
 """The tiny IF that is shipped: what is in it, diffusers draws the same with it, and it draws what it is asked for."""
 
+import errno
 import json
 from argparse import Namespace
 from functools import partial
@@ -223,6 +224,17 @@ def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, 
     assert "has one picture alone, rocket" in line
     (tmp_path / "I" / "text_encoder" / "config.json").unlink()
     assert "must hold its text encoder" in refused("evaluate_if", *options, *QUICK)
+
+
+def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "hybrids_random")
+
+    monkeypatch.setattr("ddpm.sampling.hybrid", full)
+    assert "No space left" in refused("evaluate_if", *save_untrained(tmp_path, 16, 32), *QUICK)
+    sections = ["judge", "distance_floor", "guidance", "best_guidance", "samplers", "aliases", "anagrams, random pairs"]
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == ["prompts", "seed", *sections]
+    assert (tmp_path / "out" / "curves.png").is_file()
 
 
 def test_pictures_without_other_names_have_no_aliases():
