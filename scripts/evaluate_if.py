@@ -39,7 +39,7 @@ from common import (
     seed_number,
 )
 from figures import save_figure, save_grid
-from stages import check_stage
+from stages import MODEL, UPSCALER, check_stage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -114,8 +114,8 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
     options.add_argument("--curated", action="store_true", help="as in train_if.py; 64 other pictures test stage 2")
-    options.add_argument("--model", default="tiny-if/I", metavar="FOLDER", help="default: tiny-if/I")
-    options.add_argument("--upscaler", default="tiny-if/II", metavar="FOLDER", help="or none (default: tiny-if/II)")
+    options.add_argument("--model", default=MODEL, metavar="FOLDER", help=f"default: {MODEL}")
+    options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=f"or none (default: {UPSCALER})")
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
     options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
@@ -138,6 +138,8 @@ def arguments() -> Namespace:
         raise ValueError("--prompts must be at least 2: one picture has no covariance")
     if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
+    args.model = MODEL if args.model == "tiny-if" else args.model
+    args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
     check_models(args)
     return args
 

@@ -237,6 +237,13 @@ def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
+def test_tiny_if_is_short_for_both_stages(monkeypatch):
+    options = ["--data", "emoji", "--model", "tiny-if", "--upscaler", "tiny-if"]
+    monkeypatch.setattr("sys.argv", ["evaluate_if.py", *options])
+    args = evaluate_if.arguments()
+    assert (args.model, args.upscaler, args.small, args.size) == ("tiny-if/I", "tiny-if/II", 32, 128)
+
+
 def test_pictures_without_other_names_have_no_aliases():
     pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
     assert evaluate_if.aliases_of(CaptionedPictures(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
