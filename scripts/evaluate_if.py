@@ -6,12 +6,13 @@ For --prompts prompts, half of them plain ("a photo of …"), half with a style,
 training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
 pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
 steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, or the least within two
-points of it, which needs fewer steps. Then anagrams and hybrids, in which both things must be recognised: of random
+points of it, which needs fewer steps. At that guidance also the assignment's own prompts, "a rocket ship" and its like,
+which are other names of pictures. Then anagrams and hybrids, in which both things must be recognised: of random
 pairs, and of pairs whose pictures are alike when blurred, as one who makes illusions would choose them; one picture
 each, and the best of --tries. And stage 2 beside bicubic upscaling.
 
-Writes report.json, curves.png and samples of each kind to --out; all pictures are kept there too, so a stopped
-evaluation goes on where it was.
+Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known; all pictures of stage 1
+are kept there too, so a stopped evaluation goes on where it was.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ from common import (
     seed_number,
 )
 from figures import save_figure, save_grid
-from stages import check_stage
+from stages import MODEL, UPSCALER, check_stage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ from ifmodel.captions import STYLES, CaptionedPictures, curated, held_out, load_
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
 from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
+from ifmodel.weights import read_json
 
 # each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
 STEPS = {
@@ -65,6 +67,7 @@ STEPS = {
 FAST = ("sde-dpm++", 20)
 SAMPLERS = [("sde-dpm++", 10), ("dpm++", 20), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("sde-dpm++", 5)]
 TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
+ALIAS_STYLES = (0, 1)  # in which other names are asked for
 
 
 def main():
@@ -72,45 +75,38 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out / "report.json")
     model = SmallIF(args, device, pick_dtype(args.dtype, device))
-    data = load_captioned(args.data, 128, curated() if args.curated else None)
+    data = load_captioned(args.data, args.size, curated() if args.curated else None)
+    if len(data.names) < 2:
+        raise ValueError(f"{args.data} has one picture alone, {data.names[0]}: pairs and shares need two or more")
+    sets = {} if args.upscaler == "none" else upscaling_sets(args, data)  # now, since there may be too few pictures
     judge, known = get_judge(args, data)
     asked = prompts_of(data, args.prompts, args.seed)
-    report = {"prompts": len(asked), "seed": args.seed, "judge": judge_report(judge, data, known)}
+    measure = partial(measured, args, model, judge, known, data, asked)
+    report = {"prompts": len(asked), "seed": args.seed}
+
+    def keep(section: str, measures):  # written each time, so that a late failure loses nothing
+        report[section] = measures
+        write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+
+    keep("judge", judge_report(args, judge, data, known))
     reference = known[[one.row for one in asked]]
     others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
-    report["distance_floor"] = frechet_distance(others, reference)
+    keep("distance_floor", frechet_distance(others, reference))
     print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
-
-    def measure(guidance: float, sampler: str, steps: int) -> dict:
-        pictures = model.draw_prompts(asked, guidance, sampler, steps)
-        found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
-        same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
-        same = found == torch.tensor([one.row for one in asked])
-        plain = torch.tensor([one.style == 0 for one in asked])
-        row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
-        row["distance"] = frechet_distance(features_of(judge, pictures), reference)
-        told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
-        print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
-        labels = [one.prompt for one in asked[:8]]
-        name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
-        draw(args, name, [pictures[:8], data_rows(data, asked[:8])], ["drawn", "asked for"], labels)
-        return row
-
-    report["guidance"] = [measure(guidance, *FAST) for guidance in args.guidance]
+    keep("guidance", [measure(guidance, *FAST) for guidance in args.guidance])
     found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
     best = min(guidance for guidance, share in found.items() if share >= max(found.values()) - 0.04)
-    report["best_guidance"] = best
-    report["samplers"] = [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps]
+    keep("best_guidance", best)
+    keep("samplers", [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps])
+    draw_curves(args.out / "curves.png", report, args.seed)
+    if asked_otherwise := aliases_of(data):
+        keep("aliases", aliases(args, model, judge, known, data, asked_otherwise, best))
     for alike in (False, True):
         kind = "alike" if alike else "random"
-        report[f"anagrams, {kind} pairs"] = anagrams(args, model, judge, known, data, alike)
-        report[f"hybrids, {kind} pairs"] = hybrids(args, model, judge, known, data, alike)
-    if args.upscaler != "none":
-        report["stage_2"] = {
-            kind: upscaled(args, model, judge, pictures, kind) for kind, pictures in upscaling_sets(args, data).items()
-        }
-    draw_curves(args.out / "curves.png", report, args.seed)
-    write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+        keep(f"anagrams, {kind} pairs", anagrams(args, model, judge, known, data, alike))
+        keep(f"hybrids, {kind} pairs", hybrids(args, model, judge, known, data, alike))
+    for kind, pictures in sets.items():
+        keep("stage_2", {**report.get("stage_2", {}), kind: upscaled(args, model, judge, pictures, kind)})
     print(args.out / "report.json")
 
 
@@ -118,8 +114,8 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
     options.add_argument("--curated", action="store_true", help="as in train_if.py; 64 other pictures test stage 2")
-    options.add_argument("--model", default="tiny-if/I", metavar="FOLDER", help="default: tiny-if/I")
-    options.add_argument("--upscaler", default="tiny-if/II", metavar="FOLDER", help="or none (default: tiny-if/II)")
+    options.add_argument("--model", default=MODEL, metavar="FOLDER", help=f"default: {MODEL}")
+    options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=f"or none (default: {UPSCALER})")
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
     options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
@@ -142,10 +138,34 @@ def arguments() -> Namespace:
         raise ValueError("--prompts must be at least 2: one picture has no covariance")
     if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
-    check_stage(args.model, 1)
-    if args.upscaler != "none":
-        check_stage(args.upscaler, 2)
+    args.model = MODEL if args.model == "tiny-if" else args.model
+    args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
+    check_models(args)
     return args
+
+
+def check_models(args: Namespace):
+    """Find args.small, which stage 1 draws, and args.size, of the data.
+
+    The data are as large as stage 2 draws, or the least multiple of args.small from 128 on; the small ones are means.
+    Raises FileNotFoundError or ValueError, in one line, for a model that lacks something or stages that do not fit.
+    """
+    stages = [(args.model, check_stage(args.model, 1))]
+    args.small = stages[0][1].sample_size
+    args.size = -(-128 // args.small) * args.small
+    if args.upscaler != "none":
+        stages.append((args.upscaler, check_stage(args.upscaler, 2)))
+        args.size = stages[1][1].sample_size
+        if args.size % args.small:
+            told = f"{args.upscaler} draws pictures of {args.size} pixels, no multiple of the {args.small}"
+            raise ValueError(f"{told} of {args.model}: give another --upscaler, or none")
+    path, encoder = read_json(args.model, "text_encoder", "config.json")
+    if encoder is None:
+        raise FileNotFoundError(f"{path} is not there: {args.model} must hold its text encoder")
+    for source, config in stages:
+        if (width := encoder.get("d_model")) != config.encoder_hid_dim:
+            told = f"{source} takes texts that are {config.encoder_hid_dim} wide, {args.model}'s encoder gives {width}"
+            raise ValueError(f"{told}: give stages with the same text encoder, or --upscaler none")
 
 
 @dataclass(frozen=True)
@@ -171,13 +191,25 @@ def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
     return asked
 
 
-def pairs_of(data: CaptionedPictures, count: int, seed: int, view: View, alike: bool) -> list[tuple[Asked, Asked]]:
+def aliases_of(data: CaptionedPictures) -> list[Asked]:
+    """The other names of pictures, such as the assignment's "a rocket ship": as photos all, then as oil paintings."""
+    return [
+        Asked(TEMPLATES[style].format(phrase), name, style)
+        for style in ALIAS_STYLES
+        for name, phrases in enumerate(data.phrases)
+        for phrase in phrases[1:]
+    ]
+
+
+def pairs_of(
+    data: CaptionedPictures, count: int, seed: int, view: View, alike: bool, side: int
+) -> list[tuple[Asked, Asked]]:
     """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
 
-    alike: the second is compared in its view; each picture is in one pair alone
+    alike: the second is compared in its view, at side × side pixels; each picture is in one pair alone
     """
     if alike:
-        plain = data_rows(data, [Asked("", name, 0) for name in range(len(data.names))])
+        plain = reduced(data.pictures[:, 0], side)
         seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
         distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
         while len(chosen) < count and distances.isfinite().any():
@@ -208,8 +240,10 @@ class SmallIF:
     def estimate(self, prompts: Sequence[str], guidance: float) -> Estimate:
         return stage_1(self.unet, self.embedded(prompts), self.embedded([""]), guidance)
 
-    def draw_prompts(self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int) -> Tensor:
-        name, prompts = f"prompts_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
+    def draw_prompts(
+        self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int, kind: str = "prompts"
+    ) -> Tensor:
+        name, prompts = f"{kind}_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
         return self.draw(name, prompts, lambda rows: self.estimate(prompts[rows], guidance), sampler, steps)
 
     def draw(
@@ -227,7 +261,7 @@ class SmallIF:
         count = len(prompts)
         step, spaced = STEPS[sampler]
         step, timesteps = partial(step, threshold=STAGE_1_THRESHOLD), spaced(SCHEDULE.num_timesteps, steps)
-        side, pictures = self.unet.config.sample_size, []
+        side, pictures = self.args.small, []
         for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
             rows = slice(start, min(start + self.args.batch_size, count))
             seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
@@ -251,9 +285,9 @@ def get_judge(args: Namespace, data: CaptionedPictures) -> tuple[PictureJudge, T
     return judge, features_of(judge, data.pictures.flatten(0, 1) / 127.5 - 1)
 
 
-def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
-    """How often the judge finds the training pictures themselves, at 32 pixels and moved by one."""
-    small = F.avg_pool2d(data.pictures.flatten(0, 1) / 127.5 - 1, 4).roll((1, -1), (2, 3))
+def judge_report(args: Namespace, judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
+    """How often the judge finds the training pictures themselves, as small as stage 1 draws and moved by one."""
+    small = reduced(data.pictures.flatten(0, 1), args.small).roll((1, -1), (2, 3))
     blurred, high = low_pass(small, 2.0), high_passed(small)
     rows = torch.arange(len(known))
     shares = {}
@@ -263,10 +297,46 @@ def judge_report(judge: PictureJudge, data: CaptionedPictures, known: Tensor) ->
     return shares
 
 
+def measured(
+    args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float, sampler: str, steps: int
+) -> dict:
+    """How often what was asked for is the nearest, and how far the pictures are from the training pictures."""
+    pictures = model.draw_prompts(asked, guidance, sampler, steps)
+    found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
+    same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
+    rows = torch.tensor([one.row for one in asked])
+    same, plain = found == rows, torch.tensor([one.style == 0 for one in asked])
+    row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
+    row["distance"] = frechet_distance(features_of(judge, pictures), known[rows])
+    told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
+    print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
+    labels = [one.prompt for one in asked[:8]]
+    name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
+    draw(args, name, [pictures[:8], data_rows(data, asked[:8], args.small)], ["drawn", "asked for"], labels)
+    return row
+
+
+def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float) -> dict:
+    """Prompts of `aliases_of`: how often the nearest picture has the name that each is another word for."""
+    pictures = model.draw_prompts(asked, guidance, *FAST, kind="aliases")
+    found = nearest(judge, pictures, known) // len(STYLES) == torch.tensor([one.name for one in asked])
+    photos, oils = found.chunk(2)
+    measures = {"photo": share(photos), "oil painting": share(oils), "both": share(found)}
+    told = ", ".join(f"{name} {value:.0%}" for name, value in measures.items())
+    print(f"{len(photos)} other names, γ = {guidance:g}: {told}")
+    measures["prompts"] = {one.prompt: right for one, right in zip(asked, found.tolist(), strict=True)}
+    rows, labels = [], [one.prompt.removeprefix(TEMPLATES[0].format("")) for one in asked[: len(photos)][:8]]
+    for part, prompts in zip(pictures.chunk(2), (asked[: len(photos)], asked[len(photos) :]), strict=True):
+        rows += [part[:8], data_rows(data, prompts[:8], args.small)]
+    named = [label for style in ALIAS_STYLES for label in (TEMPLATES[style].format("…"), "asked for")]
+    draw(args, "aliases.png", rows, named, labels)
+    return measures
+
+
 def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
     """Upright and flipped: how often each thing, and both, are the nearest."""
     views = [identity(), vertical_flip()]
-    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike) * args.tries
+    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike, args.small) * args.tries
     name = f"anagrams_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
@@ -285,7 +355,7 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
 def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
     """Far and near, always seen through σ = 2, however drawn: how often each thing, and both, are the nearest."""
     components = low_high_pass(args.hybrid_sigma)
-    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike) * args.tries
+    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike, args.small) * args.tries
     name = f"hybrids_{'alike' if alike else 'random'}"
 
     def estimate_of(rows: slice) -> Estimate:
@@ -328,17 +398,16 @@ def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str]
 
 
 def upscaling_sets(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
-    """Plain pictures [64, 3, 128, 128] in [-1, 1]: of our list, or the first, and those of --hold-out 64."""
+    """Plain pictures [64, 3, S, S] in [-1, 1], S = args.size: of our list, or the first, and those of --hold-out 64."""
     sets = {"trained on": data.pictures[:64, 0]}
     if args.curated:
-        sets["never seen"] = load_captioned(args.data, 128, held_out(args.data, 64)).pictures[:, 0]
+        sets["never seen"] = load_captioned(args.data, args.size, held_out(args.data, 64)).pictures[:, 0]
     return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
 
 
 def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Tensor, kind: str) -> dict[str, float]:
     """Stage 2, told nothing, and bicubic upscaling of the same small pictures: how near each is to the large ones."""
-    side = model.unet.config.sample_size
-    small = F.avg_pool2d(pictures, pictures.shape[-1] // side)
+    small = F.avg_pool2d(pictures, pictures.shape[-1] // args.small)
     bicubic = F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(-1, 1)
     null, drawn = model.embedded([""]), []
     for start in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
@@ -355,7 +424,7 @@ def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Ten
         near = F.cosine_similarity(features_of(judge, x), reference)
         measures[f"{name}, feature distance"] = (1 - near).mean().item()
     print(f"stage 2, pictures {kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items()))
-    rows, labels = [small, bicubic, drawn, pictures], [f"{side} px", "bicubic", "stage 2", "original"]
+    rows, labels = [small, bicubic, drawn, pictures], [f"{args.small} px", "bicubic", "stage 2", "original"]
     rows = [F.interpolate(x[:8], pictures.shape[-2:], mode="nearest") for x in rows]
     draw(args, f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [""] * 8)
     return measures
@@ -365,9 +434,14 @@ def share(right: Tensor) -> float:
     return right.double().mean().item() if len(right) else float("nan")
 
 
-def data_rows(data: CaptionedPictures, asked: Sequence[Asked]) -> Tensor:
-    """The training pictures that prompts ask for, [N, 3, 32, 32] in [-1, 1]."""
-    return F.avg_pool2d(torch.stack([data.pictures[one.name, one.style] for one in asked]) / 127.5 - 1, 4)
+def data_rows(data: CaptionedPictures, asked: Sequence[Asked], side: int) -> Tensor:
+    """The training pictures that prompts ask for, [N, 3, side, side] in [-1, 1]."""
+    return reduced(torch.stack([data.pictures[one.name, one.style] for one in asked]), side)
+
+
+def reduced(pictures: Tensor, side: int) -> Tensor:
+    """Pictures [N, 3, S, S] uint8 -> means of their pixels [N, 3, side, side] in [-1, 1]; S is a multiple of side."""
+    return F.avg_pool2d(pictures / 127.5 - 1, pictures.shape[-1] // side)
 
 
 def draw(args: Namespace, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):

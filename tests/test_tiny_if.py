@@ -1,6 +1,9 @@
 """The tiny IF that is shipped: what is in it, diffusers draws the same with it, and it draws what it is asked for."""
 
+import errno
 import json
+from argparse import Namespace
+from functools import partial
 
 import evaluate_if
 import numpy
@@ -11,10 +14,13 @@ from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
+import ifmodel.training as training
+from ddpm.files import load_tensors
+from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
-from ifmodel import load_unet
+from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.captions import CaptionedPictures, load_captioned
-from ifmodel.cascade import generate, upscale
+from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.weights import SHIPPED
 
@@ -70,12 +76,34 @@ def test_it_draws_what_it_is_asked_for():
     options = {"num_steps": 20, "guidance_scale": 4.0}
     drawn = generate(load_unet("tiny-if/I"), text, null, seeds=range(12), **options)
 
+    assert (likest(drawn, data.pictures[:, 0]) == torch.arange(12)).sum() >= 10
+
+
+def likest(drawn, pictures):
+    """Which of the pictures [K, 3, 32, 32] uint8 is likest to each drawn one [N, 3, 32, 32], coarsely, [N]."""
+
     def coarse(x):  # without its brightness
         x = F.avg_pool2d(x, 4).flatten(1)
         return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
-    likeness = coarse(drawn) @ coarse(data.pictures[:, 0] / 127.5 - 1).T
-    assert (likeness.argmax(1) == torch.arange(12)).sum() >= 10
+    return (coarse(drawn) @ coarse(pictures / 127.5 - 1).T).argmax(1)
+
+
+def test_it_draws_the_assignments_prompts():
+    """Other names than the pictures' own: seven of eight photos, and as many oil paintings, are likest to theirs."""
+    data = load_captioned(DATA / "emoji", 32)
+    asked = evaluate_if.aliases_of(data)
+    prompts = [one.prompt for one in asked]
+    assert {"a photo of a rocket ship", "an oil painting of a snowy mountain village"} < set(prompts)
+    assert "an oil painting of people around a campfire" in prompts and len(prompts) == 16
+    embeds = embed_prompts("tiny-if/I", [*prompts, ""])
+    estimate = stage_1(load_unet("tiny-if/I"), torch.stack([embeds[one] for one in prompts]), embeds[""][None], 4.0)
+    step, spaced = evaluate_if.STEPS["sde-dpm++"]
+    noise = noise_source(range(16), (3, 32, 32), torch.device("cpu"))
+    drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=partial(step, threshold=STAGE_1_THRESHOLD))
+    for style, part in enumerate(drawn.chunk(2)):
+        names = torch.tensor([one.name for one in asked if one.style == style])
+        assert (likest(part, data.pictures[:, style]) == names).sum() >= 7
 
 
 def test_a_folder_of_that_name_is_not_needed_and_others_are_not_found(refused, tmp_path):
@@ -113,7 +141,7 @@ def test_evaluation(run_script, refused, tmp_path):
         "--seed",
         1,
     ]
-    options += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
+    options += ["--most-steps", 5, "--illusion-steps", 6, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
     status, printed, err = run_script("evaluate_if", *options)
     assert status == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -124,6 +152,10 @@ def test_evaluation(run_script, refused, tmp_path):
     for kind in ("anagrams, random pairs", "anagrams, alike pairs", "hybrids, random pairs", "hybrids, alike pairs"):
         first, second, both, of_two = report[kind].values()
         assert 0 <= both <= min(first, second, of_two) <= 1
+    assert len(report["aliases"]["prompts"]) == 16  # eight other names, as photos and as oil paintings
+    found = list(report["aliases"]["prompts"].values())
+    assert report["aliases"]["both"] == sum(found) / 16 and report["aliases"]["photo"] == sum(found[:8]) / 8
+    assert "8 other names, γ = 2: photo" in printed and (tmp_path / "aliases.png").is_file()
     assert report["stage_2"]["trained on"]["bicubic, PSNR"] > 15
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams_alike.png").is_file()
 
@@ -136,14 +168,95 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "'0' is not a whole number" in line
 
 
+def save_untrained(folder, small, large, text_dim=32):
+    """A stage 1 of small × small pixels with the text encoder of 32, and a stage 2 of large × large, in a folder."""
+    torch.manual_seed(0)
+    encoder, widths = training.build_encoder(1500, 32), (32, 32)
+    for name, config in (
+        ("I", training.stage_1_config(small, widths, 1, 32)),
+        ("II", training.stage_2_config(large, widths, 1, text_dim)),
+    ):
+        weights = training.TextToPicture(encoder, UNet(UNetConfig.from_dict(config))).state_dict()
+        if name == "I":
+            training.save_stage_1(folder / name, config, weights, encoder, STAGE_1 / "tokenizer")
+        else:
+            training.save_stage_2(folder / name, config, weights)
+    return ["--data", DATA / "emoji", "--model", folder / "I", "--upscaler", folder / "II", "--out", folder / "out"]
+
+
+QUICK = ["--judge-steps", 2, "--prompts", 2, "--pairs", 1, "--tries", 1, "--guidance", 2, "--illusion-steps", 1]
+QUICK += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu"]
+
+
+def test_models_of_other_sizes_are_evaluated(run_script, refused, tmp_path):
+    """The data are loaded as large as stage 2 draws, and compared with stage 1 as small as that draws."""
+    options = [*save_untrained(tmp_path, 16, 32), *QUICK]
+    status, _, err = run_script("evaluate_if", *options)
+    assert status == 0, err
+    with Image.open(tmp_path / "out" / "stage_2_trained_on.png") as picture:
+        assert picture.height < 4 * 128 + 200  # four rows of pictures of 128 pixels: 32, each four times
+    assert load_tensors(next((tmp_path / "out" / "pictures").glob("aliases*")))[0]["pictures"].shape == (16, 3, 16, 16)
+    line = refused("evaluate_if", *save_untrained(tmp_path, 20, 32), *QUICK)
+    assert "draws pictures of 32 pixels, no multiple of the 20" in line
+
+
+@pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 144), (64, 128), (256, 256)])
+def test_without_an_upscaler_the_data_are_large_enough_for_the_judge(monkeypatch, small, size):
+    monkeypatch.setattr(evaluate_if, "check_stage", lambda *_: Namespace(sample_size=small, encoder_hid_dim=128))
+    args = Namespace(model="tiny-if/I", upscaler="none")
+    evaluate_if.check_models(args)
+    assert (args.small, args.size) == (small, size)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, monkeypatch, tmp_path):
+    def too_late(*_, **__):
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("ifmodel.judge.train_picture_judge", too_late)
+    line = refused("evaluate_if", *save_untrained(tmp_path, 16, 32, text_dim=64), *QUICK)
+    assert "II takes texts that are 64 wide" in line and "encoder gives 32" in line
+    options = save_untrained(tmp_path, 16, 32)
+    monkeypatch.setattr("ifmodel.captions.curated", lambda: ["rocket", "skull"])
+    assert "64 of them cannot be held out" in refused("evaluate_if", *options, "--curated", *QUICK)
+    (tmp_path / "1F680.png").write_bytes((DATA / "emoji" / "1F680.png").read_bytes())
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1F680.png", "text": "rocket"}))
+    line = refused("evaluate_if", *options, "--data", tmp_path, *QUICK)
+    assert "has one picture alone, rocket" in line
+    (tmp_path / "I" / "text_encoder" / "config.json").unlink()
+    assert "must hold its text encoder" in refused("evaluate_if", *options, *QUICK)
+
+
+def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "hybrids_random")
+
+    monkeypatch.setattr("ddpm.sampling.hybrid", full)
+    assert "No space left" in refused("evaluate_if", *save_untrained(tmp_path, 16, 32), *QUICK)
+    sections = ["judge", "distance_floor", "guidance", "best_guidance", "samplers", "aliases", "anagrams, random pairs"]
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == ["prompts", "seed", *sections]
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_tiny_if_is_short_for_both_stages(monkeypatch):
+    options = ["--data", "emoji", "--model", "tiny-if", "--upscaler", "tiny-if"]
+    monkeypatch.setattr("sys.argv", ["evaluate_if.py", *options])
+    args = evaluate_if.arguments()
+    assert (args.model, args.upscaler, args.small, args.size) == ("tiny-if/I", "tiny-if/II", 32, 128)
+
+
+def test_pictures_without_other_names_have_no_aliases():
+    pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
+    assert evaluate_if.aliases_of(CaptionedPictures(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
+
+
 def test_pairs_that_are_alike_are_the_nearest_ones():
     pictures = torch.zeros((4, 4, 3, 128, 128), dtype=torch.uint8)
     for row, (top, bottom) in enumerate(((0, 200), (199, 1), (90, 100), (110, 80))):
         pictures[row, :, :, :64], pictures[row, :, :, 64:] = top, bottom
     data = CaptionedPictures(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
-    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True)
+    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True, side=32)
     assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
-    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False)
+    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False, side=32)
     assert len(apart) == 5 and all(first.name != second.name for first, second in apart)
 
 
