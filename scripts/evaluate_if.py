@@ -5,11 +5,11 @@
 For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest
 training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
 pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
-steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, or the least within two
-points of it, which needs fewer steps. At that guidance also the assignment's own prompts, "a rocket ship" and its like,
-which are other names of pictures. Then anagrams and hybrids, in which both things must be recognised: of random
-pairs, and of pairs whose pictures are alike when blurred, as one who makes illusions would choose them; one picture
-each, and the best of --tries. And stage 2 beside bicubic upscaling.
+steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, the one that finds most.
+At that guidance also the assignment's own prompts, "a rocket ship" and its like, which are other names of pictures.
+Then anagrams and hybrids, in which both things must be recognised: of random pairs, and of pairs whose pictures are
+alike when blurred, as one who makes illusions would choose them; one picture each, and the best of --tries. And stage
+2 beside bicubic upscaling.
 
 Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known; all pictures of stage 1
 are kept there too, so a stopped evaluation goes on where it was.
@@ -95,7 +95,7 @@ def main():
     print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
     keep("guidance", [measure(guidance, *FAST) for guidance in args.guidance])
     found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
-    best = min(guidance for guidance, share in found.items() if share >= max(found.values()) - 0.04)
+    best = max(found, key=found.get)
     keep("best_guidance", best)
     keep("samplers", [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps])
     draw_curves(args.out / "curves.png", report, args.seed)
