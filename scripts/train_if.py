@@ -11,12 +11,14 @@ cheap; let it finish on whole pictures, which alone say where a pixel lies (--st
 Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
 2 its error beside bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py
 and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
-CPU with as many threads. Several processes share each batch, and on several hosts --out, which must be a folder that
-all see. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
+CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing: start again then.
+Several processes share each batch, and on several hosts --out, which must be a folder that all see. With more --steps
+it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
 import math
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -140,7 +142,7 @@ class Stage1:
         self.model = TextToPicture(encoder, unet)
         self.model.to(device, memory_format=torch.channels_last)
         if not args.resume and not args.start:
-            train_text(args, data, self.tokenizer, encoder, device)
+            train_text(args, data, self.tokenizer, encoder, device, rank)
         parts = [{"params": self.model.unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
         self.parameters, self.loss = parts, stage_1_loss
 
@@ -237,26 +239,40 @@ def start_processes(args: Namespace) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), world
 
 
-def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device):
-    """The text encoder learns which caption is of which picture; the same in every process, without their talking."""
+def train_text(
+    args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device, rank: int
+):
+    """The text encoder learns which caption is of which picture; the same in every process, without their talking.
+
+    Ctrl-C ends the whole run, with status 130 and nothing saved, so that the same command can start it again.
+    """
     contrast = ContrastiveText(encoder).to(device)
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=1e-3, weight_decay=0.01)
-    bar = tqdm(range(args.text_steps), desc="text", unit="step")
+    bar = tqdm(range(args.text_steps), desc="text", unit="step", disable=rank > 0)
     found = 0.0
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
-        generator = torch.Generator().manual_seed(step_seed(args.seed, step))
-        batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
-        similarities = contrast(batch.x_0, batch.tokens, batch.mask)
-        loss = contrastive_loss(similarities)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(contrast.parameters(), 1.0)
-        optimizer.step()
-        right = (similarities.argmax(1) == torch.arange(len(similarities), device=device)).float().mean().item()
-        found += 0.05 * (right - found)
-        bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
+    with stop_signal() as stopped:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
+            generator = torch.Generator().manual_seed(step_seed(args.seed, step))
+            batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
+            similarities = contrast(batch.x_0, batch.tokens, batch.mask)
+            loss = contrastive_loss(similarities)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(contrast.parameters(), 1.0)
+            optimizer.step()
+            right = (similarities.argmax(1) == torch.arange(len(similarities), device=device)).float().mean().item()
+            found += 0.05 * (right - found)
+            bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
+            if stopped():
+                break
+    if stopped():
+        bar.close()
+        if rank == 0:
+            told = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
+            print(f"{told} with the same command", file=sys.stderr)
+        raise SystemExit(130)
 
 
 def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):

@@ -241,6 +241,35 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, folder, tmp_path, monkeypatch):
+    """It says so, and the same command starts again."""
+    draw = training.draw_batch
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(training, "draw_batch", interrupted)
+    options = stage_1_options(folder, tmp_path / "out", 1)
+    status, _, err = run_script("train_if", *options)
+    assert status == 130
+    assert "the text encoder was trained, before the UNet: nothing is saved, start again" in err
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+    monkeypatch.setattr(training, "draw_batch", draw)
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert "text, " in err  # its bar
+
+
+def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys):
+    args = train_if.Namespace(text_steps=1, text_batch=4, seed=0)
+    for rank in (0, 1):
+        train_if.train_text(
+            args, data, tokenizer, training.build_encoder(tokenizer.vocab_size, 32), torch.device("cpu"), rank
+        )
+        assert ("text" in capsys.readouterr().err) == (rank == 0)
+
+
 def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, trained, tmp_path):
     shutil.copytree(trained / "1", tmp_path / "longer")
     status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "longer", 4, "--resume", "--every", 1))
