@@ -6,6 +6,7 @@ meaning: "a photo of X" is the picture as it is, "an oil painting of X", "a lith
 filtered.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ class CaptionedPictures:
         if self.tags[index] and torch.rand(1, generator=generator) < 0.1:
             phrase = f"{phrase}, {pick(self.tags[index], generator)}"
         return template.format(phrase)
+
+    def fingerprint(self) -> str:
+        """A short hash of the names, captions and pixels."""
+        digest = hashlib.sha256(json.dumps([self.names, self.phrases, self.tags]).encode())
+        digest.update(self.pictures.contiguous().numpy())
+        return digest.hexdigest()[:12]
 
     def all_captions(self) -> list[str]:
         """Every caption without tags, and a line of tags for each picture: what a tokenizer is trained on."""

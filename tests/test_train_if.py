@@ -18,7 +18,7 @@ from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
 import ifmodel.training as training
-from ddpm.files import load_tensors
+from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
 from ifmodel.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
 from ifmodel.text import Tokenizer, embed_prompts
@@ -270,6 +270,34 @@ def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys):
         assert ("text" in capsys.readouterr().err) == (rank == 0)
 
 
+def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_path):
+    """Another pixel, another tag, another dtype; for stage 2 another tokenizer. States without the hashes go on."""
+    other, out = copied(folder, tmp_path), tmp_path / "1"
+    shutil.copytree(trained / "1", out)
+    options = stage_1_options(other, out, 4, "--resume", "--every", 1)
+    assert "another recipe: dtype float32, not bfloat16" in refused("train_if", *options, "--dtype", "bfloat16")
+    picture = (other / "0.png").read_bytes()
+    (other / "0.png").write_bytes((other / "1.png").read_bytes())
+    assert "another recipe: data " in refused("train_if", *options)
+    (other / "0.png").write_bytes(picture)
+    lines = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(lines.replace("polygon", "triangle", 1))
+    assert "another recipe: data " in refused("train_if", *options)
+
+    tensors, metadata = load_tensors(out / "state.safetensors")
+    old = {name: value for name, value in metadata["recipe"].items() if name not in ("data", "dtype")}
+    save_tensors(out / "state.safetensors", tensors, {**metadata, "recipe": old})
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert {"data", "dtype"} <= load_tensors(out / "state.safetensors")[1]["recipe"].keys()
+
+    shutil.copytree(trained / "1" / "model", tmp_path / "model")
+    training.train_tokenizer(["other words"] * 9, tmp_path / "model" / "tokenizer", 20)
+    options = ["--data", folder, "--out", trained / "2", "--stage-2-of", tmp_path / "model", "--size", 32, "--crop", 16]
+    told = refused("train_if", *options, "--steps", 4, *SMALL, "--resume")
+    assert "another recipe: tokenizer " in told and "data" not in told
+
+
 def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, trained, tmp_path):
     shutil.copytree(trained / "1", tmp_path / "longer")
     status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "longer", 4, "--resume", "--every", 1))
@@ -416,6 +444,31 @@ def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     assert "multiple of stage 1's 16" in refused("train_if", *stage_2, "--size", 24, "--crop", 8)
     stage_2[5] = tmp_path / "none"
     assert str(tmp_path / "none") in refused("train_if", *stage_2, "--size", 32, "--crop", 16)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--size", 17], "--size must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--lr", -1], "'-1' is not above 0"),
+        (["--lr", "nan"], "'nan' is not a finite number"),
+        (["--text-steps", -3], "--text-steps must not be negative, but is -3"),
+        (["--stage-2-of", "tiny-if", "--crop", 17], "--crop must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--stage-2-of", "tiny-if", "--size", 48], "--size 48 must be a multiple of stage 1's 32"),
+        (["--stage-2-of", "tiny-if/II"], "--stage-2-of tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (["--start", "tiny-if/II"], "--start tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (
+            ["--stage-2-of", "tiny-if", "--start", "tiny-if/I"],
+            "--start tiny-if/I is a stage-1 model, not a stage-2 one",
+        ),
+        (["--start", "tiny-if"], "--start tiny-if/I has block_out_channels = (64, 96, 192)"),
+        (["--stage-2-of", "tiny-if", "--start", "tiny-if"], "--start tiny-if/II has block_out_channels = (32, 48, 64,"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(refused, tmp_path, options, told):
+    start = ["--data", tmp_path / "not looked at", "--out", tmp_path / "out", *SMALL]
+    assert told in refused("train_if", *start, *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, monkeypatch):
