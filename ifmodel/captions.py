@@ -172,7 +172,7 @@ def read_metadata(folder: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each picture, file_name and text")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
     rows = []
@@ -189,6 +189,11 @@ def read_metadata(folder: str | Path) -> list[dict]:
         if not fits:
             told = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
             raise ValueError(f"{path}, line {number} is not {told}: {line[:60]!r}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # which no tokenizer takes
+            told = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
+            raise ValueError(f"{path}, line {number} {told}: {line[:60]!r}") from None
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no captions")

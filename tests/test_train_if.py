@@ -419,6 +419,12 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     assert "line 1" in told()
     (other / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "\xff"}')
     assert "metadata.jsonl is not UTF-8" in told()
+    for row in (
+        '{"file_name": "0.png", "text": "\\ud800"}',
+        '{"file_name": "0.png", "text": "x", "tags": ["\\ud800"]}',
+    ):
+        (other / "metadata.jsonl").write_text(f"{good}\n{row}")
+        assert "line 7 has half of a character" in told()
     (other / "metadata.jsonl").write_text("")
     assert "no captions" in told()
     (other / "metadata.jsonl").unlink()
@@ -433,6 +439,23 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     (other / "3.png").unlink()
     assert "lacks 1 pictures: 3.png" in told()
     assert not (tmp_path / "out" / "state.safetensors").exists()
+
+
+def test_captions_may_hold_any_character_and_the_file_a_mark(folder, tmp_path):
+    """A byte-order mark, as some editors write it; carriage returns; a line separator within a string."""
+    rows = ['{"file_name": "0.png", "text": "one\u2028line"}', '{"file_name": "1.png", "text": "\\ud83d\\ude00 é"}']
+    (copied(folder, tmp_path) / "metadata.jsonl").write_bytes("\r\n".join(["\ufeff" + rows[0], rows[1], ""]).encode())
+    assert load_captioned(tmp_path / "copy", 16).names == ["one\u2028line", "\U0001f600 é"]
+
+
+def test_a_full_disk_leaves_no_tokenizer(refused, folder, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
+    assert f"No space left on device, not written: {tmp_path / 'out' / 'tokenizer' / 'spiece.model'}" in told
+    assert not list((tmp_path / "out" / "tokenizer").iterdir())
 
 
 def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
