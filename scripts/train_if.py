@@ -172,8 +172,9 @@ def main():
         )
         raise ValueError(told.format(args.out))
     unseen = held_out(args.data, args.hold_out) if args.hold_out else []
-    data = load_captioned(args.data, args.size, curated() if args.curated else None, without=unseen)
-    watched = load_captioned(args.data, args.size, unseen) if unseen else data
+    quiet = rank > 0
+    data = load_captioned(args.data, args.size, curated() if args.curated else None, without=unseen, quiet=quiet)
+    watched = load_captioned(args.data, args.size, unseen, quiet=quiet) if unseen else data
     args.seen = {"dtype": str(dtype).removeprefix("torch."), "data": data.fingerprint()}
     torch.manual_seed(args.seed)
     stage = Stage2(args, data, device) if args.stage_2_of else Stage1(args, data, device, rank, world)

@@ -1,6 +1,7 @@
 """Training a small IF: its data, its losses, resuming, two processes, and the folders it writes."""
 
 import errno
+import hashlib
 import json
 import os
 import runpy
@@ -106,6 +107,47 @@ def test_the_list_has_every_prompt_of_the_assignment():
     for wanted in ("a man wearing a hat", "a skull", "waterfalls", "the amalfi coast", "a hipster barista"):
         assert wanted in phrases
     assert len(curated()) == len(set(curated())) > 200
+
+
+def test_the_phrases_of_the_list_stay_as_they_were():
+    """Those that the shipped weights were trained with: other ones would train other weights."""
+    phrases = ["|".join([with_article(name), *ALIASES.get(name, ())]) for name in curated()]
+    digest = hashlib.sha256("\n".join(phrases).encode()).hexdigest()
+    assert digest == "04b3d4df200814a24ad2d59e95f2f1583470fbe516380fa12b4c6c42843f4b6e"
+
+
+def test_captions_said_in_full_get_no_article():
+    for caption in ("A red bird on a branch", "THE sea", "two dogs on grass", "3 men", "My grandmother in 1950"):
+        assert with_article(caption) == caption
+    for caption in ("Paris at night in the rain", "dogs playing in the grass", "glasses"):
+        assert with_article(caption) == caption
+    # names of the emoji folder that are not of the list
+    for name in (
+        "a face with tears of joy",
+        "an anxious face with sweat",
+        "a 1st place medal",
+        "a sad but relieved face",
+    ):
+        assert with_article(name.split(maxsplit=1)[1]) == name
+
+
+def test_pictures_lie_as_their_exif_says(tmp_path):
+    picture = Image.new("RGB", (32, 16), "blue")
+    picture.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90° to the left: its left is the top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "turned.png", "text": "flag"}')
+    top, bottom = load_captioned(tmp_path, 16).pictures[0, 0].float()[:, [0, -1]].mean(2).T.tolist()
+    assert top == [255, 0, 0] and bottom == [0, 0, 255]
+
+
+def test_a_bar_shows_how_many_of_many_pictures_are_loaded(folder, tmp_path, capsys):
+    other = copied(folder, tmp_path)
+    for count, quiet, shown in ((99, False, False), (100, True, False), (100, False, True)):
+        (other / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "shape"}\n' * count)
+        load_captioned(other, 4, quiet=quiet)
+        assert ("pictures: " in capsys.readouterr().err) == shown
 
 
 def test_pictures_are_held_out_of_the_training(folder, data):
