@@ -6,6 +6,7 @@ meaning: "a photo of X" is the picture as it is, "an oil painting of X", "a lith
 filtered.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from ddpm.files import first_line
 
@@ -66,6 +68,13 @@ television; camera; candle; light bulb; books; envelope; pencil; scissors; key; 
 pill; door; chair; shopping cart; moai
 """
 
+# What a caption may begin with in an article's place
+DETERMINERS = {
+    *("a", "an", "the", "this", "that", "these", "those", "my", "your", "his", "her", "its", "our", "their"),
+    *("some", "several", "many", "all", "both", "no", "two", "three", "four", "five", "six", "seven", "eight"),
+    *("nine", "ten", "eleven", "twelve", *"123456789"),
+}
+
 
 def curated() -> list[str]:
     """The names in CURATED."""
@@ -73,8 +82,16 @@ def curated() -> list[str]:
 
 
 def with_article(name: str) -> str:
-    """A short name as it is said in a sentence: "rocket" -> "a rocket", "ear" -> "an ear", "glasses" as it is."""
-    if (name.endswith("s") and not name.endswith("ss")) or name.startswith(("a ", "an ", "the ")):
+    """A short name as it is said in a sentence: "rocket" -> "a rocket", "ear" -> "an ear", "glasses" as it is.
+
+    So is a caption that needs none: "A red bird on a branch", "two dogs on grass", "Paris at night in the rain".
+    """
+    words = name.lower().split()
+    determined = words[0] in DETERMINERS and name != "four leaf clover"  # which is one clover
+    plural = name.endswith("s") and not name.endswith("ss")
+    plural_first = words[0].endswith("s") and not words[0].endswith(("ss", "us"))
+    said_in_full = len(words) > 3 and (name[0].isupper() or plural_first)
+    if determined or plural or said_in_full:
         return name
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
@@ -106,6 +123,12 @@ class CaptionedPictures:
             phrase = f"{phrase}, {pick(self.tags[index], generator)}"
         return template.format(phrase)
 
+    def fingerprint(self) -> str:
+        """A short hash of the names, captions and pixels."""
+        digest = hashlib.sha256(json.dumps([self.names, self.phrases, self.tags]).encode())
+        digest.update(self.pictures.contiguous().numpy())
+        return digest.hexdigest()[:12]
+
     def all_captions(self) -> list[str]:
         """Every caption without tags, and a line of tags for each picture: what a tokenizer is trained on."""
         templates = [template for group in STYLES.values() for template in group]
@@ -131,12 +154,13 @@ def held_out(folder: str | Path, count: int) -> list[str]:
 
 
 def load_captioned(
-    folder: str | Path, size: int, names: Sequence[str] | None = None, without: Sequence[str] = ()
+    folder: str | Path, size: int, names: Sequence[str] | None = None, without: Sequence[str] = (), quiet: bool = False
 ) -> CaptionedPictures:
     """A folder of pictures with metadata.jsonl, each picture in size × size pixels and every style.
 
     names: the short names to take, in this order; None takes all
     without: short names to leave out
+    quiet: no progress bar, which else is shown for a hundred pictures or more
     Raises FileNotFoundError when the folder or its pictures are not there, ValueError when a line is broken, a
     caption is missing, a picture is too small, or a name is not in the folder; each in one line that names it.
     """
@@ -153,7 +177,8 @@ def load_captioned(
     if missing:
         more = ", …" if len(missing) > 5 else ""
         raise FileNotFoundError(f"{folder} lacks {len(missing)} pictures: {', '.join(missing[:5])}{more}")
-    pictures = torch.stack([torch.stack(styled(folder / row["file_name"], size)) for row in rows])
+    with tqdm(rows, desc="pictures", unit="picture", leave=False, disable=quiet or len(rows) < 100) as bar:
+        pictures = torch.stack([torch.stack(styled(folder / row["file_name"], size)) for row in bar])
     found = [row["text"] for row in rows]
     phrases = [[with_article(name), *ALIASES.get(name, ())] for name in found]
     return CaptionedPictures(pictures, found, phrases, [row["tags"] for row in rows])
@@ -165,7 +190,7 @@ def read_metadata(folder: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each picture, file_name and text")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
     rows = []
@@ -182,6 +207,11 @@ def read_metadata(folder: str | Path) -> list[dict]:
         if not fits:
             told = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
             raise ValueError(f"{path}, line {number} is not {told}: {line[:60]!r}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # which no tokenizer takes
+            told = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
+            raise ValueError(f"{path}, line {number} {told}: {line[:60]!r}") from None
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no captions")
@@ -192,7 +222,7 @@ def styled(path: Path, size: int) -> list[Tensor]:
     """A picture in every style, each [3, size, size] uint8. Raises ValueError when it is no picture or too small."""
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGBA")
+            picture = ImageOps.exif_transpose(file).convert("RGBA")  # upright, as a phone's are shown
     except Exception as error:  # PIL raises a dozen kinds
         raise ValueError(f"{path} cannot be read as a picture: {first_line(error)}") from None
     if min(picture.size) < size:

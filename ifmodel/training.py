@@ -5,6 +5,7 @@ learns to draw without listening. So it is trained first, contrastively, to tell
 pictures is meant; `caption_gap` then watches that the UNet goes on listening.
 """
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -386,13 +387,16 @@ def silence(unet: UNet):
 
 
 def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 1500):
-    """Train a sentencepiece model on captions, lower-cased as IF does, and write it as folder/spiece.model."""
+    """Train a sentencepiece model on captions, lower-cased as IF does, and write it as folder/spiece.model.
+
+    Raises OSError when it cannot be written; then nothing is.
+    """
     import sentencepiece
 
-    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([caption.lower().strip() for caption in captions]),
-        model_prefix=str(folder / "spiece"),
+        model_writer=model,
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         pad_id=0,
@@ -402,4 +406,4 @@ def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 150
         pad_piece="<pad>",
         minloglevel=2,
     )
-    (folder / "spiece.vocab").unlink()
+    write_atomically(folder / "spiece.model", model.getvalue())

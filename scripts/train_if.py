@@ -11,12 +11,15 @@ cheap; let it finish on whole pictures, which alone say where a pixel lies (--st
 Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
 2 its error beside bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py
 and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
-CPU with as many threads. Several processes share each batch, and on several hosts --out, which must be a folder that
-all see. With more --steps it goes on for longer than was planned, at the learning rate of a run that long.
+CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing: start again then.
+Several processes share each batch, and on several hosts --out, which must be a folder that all see. With more --steps
+it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
+import hashlib
 import math
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -28,8 +31,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run, seed_number
+from common import (
+    SEED,
+    add_device_options,
+    check_writable,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    positive_number,
+    run,
+    seed_number,
+)
 from figures import save_grid
+from stages import MODEL, UPSCALER
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,17 +103,61 @@ def arguments() -> Namespace:
     options.add_argument("--text-batch", type=positive, default=128, help="their batch size (default: 128)")
     options.add_argument("--steps", type=positive, default=40_000, help="of the UNet (default: 40000)")
     options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
-    options.add_argument("--lr", type=float, default=4e-4, help="falls to a tenth over the run (default: 4e-4)")
+    options.add_argument("--lr", type=positive_number, default=4e-4, help="falls to a tenth in the end (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
     options.add_argument("--compile", action="store_true", help="torch.compile the UNet: for GPUs; slower on CPUs")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     add_device_options(options)
     args = options.parse_args()
-    if args.hold_out < 0:
-        raise ValueError(f"--hold-out must not be negative, but is {args.hold_out}")
+    for name, value in (("--hold-out", args.hold_out), ("--text-steps", args.text_steps)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, but is {value}")
+    args.stage_2_of = MODEL if args.stage_2_of == "tiny-if" else args.stage_2_of
+    if args.start == "tiny-if":
+        args.start = UPSCALER if args.stage_2_of else MODEL
     args.size = args.size or (128 if args.stage_2_of else 32)
     args.widths = args.widths or ([32, 48, 64, 96] if args.stage_2_of else [64, 96, 192])
+    check_shapes(args)
     return args
+
+
+def check_shapes(args: Namespace):
+    """Refuse pictures that the UNet cannot halve, and --start or --stage-2-of that do not fit. Raises ValueError."""
+    wanted = UNetConfig.from_dict(unet_config(args))
+    sides = {"--size": args.size, **({"--crop": args.crop} if args.stage_2_of else {})}
+    for name, side in sides.items():
+        if side % wanted.size_multiple:
+            told = f"a multiple of {wanted.size_multiple} for a UNet of {len(args.widths)} levels"
+            raise ValueError(f"{name} must be {told}, but is {side}")
+    if args.stage_2_of:
+        small = stage_config("--stage-2-of", args.stage_2_of, 1).sample_size
+        if args.size % small or args.crop > args.size:
+            raise ValueError(f"--size {args.size} must be a multiple of stage 1's {small}, and not below --crop")
+    if args.start is None:
+        return
+    found = stage_config("--start", args.start, 2 if args.stage_2_of else 1)
+    for field in fields(UNetConfig):
+        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
+        if theirs != ours:
+            raise ValueError(f"--start {args.start} has {field.name} = {theirs}, the options of this run say {ours}")
+
+
+def unet_config(args: Namespace) -> dict:
+    """The config.json of the UNet that the options ask for. Raises ValueError if --stage-2-of is no stage 1."""
+    if args.stage_2_of:
+        text_dim = stage_config("--stage-2-of", args.stage_2_of, 1).encoder_hid_dim
+        return stage_2_config(args.size, args.widths, args.layers, text_dim)
+    return stage_1_config(args.size, args.widths, args.layers, args.text_dim)
+
+
+def stage_config(option: str, source: str, stage: int) -> UNetConfig:
+    """The config of a model that an option names. Raises ValueError when it is of the other stage."""
+    config = load_config(source)
+    found = 2 if config.class_embed_type else 1
+    if found != stage:
+        mend = "name its stage 1" if option == "--stage-2-of" else "with --stage-2-of stage 2 is trained, else stage 1"
+        raise ValueError(f"{option} {source} is a stage-{found} model, not a stage-{stage} one: {mend}")
+    return config
 
 
 def main():
@@ -113,8 +172,10 @@ def main():
         )
         raise ValueError(told.format(args.out))
     unseen = held_out(args.data, args.hold_out) if args.hold_out else []
-    data = load_captioned(args.data, args.size, curated() if args.curated else None, without=unseen)
-    watched = load_captioned(args.data, args.size, unseen) if unseen else data
+    quiet = rank > 0
+    data = load_captioned(args.data, args.size, curated() if args.curated else None, without=unseen, quiet=quiet)
+    watched = load_captioned(args.data, args.size, unseen, quiet=quiet) if unseen else data
+    args.seen = {"dtype": str(dtype).removeprefix("torch."), "data": data.fingerprint()}
     torch.manual_seed(args.seed)
     stage = Stage2(args, data, device) if args.stage_2_of else Stage1(args, data, device, rank, world)
     fit(args, data, watched, stage, dtype, rank, world)
@@ -134,13 +195,13 @@ class Stage1:
         if world > 1:
             dist.barrier()
         self.tokenizer = Tokenizer(folder)
-        self.config = stage_1_config(args.size, args.widths, args.layers, args.text_dim)
+        self.config = unet_config(args)
         unet = start_unet(self.config, args.start)
         encoder = load_encoder(args.start) if args.start else build_encoder(self.tokenizer.vocab_size, args.text_dim)
         self.model = TextToPicture(encoder, unet)
         self.model.to(device, memory_format=torch.channels_last)
         if not args.resume and not args.start:
-            train_text(args, data, self.tokenizer, encoder, device)
+            train_text(args, data, self.tokenizer, encoder, device, rank)
         parts = [{"params": self.model.unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
         self.parameters, self.loss = parts, stage_1_loss
 
@@ -171,11 +232,11 @@ class Stage2:
 
     def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device):
         self.args, self.small = args, load_config(args.stage_2_of).sample_size
-        if args.size % self.small or args.crop > args.size:
-            raise ValueError(f"--size {args.size} must be a multiple of stage 1's {self.small}, and not below --crop")
-        self.tokenizer = Tokenizer(fetch(args.stage_2_of, "tokenizer", ["spiece.model"]))
+        vocabulary = fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
+        self.tokenizer = Tokenizer(vocabulary)
+        args.seen["tokenizer"] = fingerprint(vocabulary)  # not the encoder's: the state has its weights
         encoder = load_encoder(args.stage_2_of)
-        self.config = stage_2_config(args.size, args.widths, args.layers, encoder.config.d_model)
+        self.config = unet_config(args)
         self.model = TextToPicture(encoder.requires_grad_(False), start_unet(self.config, args.start))
         self.model.to(device, memory_format=torch.channels_last)
         self.parameters = [{"params": self.model.unet.parameters()}]
@@ -200,6 +261,14 @@ class Stage2:
         save_stage_2(folder, self.config, weights)
 
 
+def fingerprint(folder: Path) -> str:
+    """A short hash of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in (folder / "spiece.model", folder / "tokenizer.json"):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:12]
+
+
 def load_encoder(source: str):
     """The T5 encoder of a stage 1, in float32."""
     from transformers import T5EncoderModel
@@ -210,17 +279,11 @@ def load_encoder(source: str):
 
 
 def start_unet(config: dict, start: str | None) -> UNet:
-    """An untrained UNet of this config, or one with the weights of `start`. Raises ValueError if that is of another."""
-    wanted = UNetConfig.from_dict(config)
+    """An untrained UNet of this config, or one with the weights of `start`, which `check_shapes` has looked at."""
     if start is None:
-        silence(unet := UNet(wanted))
+        silence(unet := UNet(UNetConfig.from_dict(config)))
         return unet
-    unet = load_unet(start, pack=False).train().requires_grad_(True)
-    for field in fields(UNetConfig):
-        theirs, ours = getattr(unet.config, field.name), getattr(wanted, field.name)
-        if theirs != ours:
-            raise ValueError(f"--start {start} has {field.name} = {theirs}, the options of this run say {ours}")
-    return unet
+    return load_unet(start, pack=False).train().requires_grad_(True)
 
 
 def start_processes(args: Namespace) -> tuple[torch.device, int, int]:
@@ -237,26 +300,40 @@ def start_processes(args: Namespace) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), world
 
 
-def train_text(args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device):
-    """The text encoder learns which caption is of which picture; the same in every process, without their talking."""
+def train_text(
+    args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device, rank: int
+):
+    """The text encoder learns which caption is of which picture; the same in every process, without their talking.
+
+    Ctrl-C ends the whole run, with status 130 and nothing saved, so that the same command can start it again.
+    """
     contrast = ContrastiveText(encoder).to(device)
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=1e-3, weight_decay=0.01)
-    bar = tqdm(range(args.text_steps), desc="text", unit="step")
+    bar = tqdm(range(args.text_steps), desc="text", unit="step", disable=rank > 0)
     found = 0.0
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
-        generator = torch.Generator().manual_seed(step_seed(args.seed, step))
-        batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
-        similarities = contrast(batch.x_0, batch.tokens, batch.mask)
-        loss = contrastive_loss(similarities)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(contrast.parameters(), 1.0)
-        optimizer.step()
-        right = (similarities.argmax(1) == torch.arange(len(similarities), device=device)).float().mean().item()
-        found += 0.05 * (right - found)
-        bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
+    with stop_signal() as stopped:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 - step / args.text_steps)
+            generator = torch.Generator().manual_seed(step_seed(args.seed, step))
+            batch = draw_batch(data, tokenizer, min(args.text_batch, len(data.names)), generator, drop=0).to(device)
+            similarities = contrast(batch.x_0, batch.tokens, batch.mask)
+            loss = contrastive_loss(similarities)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(contrast.parameters(), 1.0)
+            optimizer.step()
+            right = (similarities.argmax(1) == torch.arange(len(similarities), device=device)).float().mean().item()
+            found += 0.05 * (right - found)
+            bar.set_description(f"text, loss {loss.item():.3f}, {found:.0%} found", refresh=False)
+            if stopped():
+                break
+    if stopped():
+        bar.close()
+        if rank == 0:
+            told = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
+            print(f"{told} with the same command", file=sys.stderr)
+        raise SystemExit(130)
 
 
 def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):
@@ -374,21 +451,31 @@ def save_run(args, model, optimizer, average: Average, log: list[str], step: int
 
 
 def recipe_of(args) -> dict:
-    """What, besides the data, decides the trained weights."""
+    """What decides the trained weights, the data by a hash of it."""
     names = ("size", "widths", "layers", "text_dim", "text_steps", "text_batch", "steps", "batch_size", "lr", "seed")
-    recipe = {name: getattr(args, name) for name in names}
+    recipe = {**{name: getattr(args, name) for name in names}, **args.seen}
     for name in ("start", "hold_out"):  # states from before there were these have no such field
         if getattr(args, name):
             recipe[name] = getattr(args, name)
     return {**recipe, "stage": 2, "crop": args.crop} if args.stage_2_of else recipe
 
 
+def check_recipe(args, before: dict):
+    """Refuse to go on with a state of another recipe, but for --steps. Raises ValueError that says what differs."""
+    now = recipe_of(args)
+    unknown = args.seen.keys() - before.keys()  # of a state from before these were written down
+    differ = [
+        name for name in {**before, **now} if before.get(name) != now.get(name) and name not in {"steps", *unknown}
+    ]
+    if differ:
+        told = ", ".join(f"{name} {before.get(name)}, not {now.get(name)}" for name in differ)
+        raise ValueError(f"the run in {args.out} has another recipe: {told}")
+
+
 def restore(args, model, optimizer, average: Average) -> tuple[int, float, list[str]]:
     """Put the state of --out back; returns the step to go on with, the seconds spent and the log."""
     tensors, metadata = load_tensors(args.out / "state.safetensors")
-    before, now = metadata.get("recipe"), recipe_of(args)
-    if before != {**now, "steps": (before or {}).get("steps")}:
-        raise ValueError(f"the run in {args.out} has another recipe: {before}, not {now}")
+    check_recipe(args, metadata.get("recipe") or {})
     if metadata["step"] >= args.steps:
         raise ValueError(f"the run in {args.out} has done its {metadata['step']} steps: add --steps with more")
 

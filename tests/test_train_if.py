@@ -1,6 +1,7 @@
 """Training a small IF: its data, its losses, resuming, two processes, and the folders it writes."""
 
 import errno
+import hashlib
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
 import ifmodel.training as training
-from ddpm.files import load_tensors
+from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
 from ifmodel.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
 from ifmodel.text import Tokenizer, embed_prompts
@@ -106,6 +107,47 @@ def test_the_list_has_every_prompt_of_the_assignment():
     for wanted in ("a man wearing a hat", "a skull", "waterfalls", "the amalfi coast", "a hipster barista"):
         assert wanted in phrases
     assert len(curated()) == len(set(curated())) > 200
+
+
+def test_the_phrases_of_the_list_stay_as_they_were():
+    """Those that the shipped weights were trained with: other ones would train other weights."""
+    phrases = ["|".join([with_article(name), *ALIASES.get(name, ())]) for name in curated()]
+    digest = hashlib.sha256("\n".join(phrases).encode()).hexdigest()
+    assert digest == "04b3d4df200814a24ad2d59e95f2f1583470fbe516380fa12b4c6c42843f4b6e"
+
+
+def test_captions_said_in_full_get_no_article():
+    for caption in ("A red bird on a branch", "THE sea", "two dogs on grass", "3 men", "My grandmother in 1950"):
+        assert with_article(caption) == caption
+    for caption in ("Paris at night in the rain", "dogs playing in the grass", "glasses"):
+        assert with_article(caption) == caption
+    # names of the emoji folder that are not of the list
+    for name in (
+        "a face with tears of joy",
+        "an anxious face with sweat",
+        "a 1st place medal",
+        "a sad but relieved face",
+    ):
+        assert with_article(name.split(maxsplit=1)[1]) == name
+
+
+def test_pictures_lie_as_their_exif_says(tmp_path):
+    picture = Image.new("RGB", (32, 16), "blue")
+    picture.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90° to the left: its left is the top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "turned.png", "text": "flag"}')
+    top, bottom = load_captioned(tmp_path, 16).pictures[0, 0].float()[:, [0, -1]].mean(2).T.tolist()
+    assert top == [255, 0, 0] and bottom == [0, 0, 255]
+
+
+def test_a_bar_shows_how_many_of_many_pictures_are_loaded(folder, tmp_path, capsys):
+    other = copied(folder, tmp_path)
+    for count, quiet, shown in ((99, False, False), (100, True, False), (100, False, True)):
+        (other / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "shape"}\n' * count)
+        load_captioned(other, 4, quiet=quiet)
+        assert ("pictures: " in capsys.readouterr().err) == shown
 
 
 def test_pictures_are_held_out_of_the_training(folder, data):
@@ -241,6 +283,63 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, folder, tmp_path, monkeypatch):
+    """It says so, and the same command starts again."""
+    draw = training.draw_batch
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(training, "draw_batch", interrupted)
+    options = stage_1_options(folder, tmp_path / "out", 1)
+    status, _, err = run_script("train_if", *options)
+    assert status == 130
+    assert "the text encoder was trained, before the UNet: nothing is saved, start again" in err
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+    monkeypatch.setattr(training, "draw_batch", draw)
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert "text, " in err  # its bar
+
+
+def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys):
+    args = train_if.Namespace(text_steps=1, text_batch=4, seed=0)
+    for rank in (0, 1):
+        train_if.train_text(
+            args, data, tokenizer, training.build_encoder(tokenizer.vocab_size, 32), torch.device("cpu"), rank
+        )
+        assert ("text" in capsys.readouterr().err) == (rank == 0)
+
+
+def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_path):
+    """Another pixel, another tag, another dtype; for stage 2 another tokenizer. States without the hashes go on."""
+    other, out = copied(folder, tmp_path), tmp_path / "1"
+    shutil.copytree(trained / "1", out)
+    options = stage_1_options(other, out, 4, "--resume", "--every", 1)
+    assert "another recipe: dtype float32, not bfloat16" in refused("train_if", *options, "--dtype", "bfloat16")
+    picture = (other / "0.png").read_bytes()
+    (other / "0.png").write_bytes((other / "1.png").read_bytes())
+    assert "another recipe: data " in refused("train_if", *options)
+    (other / "0.png").write_bytes(picture)
+    lines = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(lines.replace("polygon", "triangle", 1))
+    assert "another recipe: data " in refused("train_if", *options)
+
+    tensors, metadata = load_tensors(out / "state.safetensors")
+    old = {name: value for name, value in metadata["recipe"].items() if name not in ("data", "dtype")}
+    save_tensors(out / "state.safetensors", tensors, {**metadata, "recipe": old})
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert {"data", "dtype"} <= load_tensors(out / "state.safetensors")[1]["recipe"].keys()
+
+    shutil.copytree(trained / "1" / "model", tmp_path / "model")
+    training.train_tokenizer(["other words"] * 9, tmp_path / "model" / "tokenizer", 20)
+    options = ["--data", folder, "--out", trained / "2", "--stage-2-of", tmp_path / "model", "--size", 32, "--crop", 16]
+    told = refused("train_if", *options, "--steps", 4, *SMALL, "--resume")
+    assert "another recipe: tokenizer " in told and "data" not in told
+
+
 def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, trained, tmp_path):
     shutil.copytree(trained / "1", tmp_path / "longer")
     status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "longer", 4, "--resume", "--every", 1))
@@ -362,6 +461,12 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     assert "line 1" in told()
     (other / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "\xff"}')
     assert "metadata.jsonl is not UTF-8" in told()
+    for row in (
+        '{"file_name": "0.png", "text": "\\ud800"}',
+        '{"file_name": "0.png", "text": "x", "tags": ["\\ud800"]}',
+    ):
+        (other / "metadata.jsonl").write_text(f"{good}\n{row}")
+        assert "line 7 has half of a character" in told()
     (other / "metadata.jsonl").write_text("")
     assert "no captions" in told()
     (other / "metadata.jsonl").unlink()
@@ -378,6 +483,23 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     assert not (tmp_path / "out" / "state.safetensors").exists()
 
 
+def test_captions_may_hold_any_character_and_the_file_a_mark(folder, tmp_path):
+    """A byte-order mark, as some editors write it; carriage returns; a line separator within a string."""
+    rows = ['{"file_name": "0.png", "text": "one\u2028line"}', '{"file_name": "1.png", "text": "\\ud83d\\ude00 é"}']
+    (copied(folder, tmp_path) / "metadata.jsonl").write_bytes("\r\n".join(["\ufeff" + rows[0], rows[1], ""]).encode())
+    assert load_captioned(tmp_path / "copy", 16).names == ["one\u2028line", "\U0001f600 é"]
+
+
+def test_a_full_disk_leaves_no_tokenizer(refused, folder, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
+    assert f"No space left on device, not written: {tmp_path / 'out' / 'tokenizer' / 'spiece.model'}" in told
+    assert not list((tmp_path / "out" / "tokenizer").iterdir())
+
+
 def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     assert "no run" in refused("train_if", *stage_1_options(folder, tmp_path / "none", 2, "--resume"))
     assert "--resume" in refused("train_if", *stage_1_options(folder, trained / "1", 3))
@@ -387,6 +509,31 @@ def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     assert "multiple of stage 1's 16" in refused("train_if", *stage_2, "--size", 24, "--crop", 8)
     stage_2[5] = tmp_path / "none"
     assert str(tmp_path / "none") in refused("train_if", *stage_2, "--size", 32, "--crop", 16)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--size", 17], "--size must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--lr", -1], "'-1' is not above 0"),
+        (["--lr", "nan"], "'nan' is not a finite number"),
+        (["--text-steps", -3], "--text-steps must not be negative, but is -3"),
+        (["--stage-2-of", "tiny-if", "--crop", 17], "--crop must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--stage-2-of", "tiny-if", "--size", 48], "--size 48 must be a multiple of stage 1's 32"),
+        (["--stage-2-of", "tiny-if/II"], "--stage-2-of tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (["--start", "tiny-if/II"], "--start tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (
+            ["--stage-2-of", "tiny-if", "--start", "tiny-if/I"],
+            "--start tiny-if/I is a stage-1 model, not a stage-2 one",
+        ),
+        (["--start", "tiny-if"], "--start tiny-if/I has block_out_channels = (64, 96, 192)"),
+        (["--stage-2-of", "tiny-if", "--start", "tiny-if"], "--start tiny-if/II has block_out_channels = (32, 48, 64,"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(refused, tmp_path, options, told):
+    start = ["--data", tmp_path / "not looked at", "--out", tmp_path / "out", *SMALL]
+    assert told in refused("train_if", *start, *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, monkeypatch):
