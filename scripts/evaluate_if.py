@@ -147,12 +147,12 @@ def arguments() -> Namespace:
 def check_models(args: Namespace):
     """Find args.small, which stage 1 draws, and args.size, of the data.
 
-    The data are as large as stage 2 draws, or the least multiple of args.small from 128 on; the small ones are means.
+    The data are as large as stage 2 draws, or without one the largest multiple of args.small up to 128, or itself.
     Raises FileNotFoundError or ValueError, in one line, for a model that lacks something or stages that do not fit.
     """
     stages = [(args.model, check_stage(args.model, 1))]
     args.small = stages[0][1].sample_size
-    args.size = -(-128 // args.small) * args.small
+    args.size = max(128 // args.small, 1) * args.small
     if args.upscaler != "none":
         stages.append((args.upscaler, check_stage(args.upscaler, 2)))
         args.size = stages[1][1].sample_size
@@ -321,7 +321,7 @@ def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[As
     pictures = model.draw_prompts(asked, guidance, *FAST, kind="aliases")
     found = nearest(judge, pictures, known) // len(STYLES) == torch.tensor([one.name for one in asked])
     photos, oils = found.chunk(2)
-    measures = {"photo": share(photos), "oil painting": share(oils), "both": share(found)}
+    measures = {"photo": share(photos), "oil painting": share(oils), "all": share(found)}
     told = ", ".join(f"{name} {value:.0%}" for name, value in measures.items())
     print(f"{len(photos)} other names, γ = {guidance:g}: {told}")
     measures["prompts"] = {one.prompt: right for one, right in zip(asked, found.tolist(), strict=True)}

@@ -90,20 +90,19 @@ def likest(drawn, pictures):
 
 
 def test_it_draws_the_assignments_prompts():
-    """Other names than the pictures' own: seven of eight photos, and as many oil paintings, are likest to theirs."""
+    """Other names than the pictures' own, as photos and as oil paintings: seven of the eight are likest to theirs."""
     data = load_captioned(DATA / "emoji", 32)
-    asked = evaluate_if.aliases_of(data)
+    others = ("a snowy mountain village", "a rocket ship", "people around a campfire", "a dog")
+    asked = [one for one in evaluate_if.aliases_of(data) if one.prompt.endswith(others)]
     prompts = [one.prompt for one in asked]
-    assert {"a photo of a rocket ship", "an oil painting of a snowy mountain village"} < set(prompts)
-    assert "an oil painting of people around a campfire" in prompts and len(prompts) == 16
+    assert prompts == [f"{style} {other}" for style in ("a photo of", "an oil painting of") for other in others]
     embeds = embed_prompts("tiny-if/I", [*prompts, ""])
     estimate = stage_1(load_unet("tiny-if/I"), torch.stack([embeds[one] for one in prompts]), embeds[""][None], 4.0)
     step, spaced = evaluate_if.STEPS["sde-dpm++"]
-    noise = noise_source(range(16), (3, 32, 32), torch.device("cpu"))
+    noise = noise_source(range(8), (3, 32, 32), torch.device("cpu"))
     drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=partial(step, threshold=STAGE_1_THRESHOLD))
-    for style, part in enumerate(drawn.chunk(2)):
-        names = torch.tensor([one.name for one in asked if one.style == style])
-        assert (likest(part, data.pictures[:, style]) == names).sum() >= 7
+    found = torch.cat([likest(part, data.pictures[:, style]) for style, part in enumerate(drawn.chunk(2))])
+    assert (found == torch.tensor([one.name for one in asked])).sum() >= 7
 
 
 def test_a_folder_of_that_name_is_not_needed_and_others_are_not_found(refused, tmp_path):
@@ -154,7 +153,7 @@ def test_evaluation(run_script, refused, tmp_path):
         assert 0 <= both <= min(first, second, of_two) <= 1
     assert len(report["aliases"]["prompts"]) == 16  # eight other names, as photos and as oil paintings
     found = list(report["aliases"]["prompts"].values())
-    assert report["aliases"]["both"] == sum(found) / 16 and report["aliases"]["photo"] == sum(found[:8]) / 8
+    assert report["aliases"]["all"] == sum(found) / 16 and report["aliases"]["photo"] == sum(found[:8]) / 8
     assert "8 other names, γ = 2: photo" in printed and (tmp_path / "aliases.png").is_file()
     assert report["stage_2"]["trained on"]["bicubic, PSNR"] > 15
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams_alike.png").is_file()
@@ -200,7 +199,7 @@ def test_models_of_other_sizes_are_evaluated(run_script, refused, tmp_path):
     assert "draws pictures of 32 pixels, no multiple of the 20" in line
 
 
-@pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 144), (64, 128), (256, 256)])
+@pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 96), (64, 128), (256, 256)])
 def test_without_an_upscaler_the_data_are_large_enough_for_the_judge(monkeypatch, small, size):
     monkeypatch.setattr(evaluate_if, "check_stage", lambda *_: Namespace(sample_size=small, encoder_hid_dim=128))
     args = Namespace(model="tiny-if/I", upscaler="none")
