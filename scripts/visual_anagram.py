@@ -23,7 +23,9 @@ PAIRS = [  # the assignment's
     ("a photo of the amalfi coast", "an oil painting of a snowy mountain village"),
 ]
 TINY_PAIRS = [  # of scripts/evaluate_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
-    ("a photo of a cloud with rain", "a photo of a tornado"),
+    ("a photo of a light bulb", "a photo of a pear"),
+    ("a photo of a baby", "a photo of an old man"),
+    ("a photo of a sailboat", "a photo of a pizza"),
 ]
 
 
