@@ -157,7 +157,7 @@ EXPERIMENTS = [
         "sample",
         (),
         "samples.png",
-        (("samples.png", "Above γ = 1, below with guidance; the same noise in each column."),),
+        (("samples.png", "Of each prompt: above γ = 1, below with guidance; the same noise in each column."),),
         CASCADE,
         QUICK,
     ),
@@ -171,7 +171,13 @@ EXPERIMENTS = [
         "sdedit",
         (),
         "sdedit.png",
-        (("sdedit.png", "A row for each drawing; from the left, the start moves towards it."),),
+        (
+            (
+                "sdedit.png",
+                "A row for each drawing; from the left, the start moves towards it. tiny-if must be told what it is: "
+                "of “a high quality photo” it makes little.",
+            ),
+        ),
         CASCADE,
         ("--upscaler", "none", "--image", "rocket"),
     ),

@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from common import parser, positive, run
 from figures import save_table
-from pictures import DRAWINGS, read_mask, read_picture
-from stages import Cascade, Cell, add_cascade_options
+from pictures import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
+from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import inpaint, resampling_path
 
+ANYTHING = "a high quality photo"
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 
 
@@ -27,7 +28,8 @@ def main():
     options = parser(__doc__)
     options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
     options.add_argument("--mask", action="append", metavar="MASK", help="one for each image, or one for all")
-    options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
+    default = f"one for each image, or one for all (default: {ANYTHING!r}; our drawings' own with tiny-if)"
+    options.add_argument("--prompt", action="append", metavar="TEXT", help=default)
     options.add_argument("--jump-length", type=positive, default=10, help="steps to go back (default: 10)")
     options.add_argument("--resamples", type=positive, default=1, help="times to do them, 1 for once (default: 1)")
     add_cascade_options(options, out="out/inpaint.png", stride=30)
@@ -35,9 +37,13 @@ def main():
     images = args.image or list(DRAWINGS)
     masks = args.mask or (MASKS if not args.image else ["circle:0.5,0.5,0.25"])
     masks = masks * len(images) if len(masks) == 1 else masks
-    if len(masks) != len(images):
-        raise ValueError(f"give one --mask, or one for each of the {len(images)} images, not {len(masks)}")
-    cascade = Cascade(args, [args.prompt])
+    tiny = args.model == MODEL
+    prompts = args.prompt or [DRAWING_PROMPTS.get(image, ANYTHING) if tiny else ANYTHING for image in images]
+    prompts = prompts * len(images) if len(prompts) == 1 else prompts
+    for option, given in (("--mask", masks), ("--prompt", prompts)):
+        if len(given) != len(images):
+            raise ValueError(f"give one {option}, or one for each of the {len(images)} images, not {len(given)}")
+    cascade = Cascade(args, list(dict.fromkeys(prompts)))
     resampling = {"jump_length": args.jump_length, "num_resamples": args.resamples}
     path = list(resampling_path(cascade.timesteps, **resampling))
     num_steps = sum(t_prev < t for t, t_prev in path)
@@ -52,20 +58,21 @@ def main():
     small, final = at(cascade.size), at(cascade.final_size)
     cells = [
         Cell(
-            cascade.plain(args.prompt),
+            cascade.plain(prompt),
             [args.seed],
             filling(*pair, **resampling),
             num_steps=num_steps,
             upscale=filling(*final_pair),
         )
-        for pair, final_pair in zip(small, final, strict=True)
+        for prompt, pair, final_pair in zip(prompts, small, final, strict=True)
     ]
     rows = [
         [x_orig[0], (2 * mask - 1).expand(1, 3, -1, -1)[0], torch.where(mask > 0, 0.0, x_orig)[0], result[0]]
         for (x_orig, mask), result in zip(final, cascade.draw(cells), strict=True)
     ]
     columns = ["original", "mask", "hole to fill", "result"]
-    save_table(args.out, rows, column_labels=columns, title=args.prompt, seed=args.seed)
+    labels = {"title": prompts[0]} if len(set(prompts)) == 1 else {"row_labels": prompts}
+    save_table(args.out, rows, column_labels=columns, **labels, seed=args.seed)
 
 
 if __name__ == "__main__":

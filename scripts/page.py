@@ -111,7 +111,8 @@ def typeset(tex: str) -> str:
     from matplotlib.mathtext import math_to_image
 
     buffer = io.StringIO()
-    with rc_context({"mathtext.fontset": "stix", "svg.hashsalt": "page"}):
+    clear = {"figure.facecolor": "none", "savefig.facecolor": "none"}  # the page's ground, light or dark
+    with rc_context({"mathtext.fontset": "stix", "svg.hashsalt": "page", **clear}):
         math_to_image(f"${tex}$", buffer, prop=FontProperties(size=15), format="svg", color=INK)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -177,3 +177,5 @@ def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 DRAWINGS: dict[str, Callable[[], Image.Image]] = {"village": village, "rocket": rocket, "face": face}
+# What tiny-if would call them: "a high quality photo", of anything, is too little for it
+DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}

@@ -2,26 +2,32 @@
 
     python scripts/sample.py
 
-Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for the same prompt and noise; columns: seeds.
+Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
 from common import parser, positive, run
 from figures import save_table
-from stages import Cascade, Cell, add_cascade_options
+from stages import MODEL, Cascade, Cell, add_cascade_options
+
+ANYTHING, TINY_PROMPT = "a high quality photo", "a photo of an owl"  # tiny-if does better with the second
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
+    default = f"may be given several times (default: {ANYTHING!r}; with tiny-if {TINY_PROMPT!r} too)"
+    options.add_argument("--prompt", action="append", metavar="TEXT", help=default)
     options.add_argument("--num-images", type=positive, default=5, help="default: 5")
     add_cascade_options(options, out="out/sample.png", stride=30)
     args = options.parse_args()
-    cascade = Cascade(args, [args.prompt])
+    prompts = args.prompt or ([TINY_PROMPT, ANYTHING] if args.model == MODEL else [ANYTHING])
+    cascade = Cascade(args, prompts)
     seeds = range(args.seed, args.seed + args.num_images)
-    rows = cascade.draw([Cell(cascade.plain(args.prompt, guidance), seeds) for guidance in (1.0, args.guidance)])
-    labels = ["γ = 1", f"γ = {args.guidance:g}"]
+    lines = [(prompt, guidance) for prompt in prompts for guidance in (1.0, args.guidance)]
+    rows = cascade.draw([Cell(cascade.plain(*line), seeds) for line in lines])
+    labels = [f"γ = {guidance:g}" + (f":\n{prompt}" if len(prompts) > 1 else "") for prompt, guidance in lines]
+    title = prompts[0] if len(prompts) == 1 else ""
     columns = [f"seed {seed}" for seed in seeds]
-    save_table(args.out, rows, row_labels=labels, column_labels=columns, title=args.prompt, seed=args.seed)
+    save_table(args.out, rows, row_labels=labels, column_labels=columns, title=title, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
         --prompt "a rocket ship" --prompt "a photo of a dog" --prompt "a man wearing a hat"
 
 A row for each picture and prompt; columns: the steps left out, 1 to 20, where more leaves more of the picture, and
-the picture itself. An image is a file, or a drawing of ours: village, rocket, face.
+the picture itself. An image is a file, or a drawing of ours: village, rocket, face. The prompt is "a high quality
+photo" unless said otherwise; with tiny-if our drawings come with prompts of their own before it.
 """
 
 from functools import partial
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from common import parser, run
 from figures import save_table
-from pictures import DRAWINGS, read_picture
-from stages import Cascade, Cell, add_cascade_options
+from pictures import DRAWING_PROMPTS, DRAWINGS, read_picture
+from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import sdedit
 
@@ -22,13 +23,16 @@ from ddpm.sampling import sdedit
 def main():
     options = parser(__doc__)
     options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
-    options.add_argument("--prompt", action="append", metavar="TEXT", help="(default: 'a high quality photo')")
+    options.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     default = "default: those of 1 3 5 7 10 20 that there are"
     options.add_argument("--i-start", type=int, nargs="+", metavar="I", help=default)
     add_cascade_options(options, out="out/sdedit.png", stride=30)
     args = options.parse_args()
     images, prompts = args.image or list(DRAWINGS), args.prompt or ["a high quality photo"]
-    cascade = Cascade(args, prompts)
+    lines = [(image, prompt) for image in images for prompt in prompts]
+    if args.model == MODEL and not args.prompt:
+        lines = [(image, DRAWING_PROMPTS[image]) for image in images if image in DRAWING_PROMPTS] + lines
+    cascade = Cascade(args, [prompt for _, prompt in lines])
     args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(cascade.timesteps)] or [0]
     counts = {i_start: len(cascade.from_index(i_start)) for i_start in args.i_start}
     pictures = {image: read_picture(image, cascade.size).to(cascade.device) for image in images}
@@ -37,7 +41,6 @@ def main():
         algorithm = partial(sdedit, x_0=pictures[image], i_start=i_start)
         return Cell(cascade.plain(prompt), [args.seed], algorithm, num_steps=counts[i_start])
 
-    lines = [(image, prompt) for image in images for prompt in prompts]
     drawn = iter(cascade.draw([cell(*line, i_start) for line in lines for i_start in args.i_start]))
     originals = {image: read_picture(image, cascade.final_size)[0] for image in images}
     rows = [[*(next(drawn)[0] for _ in args.i_start), originals[image]] for image, _ in lines]

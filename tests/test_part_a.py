@@ -321,6 +321,18 @@ def test_a_hybrid_of_a_larger_sigma_leaves_more_to_the_near_prompt(run_script, t
     assert contrast[None] == contrast[2] < contrast[4]
 
 
+def test_prompts_for_each_picture(run_script, tmp_path, model):
+    """Several prompts are rows of their own in A5 and A6, and one for each picture in A9."""
+    two = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    both = draw(run_script, tmp_path / "both", "sample", *model, *two, "--num-images", 1, cells=table(4, 1))
+    second = draw(run_script, tmp_path / "one", "sample", *model, *two[2:], "--num-images", 1, cells=table(2, 1))
+    assert all(abs(both[f"{row + 2}_0"] - second[f"{row}_0"]).max() <= 1 for row in (0, 1))
+    pictures = ["--image", "face", "--image", "face"]
+    cells = draw(run_script, tmp_path / "hole", "inpaint", *model, *pictures, *two, cells=table(2, 4))
+    one = draw(run_script, tmp_path / "only", "inpaint", *model, *pictures[:2], *two[2:], cells=table(1, 4))
+    assert abs(cells["1_3"] - one["0_3"]).max() <= 1 < abs(cells["0_3"] - one["0_3"]).max()
+
+
 @pytest.mark.parametrize(("script", "rows"), [("visual_anagram", 2), ("hybrid_image", 3)])
 def test_several_pairs_are_several_pictures(run_script, tmp_path, model, script, rows):
     """Each as if it had been asked for alone."""
@@ -471,6 +483,8 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
         "hybrid_image", *model, *two, "--components", "grey_colour", "--sigma", 3
     )
     assert "'0' is not above 0" in said("hybrid_image", *model, *two, "--sigma", 0)
+    three = [*two, "--prompt", "a hat", "--image", photo, "--image", photo]
+    assert "give one --prompt, or one for each of the 2 images, not 3" in said("inpaint", *model, *three)
     assert "'nan' is not a finite number" in said("sample", *model, "--guidance", "nan")
     assert "neither a number of steps nor one of fast27" in said("sample", *model[:-2], "--steps", "smart26")
     assert "not allowed with argument" in said("sample", *model, "--stride", 10)
