@@ -157,7 +157,13 @@ EXPERIMENTS = [
         "sample",
         (),
         "samples.png",
-        (("samples.png", "Of each prompt: above γ = 1, below with guidance; the same noise in each column."),),
+        (
+            (
+                "samples.png",
+                "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high quality "
+                "photo”, of anything, is too little for tiny-if.",
+            ),
+        ),
         CASCADE,
         QUICK,
     ),
@@ -208,7 +214,12 @@ EXPERIMENTS = [
         "inpaint",
         (),
         "inpainted.png",
-        (("inpainted.png", "White in the mask is the hole."),),
+        (
+            (
+                "inpainted.png",
+                "White in the mask is the hole. tiny-if has seen no such drawings: it fills in its own style.",
+            ),
+        ),
         CASCADE,
         QUICK,
     ),
