@@ -9,7 +9,9 @@ from common import parser, positive, run
 from figures import save_table
 from stages import MODEL, Cascade, Cell, add_cascade_options
 
-ANYTHING, TINY_PROMPT = "a high quality photo", "a photo of an owl"  # tiny-if does better with the second
+from ifmodel.captions import ANYTHING
+
+TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 
 
 def main():

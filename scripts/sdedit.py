@@ -18,6 +18,7 @@ from pictures import DRAWING_PROMPTS, DRAWINGS, read_picture
 from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import sdedit
+from ifmodel.captions import ANYTHING
 
 
 def main():
@@ -28,7 +29,7 @@ def main():
     options.add_argument("--i-start", type=int, nargs="+", metavar="I", help=default)
     add_cascade_options(options, out="out/sdedit.png", stride=30)
     args = options.parse_args()
-    images, prompts = args.image or list(DRAWINGS), args.prompt or ["a high quality photo"]
+    images, prompts = args.image or list(DRAWINGS), args.prompt or [ANYTHING]
     lines = [(image, prompt) for image in images for prompt in prompts]
     if args.model == MODEL and not args.prompt:
         lines = [(image, DRAWING_PROMPTS[image]) for image in images if image in DRAWING_PROMPTS] + lines
