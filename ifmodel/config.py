@@ -56,7 +56,11 @@ ASSUMED = {
     "resnet_time_scale_shift": "default",
 }
 # Fields that say nothing about these blocks: where the file was written, and options of other blocks
-IGNORED = ("_diffusers_version", "_name_or_path", "downsample_padding", "upcast_attention")
+IGNORED = (
+    *("_diffusers_version", "_name_or_path", "downsample_padding", "upcast_attention"),
+    # what diffusers' EMAModel writes beside the model's own fields, about a training that is over
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
+)
 # What the values of the other fields must be, by their type in UNetConfig
 KINDS = {
     bool: (lambda value: type(value) is bool, "true or false"),

@@ -110,13 +110,18 @@ def read_json(source: str | Path, subfolder: str, name: str, revision: str | Non
     path = fetch(source, subfolder, [name], revision) / name
     if not path.is_file():
         return path, None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    config = parse_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
     return path, config
+
+
+def parse_json(path: Path):
+    """What a JSON file holds. Raises ValueError when it is not JSON, or nested too deeply to be a model's."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def check_memory(needed: int, what: str, device: str | torch.device):
@@ -147,12 +152,18 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     single = folder / f"{stem}.safetensors"
     if single.is_file():
         return [single]
-    index = folder / f"{WEIGHTS}.safetensors.index{'' if variant is None else '.' + variant}.json"
-    if index.is_file():
+    for index in (folder / name for name in index_names(WEIGHTS, variant)):
+        if not index.is_file():
+            continue
         try:
-            shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(parse_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {outside[0]}, which is not a file beside it: download it again")
+        if not names:
+            raise ValueError(f"{index} names no files: download it again")
+        shards = [folder / name for name in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
@@ -234,7 +245,12 @@ def _check_download(path: Path):
 
 def weight_patterns(stem: str, variant: str | None) -> list[str]:
     """The safetensors files of one precision, in one piece or in shards: never the .bin copies."""
-    named, index = (stem, f"{stem}.safetensors.index.json")
-    if variant is not None:
-        named, index = f"{stem}.{variant}", f"{stem}.safetensors.index.{variant}.json"
-    return ["config.json", f"{named}.safetensors", f"{named}-*-of-*.safetensors", index]
+    named = stem if variant is None else f"{stem}.{variant}"
+    return ["config.json", f"{named}.safetensors", f"{named}-*-of-*.safetensors", *index_names(stem, variant)]
+
+
+def index_names(stem: str, variant: str | None) -> list[str]:
+    """What the index of a precision's shards may be called: diffusers has moved the variant in its name."""
+    if variant is None:
+        return [f"{stem}.safetensors.index.json"]
+    return [f"{stem}.safetensors.index.{variant}.json", f"{stem}.safetensors.{variant}.index.json"]
