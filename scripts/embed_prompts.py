@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import add_device_options, check_writable, parser, pick_device, pick_dtype, run
 
-from ifmodel.text import embed_prompts, load_embeds, save_embeds
+from ifmodel.text import embed_prompts, load_embeds, normalised, read_prompts, save_embeds
 
 
 def main():
@@ -29,12 +29,12 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out, ".safetensors")
-    lines = args.prompts.read_text().splitlines() if args.prompts else []
-    prompts = [*args.prompt, *(line for line in lines if line.strip())]
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ValueError("there is nothing to embed: give --prompt, or --prompts with a file")
     embeds = load_embeds(args.out) if args.out.exists() else {}
-    embeds |= embed_prompts(args.model, [*prompts, ""], dtype=dtype, device=device, revision=args.revision)
+    found = embed_prompts(args.model, [*prompts, ""], dtype=dtype, device=device, revision=args.revision)
+    embeds |= {normalised(prompt): tensor for prompt, tensor in found.items()}
     save_embeds(args.out, embeds)
     width, name = next(iter(embeds.values())).shape[1], str(dtype).removeprefix("torch.")
     print(f"{args.out}: {len(embeds)} prompts, {width} wide, {name}")

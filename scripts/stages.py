@@ -18,7 +18,7 @@ from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source,
 from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, linspace_timesteps, named_timesteps, strided_timesteps
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
-from ifmodel.text import embed_prompts, load_embeds
+from ifmodel.text import embed_prompts, load_embeds, normalised
 from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
@@ -160,9 +160,12 @@ class Cascade:
         self.check_sizes(1)
         self.embeds = load_embeds(args.embeds) if args.embeds else {}
         self.check_embeds()
-        self.prompts = list(prompts or [prompt for prompt in self.embeds if prompt not in ("", args.null_prompt)])
+        self.prompts = list(
+            prompts or [prompt for prompt in self.embeds if prompt not in ("", normalised(args.null_prompt))]
+        )
         if not self.prompts:
             raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
+        self.check_known()
         self.variants = [find_variant(stage, self.dtype) for stage in self.stages]  # last, since it may download them
 
     def from_index(self, i_start: int) -> list[int]:
@@ -198,6 +201,14 @@ class Cascade:
                 wanted = f"{stage.source} takes those that are {stage.config.encoder_hid_dim} wide"
                 raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
 
+    def check_known(self):
+        """With --embeds, refuse prompts that are not in it and that no T5 is at hand for, before any download."""
+        known = [*self.embeds]
+        missing = [prompt for prompt in [*self.prompts, self.args.null_prompt] if normalised(prompt) not in known]
+        if known and missing and Path(self.args.model).is_dir() and not (Path(self.args.model) / "tokenizer").is_dir():
+            there = f"it has {', '.join(map(repr, known[:5]))}{', …' if len(known) > 5 else ''}"
+            raise ValueError(f"{self.args.embeds} has no {missing[0]!r}, and {self.args.model} no T5: {there}")
+
     def load(self, stage: int, batch_size: int):
         """Stage 1 or 2 as `unet`, the other one freed; refuses what the memory cannot hold."""
         self.embed()
@@ -209,15 +220,16 @@ class Cascade:
 
     def embed(self):
         """Embed the prompts that are not known yet; T5 is freed again before a UNet is loaded."""
-        unknown = [prompt for prompt in [*self.prompts, self.args.null_prompt] if prompt not in self.embeds]
+        unknown = [prompt for prompt in [*self.prompts, self.args.null_prompt] if normalised(prompt) not in self.embeds]
         if unknown:
             t5 = {"dtype": self.dtype, "device": self.device, "revision": self.args.revision}
-            self.embeds |= embed_prompts(self.args.model, unknown, **t5)
+            found = embed_prompts(self.args.model, unknown, **t5)
+            self.embeds |= {normalised(prompt): tensor for prompt, tensor in found.items()}
             self.check_embeds()
 
     def embedded(self, prompt: str, n: int = 1) -> Tensor:
         """A prompt's embeddings, n times: [n, 77, D_text] on the device."""
-        return self.embeds[prompt].to(self.device, torch.float32).expand(n, -1, -1)
+        return self.embeds[normalised(prompt)].to(self.device, torch.float32).expand(n, -1, -1)
 
     def estimate(
         self, prompt: str, n: int = 1, low_res: Tensor | None = None, guidance: float | None = None
