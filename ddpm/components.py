@@ -5,6 +5,7 @@ the identity. Widths are in pixels of a 64-pixel picture and grow with it, so th
 one. Source: Factorized Diffusion §3.3, arXiv 2404.11615.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,17 +25,25 @@ class Component:
 
 
 def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
-    """torchvision's blur of x [B, C, H, W]; the kernel has 2 · radius + 1 pixels a side and reflects at the edges."""
+    """torchvision's blur of x [B, C, H, W], along one side and then the other; edges are reflected.
+
+    The kernel has 2 · radius + 1 pixels a side.
+    """
     from torchvision.transforms.v2.functional import gaussian_blur  # here, since torchvision takes long to import
 
-    radius = min(radius, min(x.shape[-2:]) - 1)  # it can reflect but once
-    return gaussian_blur(x, [2 * radius + 1] * 2, [sigma] * 2)
+    radius = min(radius, min(x.shape[-2:]) - 1)  # reflection padding needs radius < side
+    along_x = gaussian_blur(x, [2 * radius + 1, 1], [sigma] * 2)
+    return gaussian_blur(along_x, [1, 2 * radius + 1], [sigma] * 2)
 
 
 def low_pass(x: Tensor, sigma: float = SIGMA, kernel_size: int = 33) -> Tensor:
-    """A Gaussian blur of x [B, C, H, W]; sigma and kernel_size are those at 64 pixels."""
+    """A Gaussian blur of x [B, C, H, W]; sigma and kernel_size are those at 64 pixels.
+
+    The kernel grows with sigma, to three of them each way, so that every size of an image is blurred alike.
+    """
     scale = min(x.shape[-2:]) / 64
-    return gaussian_blur(x, sigma * scale, round(kernel_size // 2 * max(scale, 1)))
+    radius = max(kernel_size // 2 * max(scale, 1), math.ceil(3 * sigma * scale))
+    return gaussian_blur(x, sigma * scale, round(radius))
 
 
 def low_high_pass(sigma: float = SIGMA) -> list[Component]:

@@ -66,8 +66,13 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch
     """Gaussian noise [len(seeds), *shape], fresh at each call, every image from a generator of its own.
 
     So an image depends on its own seed and not on those drawn beside it. The generators live on the CPU:
-    the same seed gives the same noise on every device.
+    the same seed gives the same noise on every device. Raises ValueError for a seed that they would cut to 32 bits.
     """
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(
+                f"a seed must be from 0 to 2^32 - 1, of which torch's generators keep all bits, not {seed}"
+            )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]).to(device)
 
@@ -121,8 +126,13 @@ def iterative_denoise(
         x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=z, v=v, before=before)
         if callback is not None:
             callback(i, t, x_t, x_0)
-        x_t, before = x_prev, (t, x_0)
+        x_t, before = x_prev, history_of(estimate, t, x_0)
     return x_t
+
+
+def history_of(estimate: Estimate, t: int, x_0: Tensor) -> tuple[int, Tensor] | None:
+    """What a multistep solver may extrapolate from; nothing where the next estimate is another function of (x_t, t)."""
+    return None if getattr(estimate, "alternates", False) else (t, x_0)
 
 
 def sample(
@@ -210,7 +220,7 @@ def inpaint(
         if callback is not None:
             callback(i, t, x_t, x_0)
         known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, before = torch.where(mask > 0, x_prev, known), (t, x_0)
+        x_t, before = torch.where(mask > 0, x_prev, known), history_of(estimate, t, x_0)
     return x_t
 
 
@@ -236,7 +246,8 @@ def anagram(estimates: Sequence[Estimate], views: Sequence[View], reduction: str
     """A visual anagram's estimate: every prompt sees x_t in its own view, and the views are turned back.
 
     estimates, views: as many of each; eps = 1/N Σ view⁻¹(eps_i(view(x_t), t)), and v likewise
-    reduction: "mean", or "alternate" to ask one of them after another, one a step, at the cost of one
+    reduction: "mean", or "alternate" to ask one of them after another, one a step, at the cost of one; multistep
+        solvers then take single steps, since x̂_0 of one view says nothing about the next one's
     Raises ValueError when these do not go together. Source: Visual Anagrams eq. 4, arXiv 2311.17919.
     """
     if len(estimates) != len(views) or not views:
@@ -255,6 +266,7 @@ def anagram(estimates: Sequence[Estimate], views: Sequence[View], reduction: str
         eps, v = zip(*(seen(k, x_t, t) for k in asked), strict=True)
         return mean(eps), None if v[0] is None else mean(v)
 
+    estimate.alternates = reduction == "alternate"
     return estimate
 
 
@@ -306,5 +318,5 @@ def complete(
         if callback is not None:
             callback(i, t, x_t, x_0)
         known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, before = x_prev + keep.of(known - x_prev), (t, x_0)
+        x_t, before = x_prev + keep.of(known - x_prev), history_of(estimate, t, x_0)
     return x_t

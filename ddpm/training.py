@@ -99,8 +99,11 @@ def drop_classes(labels: Tensor, generator: torch.Generator, probability: float 
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's noise: a resumed run draws what an uninterrupted one would have drawn."""
-    return ((seed << 24) + step) % 2**63
+    """The seed of one step's noise: a resumed run draws what an uninterrupted one would have drawn.
+
+    Spread over the 32 bits that torch's CPU generator keeps of it, so that runs of different seeds differ.
+    """
+    return (seed * 2654435761 + step) % 2**32  # Knuth's multiplier, 2^32 over the golden ratio
 
 
 def train(

@@ -100,8 +100,9 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
         )
     for prompt, tensor in embeds.items():
         if not isinstance(prompt, str) or not isinstance(tensor, Tensor) or not 2 <= tensor.ndim <= 3:
+            kind = type(tensor).__name__
             raise ValueError(
-                f"{path} is no file of prompt embeddings: {prompt!r} is a {type(tensor).__name__}; it needs {EMBEDS_LAYOUT}"
+                f"{path} is no file of prompt embeddings: {prompt!r} is a {kind}; it needs {EMBEDS_LAYOUT}"
             )
         if prompt in ("prompt_embeds", "negative_prompt_embeds"):
             raise ValueError(f"{path} names no prompts, but {prompt!r}: it must hold {EMBEDS_LAYOUT}")

@@ -117,9 +117,9 @@ def positive_number(text: str) -> float:
 
 
 def seed_number(text: str) -> int:
-    """An argparse type: a seed, from 0 to 2⁶² so that others may be counted on from it."""
-    if not text.isdecimal() or int(text) > 2**62:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+    """An argparse type: a seed, from 0 to 4,000,000,000, so that others below 2³² may be counted on from it."""
+    if not text.isdecimal() or len(text) > 10 or int(text) > 4_000_000_000:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to 4000000000")
     return int(text)
 
 
