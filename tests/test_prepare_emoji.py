@@ -1,4 +1,4 @@
-"""scripts/prepare_emoji.py on small icon packages: one folder in the imagefolder layout, of what several artists draw."""
+"""scripts/prepare_emoji.py on small icon packages: one folder in the imagefolder layout, of what several draw."""
 
 import io
 import json
