@@ -1,7 +1,8 @@
 """DeepFloyd IF in plain PyTorch: the stage-1 and stage-2 UNets, loading the published weights as they are.
 
-    from ifmodel import load_unet
+    from ifmodel import Cascade, load_unet
 
+    images = Cascade("tiny-if").draw("a photo of a dog", seeds=[1, 2, 3])  # [3, 3, 128, 128] in [-1, 1]
     unet = load_unet("tiny-if/I")  # the small model that is shipped; or a folder, or a Hub id
     text = unet.encode_text(prompt_embeds)  # once per prompt
     out = unet(x_t, t, text)  # [B, 3, H, W] -> [B, 6, H, W], eps and v
@@ -10,8 +11,9 @@ Read in this order: `config` (which shapes a model has), `layers` (what it is bu
 put together), `cascade` (stage 1, stage 2). `weights` and `text` bring the UNets and the prompts there.
 """
 
+from ifmodel.cascade import Cascade
 from ifmodel.config import UNetConfig
 from ifmodel.unet import Text, UNet
 from ifmodel.weights import load_unet
 
-__all__ = ["Text", "UNet", "UNetConfig", "load_unet"]
+__all__ = ["Cascade", "Text", "UNet", "UNetConfig", "load_unet"]

@@ -1,9 +1,7 @@
 """What the scripts that run DeepFloyd IF share: their options, loading a stage, and drawing with both."""
 
-import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,25 +9,28 @@ from pathlib import Path
 import torch
 from common import SEED, add_device_options, check_writable, number, pick_device, pick_dtype, positive, seed_number
 from torch import Tensor
-from tqdm import tqdm
 
-from ddpm.process import Threshold, ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
 from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, linspace_timesteps, named_timesteps, strided_timesteps
-from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
+from ifmodel.cascade import (
+    SAMPLERS,
+    SCHEDULE,
+    SETTINGS,
+    SMALL_SETTINGS,
+    check_finite,
+    find_stage,
+    find_variant,
+    finite,
+    load_stage,
+    noised_upscaled,
+    stage_1,
+    stage_2,
+    watch,
+)
 from ifmodel.text import embed_prompts, load_embeds, normalised
-from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
+from ifmodel.weights import check_memory
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
-SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
-SMALL_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
-
-SAMPLERS: dict[str, Step] = {
-    "ddpm": partial(ddpm_step, variance="learned_range"),
-    "ddim": ddim_step,
-    "dpm++": dpm_solver_step,
-}
 
 
 def steps_or_name(text: str) -> int | str:
@@ -116,16 +117,6 @@ class Cell:
     timesteps: Sequence[int] | None = None
     num_steps: int | None = None
     upscale: Callable[..., Tensor] = sample
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A model of the cascade as its small files describe it."""
-
-    source: str
-    revision: str | None
-    config: UNetConfig
-    threshold: Threshold
 
 
 class Cascade:
@@ -321,85 +312,3 @@ def pick_timesteps(args: Namespace) -> list[int]:
         return named_timesteps(steps)
     spaced = linspace_timesteps if args.sampler == "dpm++" else leading_timesteps
     return spaced(SCHEDULE.num_timesteps, steps)
-
-
-def check_stage(source: str, stage: int, revision: str | None = None) -> UNetConfig:
-    """The config of a model. Raises ValueError when it is of the other stage."""
-    config = load_config(source, revision)
-    found = 2 if config.class_embed_type else 1
-    if found != stage:
-        option = {1: "--model", 2: "--upscaler"}[found]
-        raise ValueError(f"{source} is a stage-{found} model, not a stage-{stage} one: give it as {option}")
-    return config
-
-
-def find_stage(source: str, stage: int, revision: str | None) -> Stage:
-    """Stage 1 or 2 of a model, by its small files. Raises ValueError for what is not implemented, or is the other."""
-    return Stage(source, revision, check_stage(source, stage, revision), stage_threshold(source, stage, revision))
-
-
-def find_variant(stage: Stage, dtype: torch.dtype) -> str | None:
-    """Which of a stage's weights to read: for half precision the fp16 files where there are some, else the others.
-
-    They are downloaded if need be. Raises FileNotFoundError when there are none.
-    """
-    variant, other = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
-    try:
-        find_weights(stage.source, variant, stage.revision)
-    except FileNotFoundError:
-        find_weights(stage.source, other, stage.revision)
-        return other
-    return variant
-
-
-def load_stage(
-    stage: Stage, variant: str | None, dtype: torch.dtype, device: torch.device, compiled: bool = False
-) -> UNet:
-    """A stage's UNet, packed on the CPU unless compiled; says so when float16 weights are computed with in float32."""
-    stored = stored_dtypes(find_weights(stage.source, variant, stage.revision))
-    if dtype == torch.float32 and torch.float16 in stored and stage.source not in SHIPPED:
-        print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
-    unet = load_unet(stage.source, dtype, device, variant, stage.revision, pack=not compiled)
-    if compiled:
-        unet.compile()
-    return unet
-
-
-def check_finite(where: str, *tensors: Tensor):
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError(f"{where}: not finite any more; try --dtype float32, or less --guidance")
-
-
-def finite(estimate: Estimate, where: str) -> Estimate:
-    """An estimate that stops when guidance has made it infinite, which thresholding would hide."""
-
-    def checked(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        eps, v = estimate(x_t, t)
-        check_finite(f"{where}, t = {t}, with guidance", eps)
-        return eps, v
-
-    return checked
-
-
-@contextmanager
-def watch(unet: UNet, steps: int, description: str) -> Iterator[Callback]:
-    """A progress bar for a sampler, whose callback it gives.
-
-    Stops at the first output of the UNet, and at the first picture that the callback is given, that is not finite.
-    """
-    step = [0]
-
-    def check(module, inputs, output: Tensor):
-        check_finite(f"{description}, step {step[0]} (t = {int(torch.as_tensor(inputs[1]).max())})", output)
-
-    def callback(*given):
-        check_finite(f"{description}, step {step[0]}", *(value for value in given if isinstance(value, Tensor)))
-        step[0] += 1
-        bar.update()
-
-    hook = unet.register_forward_hook(check)
-    try:
-        with tqdm(total=steps, desc=description, unit="step") as bar:
-            yield callback
-    finally:
-        hook.remove()

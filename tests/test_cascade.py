@@ -1,0 +1,107 @@
+"""`Cascade`: prompts in, images out, by any estimate and any loop; the same images as the scripts."""
+
+from functools import partial
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.components import low_high_pass
+from ddpm.sampling import anagram, hybrid, inpaint, sdedit
+from ddpm.views import identity, vertical_flip
+from ifmodel import Cascade, cascade
+from ifmodel.cascade import Stage
+
+FEW = {"num_steps": 3, "upscaler_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Cascade("tiny-if")
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    """Two prompts, a seed each."""
+    return tiny.draw(["a photo of a dog", "a rocket ship"], seeds=[1, 2], **FEW)
+
+
+def pixels(image: torch.Tensor) -> numpy.ndarray:
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_a_prompt_for_each_seed_gives_the_images_of_the_script(run_script, tmp_path, drawn):
+    assert drawn.shape == (2, 3, 128, 128)
+    options = ("--steps", 3, "--upscaler-steps", 2, "--dtype", "float32", "--device", "cpu")
+    for prompt, seed, image in zip(["a photo of a dog", "a rocket ship"], [1, 2], drawn, strict=True):
+        out = tmp_path / f"{seed}.png"
+        status, _, err = run_script("generate", "--prompt", prompt, "--seed", seed, "--out", out, *options)
+        assert status == 0, err
+        difference = numpy.asarray(Image.open(out)).astype(int) - pixels(image)
+        assert abs(difference).max() <= 1  # of 255: alone and side by side they are rounded differently
+
+
+def test_one_prompt_serves_all_seeds_whatever_the_batches(tiny):
+    together = tiny.draw("a photo of a dog", seeds=[1, 2, 3], **FEW)
+    apart = tiny.draw("a photo of a dog", seeds=[1, 2, 3], batch_size=2, **FEW)
+    torch.testing.assert_close(together, apart, atol=1e-3, rtol=0)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_every_recipe_and_algorithm_goes_through_both_stages(tiny):
+    x_0, mask = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:24] = 1
+    flip = vertical_flip()
+
+    def illusion(stage: Stage):
+        first = stage.estimate("a photo of a light bulb")
+        return anagram([first, stage.estimate("a photo of a pear", view=flip)], [identity(), flip])
+
+    def mixed(stage: Stage):
+        return hybrid([stage.estimate("a photo of a deer"), stage.estimate("a photo of a giraffe")], low_high_pass())
+
+    for recipe, algorithm in (
+        ("a rocket ship", partial(sdedit, x_0=x_0, i_start=1)),
+        ("a man wearing a hat", partial(inpaint, x_orig=x_0, mask=mask)),
+        (illusion, cascade.sample),
+        (mixed, cascade.sample),
+    ):
+        image = tiny.draw(recipe, algorithm, seeds=[1], **FEW)
+        assert image.shape == (1, 3, 128, 128)
+        assert image.isfinite().all()
+
+
+def test_a_view_of_the_recipe_turns_what_stage_2_sees(tiny, drawn):
+    """Asked for in flipped views alone, the image is that of flipped noise, in both stages: it is another one."""
+    flip = vertical_flip()
+
+    def upside_down(stage: Stage):
+        return anagram([stage.estimate("a photo of a dog", view=flip)], [flip])
+
+    turned = tiny.draw(upside_down, seeds=[1], num_steps=20, upscaler_steps=5)
+    upright = tiny.draw("a photo of a dog", seeds=[1], num_steps=20, upscaler_steps=5)
+    small = torch.nn.functional.avg_pool2d
+    # stage 2 keeps to the small image as it lies, and would not if it saw it the other way up
+    alone = Cascade("tiny-if/I").draw(upside_down, seeds=[1], num_steps=20)
+    assert (small(turned, 4) - alone).abs().mean() < 0.5 * (small(turned.flip(2), 4) - alone).abs().mean()
+    assert not torch.allclose(turned, upright, atol=0.1)
+
+
+def test_the_model_may_be_stage_1_alone():
+    assert Cascade("tiny-if/I").draw("a photo of a dog", seeds=[1], num_steps=2).shape == (1, 3, 32, 32)
+
+
+def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("ifmodel.cascade.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+    tiny = Cascade("tiny-if")
+    for told, arguments in (
+        ("one for each of the 2 seeds, not 1", {"recipe": ["a dog"], "seeds": [1, 2]}),
+        ("seeds must hold", {"recipe": "a dog", "seeds": []}),
+        ("sampler must be one of", {"recipe": "a dog", "seeds": [1], "sampler": "euler"}),
+        ("steps must be from 1 to 1000", {"recipe": "a dog", "seeds": [1], "num_steps": 1001}),
+    ):
+        with pytest.raises(ValueError, match=told):
+            tiny.draw(**arguments)
+    with pytest.raises(ValueError, match="is a stage-2 model, not a stage-1 one"):
+        Cascade("tiny-if/II")
