@@ -39,7 +39,7 @@ from common import (
     seed_number,
 )
 from figures import save_figure, save_grid
-from stages import MODEL, UPSCALER, check_stage
+from stages import MODEL, UPSCALER
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +52,7 @@ from ddpm.schedule import leading_timesteps, linspace_timesteps
 from ddpm.views import View, identity, vertical_flip
 from ifmodel import load_unet
 from ifmodel.captions import STYLES, CaptionedPictures, curated, held_out, load_captioned
-from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
+from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, check_stage, stage_1, upscale
 from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
 from ifmodel.weights import read_json
