@@ -117,6 +117,23 @@ def linspace_timesteps(num_timesteps: int = 300, num_steps: int = 300) -> list[i
     return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
 
 
+def log_snr_timesteps(schedule: Schedule, num_steps: int) -> list[int]:
+    """N timesteps evenly spaced in log(ᾱ_t / (1-ᾱ_t)), noisiest first: what DPM-Solver++ steps along.
+
+    From t = 0.99 T, since a cosine schedule is all noise beyond it, so that the step to the clean image is as long as
+    the others. Where several would fall on one timestep, at either end, they take the next ones.
+    Raises ValueError for more steps than timesteps. Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
+    """
+    _check_steps(num_steps, schedule.num_timesteps)
+    log_snr = torch.logit(schedule.alphas_cumprod, eps=1e-12)
+    first = log_snr[int(0.99 * (schedule.num_timesteps - 1))].item()
+    wanted = torch.linspace(first, log_snr[0].item(), num_steps + 1, dtype=torch.float64)[:-1]
+    timesteps = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
+    for k in range(num_steps - 2, -1, -1):
+        timesteps[k] = max(timesteps[k], timesteps[k + 1] + 1)
+    return [min(t, schedule.num_timesteps - 1 - k) for k, t in enumerate(timesteps)]
+
+
 def _check_count(num_timesteps: int):
     if num_timesteps < 1:
         raise ValueError(f"a schedule needs at least 1 timestep, not {num_timesteps}")

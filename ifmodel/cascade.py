@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, iterative_denoise, noise_source, sample
-from ddpm.schedule import cosine_schedule, leading_timesteps, linspace_timesteps
+from ddpm.schedule import cosine_schedule, leading_timesteps, linspace_timesteps, log_snr_timesteps
 from ddpm.views import View
 from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
 from ifmodel.text import embed_prompts, load_embeds, normalised
@@ -179,6 +179,19 @@ class StageFiles:
     revision: str | None
     config: UNetConfig
     threshold: Threshold
+
+
+def spaced_timesteps(sampler: str, eta: float, num_steps: int) -> list[int]:
+    """Which timesteps a sampler visits, noisiest first.
+
+    IF's own spacing leaves out the noisiest ones; SDE-DPM-Solver++ does better with them, and without fresh noise
+    DPM-Solver++ is nearest to the converged image with steps of one length in log SNR.
+    """
+    if sampler != "dpm++":
+        return leading_timesteps(SCHEDULE.num_timesteps, num_steps)
+    if eta:
+        return linspace_timesteps(SCHEDULE.num_timesteps, num_steps)
+    return log_snr_timesteps(SCHEDULE, num_steps)
 
 
 def check_stage(source: str, stage: int, revision: str | None = None) -> UNetConfig:
@@ -386,9 +399,8 @@ class Cascade:
         scales = [own["guidance"], own["upscaler_guidance"]]
         scales = [o if g is None else g for g, o in zip((guidance_scale, upscaler_guidance_scale), scales, strict=True)]
         noise_level = own["noise_level"] if noise_level is None else noise_level
-        spaced = linspace_timesteps if sampler == "dpm++" else leading_timesteps
         visited = [
-            list(timesteps or spaced(SCHEDULE.num_timesteps, num_steps)),
+            list(timesteps or spaced_timesteps(sampler, eta, num_steps)),
             leading_timesteps(SCHEDULE.num_timesteps, upscaler_steps or own["upscaler_steps"]),
         ]
         self._embed([*self._prompts_of(recipe), negative_prompt])

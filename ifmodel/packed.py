@@ -33,10 +33,13 @@ class PackedConv2d(nn.Module):
         )
 
 
-def can_pack() -> bool:
-    """Whether this is a CPU, and a torch, whose convolutions can be packed."""
-    operators = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and hasattr(torch.ops, "mkldnn")
-    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available() and operators
+def can_pack(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this is a CPU, and a torch, whose convolutions can be packed in a dtype: bfloat16 needs AVX-512."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") or not hasattr(torch.ops, "mkldnn"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_plain(convolution: nn.Conv2d) -> bool:

@@ -40,7 +40,7 @@ def load_unet(
     variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
     pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but a copy
-        of them in memory, without gradients, deepcopy or a whole state_dict(); float16 is never packed
+        of them in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
 
     The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the
     dtype of the file on the CPU, and not packed, they are not copied at all.
@@ -49,7 +49,7 @@ def load_unet(
     config = load_config(source, revision)
     files = find_weights(source, variant, revision)
     folder, on_cpu = files[0].parent, torch.device(device).type == "cpu"
-    pack = pack and on_cpu and dtype != torch.float16 and can_pack()
+    pack = pack and on_cpu and can_pack(dtype)
     with torch.device("meta"):
         unet = UNet(config)
     held = list(unet.parameters())
@@ -156,8 +156,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
         if not index.is_file():
             continue
         try:
-            names = sorted(set(parse_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
+            names = sorted({str(Path(name)) for name in parse_json(index)["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names {outside[0]}, which is not a file beside it: download it again")

@@ -11,7 +11,7 @@ from common import SEED, add_device_options, check_writable, number, pick_device
 from torch import Tensor
 
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, noise_source, sample
-from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, linspace_timesteps, named_timesteps, strided_timesteps
+from ddpm.schedule import NAMED_SECTIONS, leading_timesteps, named_timesteps, strided_timesteps
 from ifmodel.cascade import (
     SAMPLERS,
     SCHEDULE,
@@ -23,6 +23,7 @@ from ifmodel.cascade import (
     finite,
     load_stage,
     noised_upscaled,
+    spaced_timesteps,
     stage_1,
     stage_2,
     watch,
@@ -302,7 +303,7 @@ def settle(args: Namespace, sample_size: int, single_stage: bool):
 def pick_timesteps(args: Namespace) -> list[int]:
     """Which timesteps --steps or --stride visit, noisiest first.
 
-    IF's own spacing leaves out the noisiest ones; DPM-Solver++ does better with them (scripts/evaluate_if.py).
+    IF's own spacing unless the sampler has another, see `spaced_timesteps`.
     """
     stride = args.stride or (args.default_stride if args.steps is None else None)
     if stride is not None:
@@ -310,5 +311,4 @@ def pick_timesteps(args: Namespace) -> list[int]:
     steps = 100 if args.steps is None else args.steps
     if isinstance(steps, str):
         return named_timesteps(steps)
-    spaced = linspace_timesteps if args.sampler == "dpm++" else leading_timesteps
-    return spaced(SCHEDULE.num_timesteps, steps)
+    return spaced_timesteps(args.sampler, args.eta, steps)

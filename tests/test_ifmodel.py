@@ -154,11 +154,12 @@ def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not can_pack(), reason="no oneDNN for x86 here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [STAGE_1, STAGE_2])
 def test_packed_convolutions_compute_the_same(config, dtype):
     """Also for pictures of other shapes than the first, for which they were packed."""
+    if not can_pack(dtype):
+        pytest.skip("this CPU cannot pack convolutions in this dtype")
     ours, _ = pair(config, dtype)
     ours.requires_grad_(False)
     packed = copy.deepcopy(ours)
@@ -479,6 +480,16 @@ def test_a_packed_unet_gives_up_the_originals(saved):
     unet(x_t, t, unet.encode_text(prompt_embeds))
     gc.collect()
     assert not any(original() is not None for original in originals)
+
+
+@torch.no_grad()
+def test_in_bfloat16_a_unet_that_is_to_be_packed_runs_on_every_cpu(saved):
+    """oneDNN packs bfloat16 only where AVX-512 is: elsewhere the UNet stays as it is."""
+    unet = load_unet(saved, torch.bfloat16, pack=True)
+    packed = any(isinstance(layer, PackedConv2d) for layer in unet.modules())
+    assert packed == can_pack(torch.bfloat16)
+    x_t, t, prompt_embeds, _ = inputs(STAGE_1, torch.bfloat16)
+    assert unet(x_t, t, unet.encode_text(prompt_embeds)).isfinite().all()
 
 
 def test_unless_asked_nothing_is_packed_and_float16_never(saved):
