@@ -14,7 +14,7 @@ from test_text import model_folder  # noqa: F401
 
 from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
-from ddpm.schedule import leading_timesteps
+from ddpm.schedule import leading_timesteps, log_snr_timesteps
 from ifmodel import load_unet
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
@@ -165,7 +165,9 @@ def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade)
         options += ["--sampler", sampler, "--eta", 1 if noisy else 0]
         cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
         noise = noise_source([5], (3, 16, 16))
-        timesteps = [999, 500, 0] if sampler == "dpm++" else leading_timesteps(1000, 3)
+        timesteps = leading_timesteps(1000, 3)
+        if sampler == "dpm++":
+            timesteps = [999, 500, 0] if noisy else log_snr_timesteps(SCHEDULE, 3)
         x = iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, step=step)
         drawn[name] = (x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
         assert abs(cells["1_0"] - drawn[name]).max() <= 1, name
