@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 from torch import Tensor
 
 LARGEST = 500_000_000  # pixels; beyond, a small file may fill the memory
@@ -18,7 +18,7 @@ def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
 
     source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no picture.
     """
-    picture = eight_bits(DRAWINGS[str(source)]() if str(source) in DRAWINGS else open_picture(source, size))
+    picture = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(open_picture(source, size), source)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
@@ -42,14 +42,26 @@ def open_picture(path: str | Path, size: tuple[int, int]) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
 
 
-def eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, or as RGBA when some of it is transparent.
+def eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
+    """An image of any mode as RGB, or as RGBA when some of it is transparent.
 
-    White is 65535 in integers of more than 8 bits; in floating point it is 1, or the largest value beyond 1.
+    White is 65535 in integers of more than 8 bits, or 4095 or 255 where none is larger; in floating point it is 1, or
+    the largest value beyond 1, and black is 0, or -1 where there are negative values. Warns of all but the first.
+    Raises ValueError for values of no such range, or that are no numbers.
     """
     if picture.mode.startswith(("I", "F")):  # PIL's own conversion would clip them
         pixels = numpy.asarray(picture, dtype=numpy.float64)
-        white = 65535 if picture.mode.startswith("I") else max(pixels.max(), 1)
+        least, most = pixels.min(), pixels.max()  # NaN if one is
+        whole, signed = picture.mode.startswith("I"), least < -0.1  # a little below 0 is a resampled edge
+        low, high = (0, 65535) if whole else (-1.1, 1.1) if signed else (-0.1, 1e30)
+        if not low <= least <= most <= high:
+            raise ValueError(f"{path} has values from {least:g} to {most:g}: save it with 8 bits, or with 16")
+        white = next(white for white in (255, 4095, 65535) if most <= white) if whole else max(most, 1)
+        if whole and 0 < most <= 4095:
+            warnings.warn(f"{path}: no value is above {most:g}, so {white} is white, not 65535", stacklevel=3)
+        if signed:
+            warnings.warn(f"{path} has values down to {least:g}: -1 is black and 1 is white", stacklevel=3)
+            pixels, white = (pixels + 1) / 2, 1
         picture = Image.fromarray((pixels.clip(0, white) / white * 255).round().astype(numpy.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -78,15 +90,20 @@ def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
 def mask_of_file(path: str, size: tuple[int, int], image: str | Path) -> Tensor:
     """The hole that a file shows, [H, W] of bool; warns of what has more than one reading.
 
-    In a file with transparency, white paint on a transparent layer is the hole; else it is what was erased.
+    In a file with transparency, white paint is the hole, on a transparent layer or on black; where what is seen is
+    neither, it is what was erased.
     """
-    picture, notes = eight_bits(open_picture(path, size)), []
+    picture, notes = eight_bits(open_picture(path, size), path), []
     hole = picture.convert("L")
     if picture.mode == "RGBA":
         alpha = picture.getchannel("A")
-        painted = not any(hole.histogram(alpha.point(lambda a: 255 * (a > 127)))[:250])  # all that is seen is white
-        hole = alpha if painted else ImageOps.invert(alpha)
-        notes.append(f"is read from transparency: what is {'painted white' if painted else 'transparent'} is the hole")
+        seen = numpy.asarray(picture.convert("RGB"))[numpy.asarray(alpha) > 127]
+        white, black = (seen >= 240).all(1), (seen < 16).all(1)
+        painted = white.any() and (white | black).mean() > 0.95  # but for soft edges
+        if alpha.getextrema()[0] <= 127:  # else all is seen, and only the colours count
+            hole = ImageChops.multiply(hole, alpha) if painted else ImageOps.invert(alpha)
+            told = "painted white" if painted else "transparent"
+            notes.append(f"is read from transparency: what is {told} is the hole")
     if any(hole.histogram()[6:250]):
         notes.append("has greys: what is lighter than half is the hole")
     (h, w), (picture_h, picture_w) = size_of(path), size_of(image)

@@ -273,16 +273,6 @@ def test_masks_of_any_mode_are_read(tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.filterwarnings("ignore:the mask")
-def test_a_dark_mask_of_16_bits_stays_dark(tmp_path):
-    """What white is, its mode says and not its lightest pixel: 200 and 4000 of 65535 are nearly black."""
-    for lightest in (200, 4000):
-        Image.fromarray(numpy.where(blob(20, 20), lightest, 0).astype(numpy.uint16)).save(tmp_path / "dark.png")
-        with pytest.raises(ValueError, match=r"the mask .* has no hole"):
-            read_mask(str(tmp_path / "dark.png"), (20, 20), "face")
-        assert read_picture(tmp_path / "dark.png", (20, 20)).max() < -0.8
-
-
 def test_masks_with_transparency_say_what_decided(tmp_path):
     hole, photo = blob(20, 20), numpy.full((20, 20, 3), (240, 120, 30), numpy.uint8)
     photo[:5] = 255
