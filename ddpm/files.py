@@ -46,16 +46,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            described = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}): it may be cut short, or of another kind"
         ) from None
-    except json.JSONDecodeError:
-        raise ValueError(
-            f"{path} was not written by this project's training scripts: its metadata is not JSON"
-        ) from None
-    return tensors, metadata
+    what = f"{path} was not written by this project's training scripts: its metadata"
+    return tensors, {key: parse_json(value, what) for key, value in described.items() if key != "format"}
+
+
+def parse_json(text: str | bytes, what: str | Path):
+    """What a JSON text holds. Raises ValueError, of `what`, when it is none, or nested too deeply to be one of ours."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
 
 
 def first_line(error: BaseException) -> str:

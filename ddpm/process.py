@@ -75,19 +75,19 @@ def ddpm_step(
     t, t_prev: timesteps, t_prev < t; t_prev = -1 is the clean image and returns x̂_0 without noise
     noise:     z [B, C, H, W] from N(0, I); unused (may be None) when t_prev = -1
     variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range" with
-    v:         [B, C, H, W] in [-1, 1], the model's interpolation between them
+    v:         [B, C, H, W] in [-1, 1], the model's interpolation between them; not used by a fixed variance
     before:    not used; `dpm_solver_step` is called with it
     threshold: applied to x̂_0, such as `dynamic_threshold`
 
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule,
-    or when variance and v do not go together.
+    or when a learned variance has no v.
     Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
     """
     _check_order(t, t_prev)
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
-    if (variance == "learned_range") != (v is not None):
-        raise ValueError('v is for variance="learned_range", and that variance needs v')
+    if variance == "learned_range" and v is None:
+        raise ValueError('variance="learned_range" needs v')
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
     alpha = alpha_cumprod / alpha_cumprod_prev  # the ratio to t', not to t - 1: steps may be skipped
     beta = 1 - alpha

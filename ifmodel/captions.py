@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import first_line
+from ddpm.files import first_line, parse_json
 
 STYLES = {
     "photo": ("a photo of {}", "{}", "a high quality photo of {}"),
@@ -198,7 +198,7 @@ def read_metadata(folder: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, path)
             row["tags"] = row.get("tags") or []  # null is none
             fits = isinstance(row["file_name"], str) and isinstance(row["text"], str) and row["text"].strip()
             fits = fits and isinstance(row["tags"], list) and all(isinstance(tag, str) for tag in row["tags"])
@@ -212,6 +212,8 @@ def read_metadata(folder: str | Path) -> list[dict]:
         except UnicodeEncodeError:  # which no tokenizer takes
             told = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
             raise ValueError(f"{path}, line {number} {told}: {line[:60]!r}") from None
+        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
+            raise ValueError(f"{path}, line {number} names {row['file_name']!r}, which is not in the folder")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no captions")

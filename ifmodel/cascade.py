@@ -24,7 +24,7 @@ from ddpm.views import View
 from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
 from ifmodel.text import embed_prompts, load_embeds, normalised
 from ifmodel.unet import Text, UNet
-from ifmodel.weights import SHIPPED, find_weights, load_config, load_unet, read_json, stored_dtypes
+from ifmodel.weights import SHIPPED, VARIANTS, find_weights, load_config, load_unet, read_json, stored_dtypes
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 SCHEDULE = cosine_schedule(1000)
@@ -85,8 +85,17 @@ def stage_threshold(source: str | Path, stage: int, revision: str | None = None)
     path, config = read_json(source, "scheduler", SCHEDULER_CONFIG, revision)
     if config is None:
         return STAGE_1_THRESHOLD if stage == 1 else STAGE_2_THRESHOLD
-    percentile, maximum = check_scheduler(config, str(path))
+    percentile, maximum, _ = check_scheduler(config, str(path))
     return partial(dynamic_threshold, percentile=percentile, maximum=maximum)
+
+
+def stage_variance(source: str | Path, revision: str | None = None) -> str:
+    """The variance of a model's `ddpm_step`, by its scheduler_config.json, or IF's when it has none.
+
+    Raises as `stage_threshold` does.
+    """
+    path, config = read_json(source, "scheduler", SCHEDULER_CONFIG, revision)
+    return "learned_range" if config is None else check_scheduler(config, str(path))[2]
 
 
 def noised_upscaled(small: Tensor, size: tuple[int, int], noise_level: int, noise: Noise) -> Tensor:
@@ -115,6 +124,7 @@ def generate(
     guidance_scale: float = 7.0,
     size: tuple[int, int] | None = None,
     threshold: Threshold = STAGE_1_THRESHOLD,
+    variance: str = "learned_range",
     callback: Callback | None = None,
 ) -> Tensor:
     """Stage 1: prompts -> pictures [N, 3, H, W] in [-1, 1].
@@ -122,14 +132,15 @@ def generate(
     prompt_embeds, null_embeds: as in `stage_1`
     seeds: [N]; a picture depends on its own seed and prompt alone, up to the rounding of another batch size
     size: height and width, the model's own when None
-    threshold: of x̂_0, IF's unless `stage_threshold` finds another in the model's folder
+    threshold, variance: of x̂_0 and of `ddpm_step`, IF's unless `stage_threshold` and `stage_variance` find others in
+        the model's folder
     Source: Imagen §2, arXiv 2205.11487, with DeepFloyd IF's settings.
     """
     h, w = size or (unet.config.sample_size, unet.config.sample_size)
     noise = noise_source(seeds, (3, h, w), prompt_embeds.device)
     estimate = stage_1(unet, prompt_embeds, null_embeds, guidance_scale)
     timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    step = partial(STAGE_1_STEP, threshold=threshold)
+    step = partial(STAGE_1_STEP, threshold=threshold, variance=variance)
     return iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, step=step, callback=callback)
 
 
@@ -145,6 +156,7 @@ def upscale(
     noise_level: int = 250,
     size: tuple[int, int] | None = None,
     threshold: Threshold = STAGE_2_THRESHOLD,
+    variance: str = "learned_range",
     callback: Callback | None = None,
 ) -> Tensor:
     """Stage 2: pictures [N, 3, h, w] in [-1, 1] and their prompts -> pictures [N, 3, H, W] in [-1, 1].
@@ -158,14 +170,14 @@ def upscale(
     low_res = noised_upscaled(small, (h, w), noise_level, noise)
     estimate = stage_2(unet, low_res, prompt_embeds, null_embeds, guidance_scale, noise_level)
     timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    step = partial(STAGE_2_STEP, threshold=threshold)
+    step = partial(STAGE_2_STEP, threshold=threshold, variance=variance)
     return iterative_denoise(estimate, x_T, timesteps, SCHEDULE, noise=noise, step=step, callback=callback)
 
 
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
 SMALL_SETTINGS = {"guidance": 4.0, "upscaler_steps": 20, "upscaler_guidance": 1.0, "noise_level": 50}
 SAMPLERS: dict[str, Step] = {
-    "ddpm": partial(ddpm_step, variance="learned_range"),
+    "ddpm": ddpm_step,
     "ddim": ddim_step,
     "dpm++": dpm_solver_step,
 }
@@ -179,6 +191,12 @@ class StageFiles:
     revision: str | None
     config: UNetConfig
     threshold: Threshold
+    variance: str
+
+    def step(self, sampler: str, eta: float) -> Step:
+        """One of SAMPLERS for this model."""
+        options = {"variance": self.variance} if sampler == "ddpm" else {"eta": eta}
+        return partial(SAMPLERS[sampler], threshold=self.threshold, **options)
 
 
 def spaced_timesteps(sampler: str, eta: float, num_steps: int) -> list[int]:
@@ -206,21 +224,23 @@ def check_stage(source: str, stage: int, revision: str | None = None) -> UNetCon
 
 def find_stage(source: str, stage: int, revision: str | None) -> StageFiles:
     """Stage 1 or 2 of a model, by its small files. Raises ValueError for what is not implemented, or is the other."""
-    return StageFiles(source, revision, check_stage(source, stage, revision), stage_threshold(source, stage, revision))
+    config, threshold = check_stage(source, stage, revision), stage_threshold(source, stage, revision)
+    return StageFiles(source, revision, config, threshold, stage_variance(source, revision))
 
 
 def find_variant(stage: StageFiles, dtype: torch.dtype) -> str | None:
-    """Which of a stage's weights to read: for half precision the fp16 files where there are some, else the others.
+    """Which of a stage's weights to read: those of the dtype where there are some, else others, see VARIANTS.
 
     They are downloaded if need be. Raises FileNotFoundError when there are none.
     """
-    variant, other = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
-    try:
-        find_weights(stage.source, variant, stage.revision)
-    except FileNotFoundError:
-        find_weights(stage.source, other, stage.revision)
-        return other
-    return variant
+    missing = None
+    for variant in VARIANTS[dtype]:
+        try:
+            find_weights(stage.source, variant, stage.revision)
+            return variant
+        except FileNotFoundError as error:
+            missing = missing or error
+    raise missing
 
 
 def load_stage(
@@ -410,8 +430,7 @@ class Cascade:
         for number in range(1, len(self.stages) + 1):
             self._load(number)
             config, run = self.stages[number - 1].config, (algorithm, upscale)[number - 1]
-            options = {} if sampler == "ddpm" else {"eta": eta}
-            step = partial(SAMPLERS[sampler], threshold=self.stages[number - 1].threshold, **options)
+            step = self.stages[number - 1].step(sampler, eta)
             shape, drawn = (3, config.sample_size, config.sample_size), []
             with watch(self.unet, len(visited[number - 1]) * len(batches), f"stage {number}") as callback:
                 for k, rows in enumerate(batches):

@@ -80,10 +80,12 @@ SCHEDULER_FIXED = {
     "thresholding": (True,),
     "timestep_spacing": ("leading",),
     "trained_betas": (None,),
-    "variance_type": ("learned_range",),
+    "variance_type": ("learned_range", "fixed_small", "fixed_large"),
 }
 # … and what diffusers assumes for those that the file leaves out, where that is another value
 SCHEDULER_ASSUMED = {"beta_schedule": "linear", "thresholding": False, "variance_type": "fixed_small"}
+# The names that `ddpm_step` has for diffusers' variances; DreamBooth trains eps alone and leaves a fixed one
+VARIANCES = {"learned_range": "learned_range", "fixed_small": "beta_tilde", "fixed_large": "beta"}
 # Those that matter where nothing but noise is added: to stage 2's small picture
 NOISING_FIXED = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "trained_betas")
 
@@ -254,8 +256,8 @@ class UNetConfig:
                 raise ValueError(f"{named} heads of {self.attention_head_dim}")
 
 
-def check_scheduler(config: dict, file: str) -> tuple[float, float]:
-    """The percentile and the maximum of dynamic thresholding, by the fields of a scheduler_config.json.
+def check_scheduler(config: dict, file: str) -> tuple[float, float, str]:
+    """The percentile and the maximum of dynamic thresholding, and `ddpm_step`'s variance, by a scheduler_config.json.
 
     file: what the file is called when a field is refused
     Raises ValueError for a field that `ifmodel.cascade` does not implement.
@@ -267,7 +269,7 @@ def check_scheduler(config: dict, file: str) -> tuple[float, float]:
     _check_kind(file, "sample_max_value", maximum, float, "the sampler")
     if percentile > 1:
         raise ValueError(f"{file} has dynamic_thresholding_ratio = {percentile}, the sampler implements at most 1")
-    return percentile, maximum
+    return percentile, maximum, VARIANCES[config.get("variance_type", SCHEDULER_ASSUMED["variance_type"])]
 
 
 def check_noising_scheduler(config: dict, file: str):

@@ -6,6 +6,7 @@ prompt is not known yet.
 """
 
 import hashlib
+import re
 import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ddpm.files import first_line, write_atomically
-from ifmodel.weights import check_memory, fetch, weight_patterns
+from ifmodel.weights import VARIANTS, check_memory, fetch, index_names, shards_of, weight_patterns
 
 CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
 NUM_TOKENS = 77
@@ -48,7 +49,10 @@ class Tokenizer:
         elif (folder / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
 
-            model = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            try:
+                model = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            except Exception as error:  # the tokenizers package raises no other kind
+                raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer: {first_line(error)}") from None
             self._encode, self._decode = lambda text: model.encode(text, add_special_tokens=False), model.decode
             self.vocab_size = len(model)
         else:
@@ -165,7 +169,7 @@ def embed_prompts(
     """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is had and loaded only for those not in the cache.
 
     source: a folder or Hub id that holds tokenizer/ and text_encoder/
-    dtype: float32 reads the full-precision files; bfloat16 and float16 the fp16 ones where there are some. In
+    dtype: float32 reads the full-precision files where there are some; bfloat16 and float16 their own. In
         float16, T5's `wo` layers stay in float32 because they overflow
     cache: the folder that keeps embeddings, by model revision, dtype and prompt; None keeps nothing
     T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
@@ -197,18 +201,21 @@ def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]
     """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
     from transformers import T5EncoderModel
 
-    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
+    for variant in VARIANTS[dtype]:
         folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
         named = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
-        files = [file for file in folder.glob(named) if variant or ".fp16" not in file.name]
+        files = [file for file in folder.glob(named) if variant or not re.search(r"\.(fp|bf)16", file.name)]
         if files:
             break
     else:
         raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
-    stored = 2 if variant == "fp16" else 4
+    stored = 2 if variant else 4
     needed = sum(file.stat().st_size for file in files) * dtype.itemsize // stored
     check_memory(needed, f"T5 in {str(dtype).removeprefix('torch.')}", device)
     try:
+        for name in index_names("model", variant):
+            if (folder / name).is_file():
+                shards_of(folder / name)  # since transformers reads whatever it names
         encoder, loading = T5EncoderModel.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
         )

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import hashlib
-import json
 import os
 import re
 import sys
@@ -14,12 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm.files import first_line, write_atomically
+from ddpm.files import first_line, parse_json, write_atomically
 from ifmodel.config import UNetConfig
 from ifmodel.packed import can_pack, pack_convolutions, plain_convolutions
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
+# Which files are looked for, in this order: None for the full precision
+VARIANTS = {
+    torch.float32: (None, "fp16", "bf16"),
+    torch.bfloat16: ("bf16", "fp16", None),
+    torch.float16: ("fp16", None, "bf16"),
+}
 SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny-if" / stage for stage in ("I", "II")}
 CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
 MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
@@ -37,7 +42,7 @@ def load_unet(
 
     source: a folder that holds unet/, as diffusers saves it; a Hub id such as "DeepFloyd/IF-I-M-v1.0"; or one of
         SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
-    variant: "fp16" for diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
+    variant: "fp16" or "bf16", as in diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
     pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but a copy
         of them in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
@@ -110,18 +115,10 @@ def read_json(source: str | Path, subfolder: str, name: str, revision: str | Non
     path = fetch(source, subfolder, [name], revision) / name
     if not path.is_file():
         return path, None
-    config = parse_json(path)
+    config = parse_json(path.read_bytes(), path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
     return path, config
-
-
-def parse_json(path: Path):
-    """What a JSON file holds. Raises ValueError when it is not JSON, or nested too deeply to be a model's."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def check_memory(needed: int, what: str, device: str | torch.device):
@@ -155,15 +152,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     for index in (folder / name for name in index_names(WEIGHTS, variant)):
         if not index.is_file():
             continue
-        try:
-            names = sorted({str(Path(name)) for name in parse_json(index)["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names {outside[0]}, which is not a file beside it: download it again")
-        if not names:
-            raise ValueError(f"{index} names no files: download it again")
-        shards = [folder / name for name in names]
+        shards = shards_of(index)
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
@@ -171,6 +160,19 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"it has {', '.join(there)}" if there else "it has no safetensors at all"
     raise FileNotFoundError(f"{folder} has no {single.name}: {hint}")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of weights names. Raises ValueError when it names none, or one that is not beside it."""
+    try:
+        names = sorted({str(Path(name)) for name in parse_json(index.read_bytes(), index)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]}, which is not a file beside it: download it again")
+    if not names:
+        raise ValueError(f"{index} names no files: download it again")
+    return [index.with_name(name) for name in names]
 
 
 def _check_names(folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]):

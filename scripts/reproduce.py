@@ -29,7 +29,7 @@ from page import write_page
 from stages import model_name
 
 from ddpm.checkpoint import SHIPPED
-from ddpm.files import write_atomically
+from ddpm.files import parse_json, write_atomically
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def made_before(experiment: Experiment, out: Path) -> Made | None:
     folder = out / experiment.folder
     figures = [folder / figure for figure, _ in (*experiment.figures, *experiment.trained)]
     try:
-        note = json.loads((folder / "made.json").read_text())
+        note = parse_json((folder / "made.json").read_bytes(), "made.json")
         before = Made(experiment, note["command"], note["seconds"], note["inputs"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,7 +3,6 @@
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,8 +167,7 @@ class Cascade:
 
     @property
     def step(self) -> Step:
-        options = {} if self.args.sampler == "ddpm" else {"eta": self.args.eta}
-        return partial(SAMPLERS[self.args.sampler], threshold=self.stages[self.stage - 1].threshold, **options)
+        return self.stages[self.stage - 1].step(self.args.sampler, self.args.eta)
 
     def check_size(self, stage: int, batch_size: int):
         """Refuse a height or width that a stage cannot halve often enough, or that the memory cannot hold."""

@@ -397,7 +397,10 @@ SCHEDULER_REFUSALS = [
     ({"thresholding": False}, "thresholding = False, the sampler implements True"),
     ({"timestep_spacing": "trailing"}, "timestep_spacing = 'trailing', the sampler implements 'leading'"),
     ({"trained_betas": [0.1]}, "trained_betas = [0.1], the sampler implements None"),
-    ({"variance_type": "fixed_small"}, "variance_type = 'fixed_small', the sampler implements 'learned_range'"),
+    (
+        {"variance_type": "learned"},
+        "variance_type = 'learned', the sampler implements 'learned_range', 'fixed_small' or",
+    ),
     ({"sample_max_value": "x"}, "sample_max_value = 'x', the sampler implements one positive number"),
     ({"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio = 2, the sampler implements at most 1"),
 ]

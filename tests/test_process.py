@@ -204,5 +204,5 @@ def test_variance_and_v_must_go_together():
         step(variance="gamma")
     with pytest.raises(ValueError, match="needs v"):
         step(variance="learned_range")
-    with pytest.raises(ValueError, match="v is for"):
-        step(variance="beta", v=x)
+    for variance in ("beta", "beta_tilde"):  # which do not use it
+        assert torch.equal(step(variance=variance, v=x)[0], step(variance=variance)[0])
