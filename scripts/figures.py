@@ -5,6 +5,7 @@ import math
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,10 @@ FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no fo
 MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and pictures, of a row's label
 
 
-def figure_metadata(seed: int) -> dict[str, str]:
-    """What a PNG says of its making: the command line, the seed and the versions."""
-    return {
+def figure_metadata(seed: int, labels: Sequence[str] = ()) -> dict[str, str]:
+    """What a PNG says of its making: its labels, the command line, the seed and the versions."""
+    described = {"Description": "\n".join(filter(None, labels))} if any(labels) else {}
+    return described | {
         "Software": f"torch {torch.__version__}, python {platform.python_version()}",
         "Command": shlex.join(["python", *sys.argv]),
         "Seed": str(seed),
@@ -47,6 +49,7 @@ def save_grid(
     """
     from matplotlib.figure import Figure
 
+    labels = [title, *row_labels, *column_labels]
     h, w = (side * zoom for side in rows[0][0].shape[-2:])
     row_labels = [wrapped(label, LABEL_WIDTH) for label in row_labels]
     column_labels = [wrapped(label, w) for label in column_labels]
@@ -60,7 +63,8 @@ def save_grid(
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
     def write(x: float, y: float, text: str, **where):
-        figure.text(x / width, 1 - y / height, text, **FONT, **where)
+        text, fonts = readable(text)
+        figure.text(x / width, 1 - y / height, text, **FONT, family=fonts, **where)
 
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
@@ -72,7 +76,7 @@ def save_grid(
     for j, label in enumerate(column_labels):
         write(left + (j + 0.5) * column_w, top - SPACE, label, ha="center", va="bottom")
     write(left, MARGIN, title, ha="left", va="top")
-    save_figure(path, figure, seed)
+    save_figure(path, figure, seed, labels)
 
 
 def wrapped(text: str, width: int) -> str:
@@ -99,8 +103,43 @@ def text_size(text: str) -> tuple[int, int]:
         return 0, 0
     figure = Figure(dpi=DPI)
     FigureCanvasAgg(figure)  # gives it what measures
-    box = figure.text(0, 0, text, **FONT).get_window_extent()
+    text, fonts = readable(text)
+    box = figure.text(0, 0, text, **FONT, family=fonts).get_window_extent()
     return math.ceil(box.width) + SPACE, math.ceil(box.height) + SPACE
+
+
+@cache
+def readable(text: str) -> tuple[str, list[str]]:
+    """A label, and the fonts of this machine that have its characters; those that none has become �, with a warning."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    fonts = ["sans-serif"]
+    missing = {char for char in text if not char.isspace()} - characters(findfont(FontProperties(family=fonts)))
+    for font in fontManager.ttflist if missing else ():
+        # the last resort has a box for everything
+        plain = (font.style, font.weight) == ("normal", 400) and "Last Resort" not in font.name
+        if plain and missing & characters(font.fname):
+            fonts.append(font.name)
+            missing -= characters(font.fname)
+    if missing:
+        warn_of_missing()
+    return "".join("\ufffd" if char in missing else char for char in text), fonts
+
+
+@cache
+def characters(font: str) -> frozenset[str]:
+    """Those that a font's file draws; none for one that matplotlib cannot read, such as coloured emoji."""
+    from matplotlib.font_manager import get_font
+
+    try:
+        return frozenset(map(chr, get_font(font).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@cache
+def warn_of_missing():
+    warnings.warn("labels have characters that no font here has, shown as �: the PNG's metadata has them", stacklevel=3)
 
 
 def largest(labels: Sequence[str]) -> tuple[int, int]:
@@ -159,10 +198,10 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, t
     save_figure(path, figure, seed)
 
 
-def save_figure(path: Path, figure, seed: int):
+def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
     """Write a matplotlib figure as a PNG with its metadata, atomically."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata=figure_metadata(seed))
+    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata=figure_metadata(seed, labels))
     write_atomically(path, buffer.getvalue())
 
 
