@@ -367,10 +367,10 @@ class Cascade:
             model, upscaler = "tiny-if/I", upscaler or "tiny-if/II"
         self.dtype, self.device, self.unet, self._loaded = dtype, torch.device(device), None, None
         sources = [str(model)] if upscaler is None else [str(model), str(upscaler)]
+        self.embeds = load_embeds(embeds) if embeds else {}  # first, since the next line may download
         self.stages = [find_stage(source, number, None) for number, source in enumerate(sources, start=1)]
         small = self.stages[0].config.sample_size
         self.settings = SETTINGS if small >= 64 else SMALL_SETTINGS
-        self.embeds = load_embeds(embeds) if embeds else {}
         for stage in self.stages:
             for width in {tensor.shape[-1] for tensor in self.embeds.values()} - {stage.config.encoder_hid_dim}:
                 wanted = f"{stage.source} takes those that are {stage.config.encoder_hid_dim} wide"

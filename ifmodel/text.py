@@ -12,6 +12,7 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -86,16 +87,21 @@ EMBEDS_LAYOUT = "a dictionary {prompt: tensor [77, D] or [1, 77, D]}, as scripts
 def load_embeds(path: str | Path) -> dict[str, Tensor]:
     """A file of prompts and their embeddings [77, D_text]; prompts as T5 reads them, lower-cased and stripped.
 
-    Reads what `save_embeds` wrote, and a .pth dictionary {prompt: [1, 77, D_text]}, without unpickling code and from
-    whatever device it was saved on.
+    Reads what `save_embeds` wrote, and a .pth dictionary or .npz {prompt: [1, 77, D_text]}, without unpickling code and
+    from whatever device it was saved on.
     Raises FileNotFoundError when there is no file, ValueError when it holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no embeddings file at {path}")
     try:
-        is_torch = path.suffix in (".pth", ".pt")
-        embeds = torch.load(path, weights_only=True, map_location="cpu") if is_torch else load_file(path)
+        if path.suffix in (".pth", ".pt"):
+            embeds = torch.load(path, weights_only=True, map_location="cpu")
+        elif path.suffix == ".npz":  # which numpy does not unpickle unless told to
+            with numpy.load(path) as arrays:
+                embeds = {prompt: torch.from_numpy(array) for prompt, array in arrays.items()}
+        else:
+            embeds = load_file(path)
     except Exception as error:  # of a dozen kinds, from safetensors, zip and torch
         raise ValueError(f"{path} is no file of prompt embeddings, or is cut short: {first_line(error)}") from None
     if not isinstance(embeds, dict):
@@ -110,7 +116,7 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
             )
         if prompt in ("prompt_embeds", "negative_prompt_embeds"):
             raise ValueError(f"{path} names no prompts, but {prompt!r}: it must hold {EMBEDS_LAYOUT}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ValueError(f"{path}: the embeddings of {prompt!r} are not finite floating-point numbers")
     try:
         embeds = {normalised(prompt): tensor.reshape(tensor.shape[-2:]) for prompt, tensor in embeds.items()}

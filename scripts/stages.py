@@ -126,6 +126,7 @@ class Cascade:
         """Refuses what can be refused before anything is computed. prompts: those of --embeds when None."""
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
+        self.embeds = load_embeds(args.embeds) if args.embeds else {}  # first, since the next line may download
         found = find_stage(args.model, 1, args.revision)
         settle(args, found.config.sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None
@@ -149,7 +150,6 @@ class Cascade:
             factor = self.stages[1].config.sample_size / found.config.sample_size
             self.final_size = tuple(round(side * factor) for side in self.size)
         self.check_sizes(1)
-        self.embeds = load_embeds(args.embeds) if args.embeds else {}
         self.check_embeds()
         self.prompts = list(
             prompts or [prompt for prompt in self.embeds if prompt not in ("", normalised(args.null_prompt))]

@@ -1,9 +1,13 @@
 """Embeddings and prompts in the files that people have."""
 
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ifmodel.cascade import Cascade
 from ifmodel.text import load_embeds, read_prompts
 
 DOG, NULL = torch.randn(77, 24), torch.zeros(77, 24)
@@ -45,10 +49,30 @@ def test_anything_else_is_refused_in_a_line_that_says_the_layout(tmp_path, conte
     assert "\n" not in str(error.value)
 
 
-def test_an_npz_is_refused(tmp_path):
-    numpy.savez(tmp_path / "embeds.npz", dog=DOG.numpy())
+def test_an_npz_is_read_but_nothing_pickled_in_it(tmp_path):
+    numpy.savez(tmp_path / "embeds.npz", **{"A photo of a dog": DOG.numpy()[None], "null": NULL.numpy()})
+    assert torch.equal(load_embeds(tmp_path / "embeds.npz")["a photo of a dog"], DOG)
+    numpy.savez(tmp_path / "objects.npz", dog=numpy.array([Path("here")], dtype=object))
     with pytest.raises(ValueError, match="no file of prompt embeddings"):
-        load_embeds(tmp_path / "embeds.npz")
+        load_embeds(tmp_path / "objects.npz")
+
+
+def test_float8_is_read_and_its_nan_refused(tmp_path):
+    save_file({"a dog": DOG.to(torch.float8_e4m3fn)}, tmp_path / "8.safetensors")
+    assert load_embeds(tmp_path / "8.safetensors")["a dog"].float().sub(DOG).abs().max() < 0.3
+    save_file({"a dog": (DOG * torch.nan).to(torch.float8_e4m3fn)}, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="'a dog' are not finite"):
+        load_embeds(tmp_path / "nan.safetensors")
+
+
+def test_embeddings_are_refused_before_any_download(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("ifmodel.weights.fetch", lambda *_: pytest.fail("something was downloaded"))
+    torch.save([DOG], tmp_path / "list.pth")
+    for script in ("generate", "sample"):
+        options = ("--model", "nobody/nothing", "--embeds", tmp_path / "list.pth", "--out", tmp_path / "out.png")
+        assert "holds a list, not a dictionary {prompt" in refused(script, *options)
+    with pytest.raises(ValueError, match="holds a list"):
+        Cascade("nobody/nothing", embeds=tmp_path / "list.pth")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
