@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from experiments import EXPERIMENTS
+from reproduce import made_before
 from safetensors.torch import save_file
 from test_generate import PROMPT, cascade, own_cache, pixels  # noqa: F401
 from test_ifmodel import SCHEDULER
@@ -192,6 +194,10 @@ def test_json_that_is_nested_too_deeply_is_refused_wherever_it_is_read(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "deep.safetensors", {"model": DEEP})
     with pytest.raises(ValueError, match="its metadata is not JSON"):
         load_tensors(tmp_path / "deep.safetensors")
+    made = tmp_path / EXPERIMENTS[0].folder / "made.json"
+    made.parent.mkdir()
+    made.write_text(DEEP)
+    assert made_before(EXPERIMENTS[0], tmp_path) is None  # so it is made anew
     (tmp_path / "tokenizer.json").write_text(DEEP)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         Tokenizer(tmp_path)
