@@ -2,7 +2,7 @@
 
 A small CNN that learns to tell the training pictures apart, by name and by style, while they are shifted, noised,
 blurred and high-passed. It knows nothing of diffusion. Its penultimate features are the space in which the nearest
-training picture is looked up, and in which the Fréchet distance of ddpm.judge is measured.
+training picture is looked up, and in which the Fréchet distance of ddpm.mnist.judge is measured.
 """
 
 import itertools

@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddpm.files import write_atomically
+from ddpm.losses import variational_bound
 from ddpm.process import add_noise, predict_x0
-from ddpm.training import variational_bound
 from ifmodel.captions import STYLES, CaptionedPictures
 from ifmodel.cascade import SCHEDULE, noised_upscaled
 from ifmodel.config import STAGE_1_CONFIG, STAGE_2_CONFIG

@@ -23,10 +23,11 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from ddpm.data import load_mnist
+from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, sample_digits
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import DDPM, drop_classes, step_seed, train
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from ddpm.training import DDPM, ddpm_loss, drop_classes, step_seed, train
 
 SCHEDULE = linear_schedule()
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.data import load_mnist
-from ddpm.training import Recipe
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import Recipe
 
 SEED = 20040805
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

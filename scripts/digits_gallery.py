@@ -33,12 +33,12 @@ from figures import save_grid
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_model
 from ddpm.components import low_high_pass, low_pass
-from ddpm.data import load_mnist
 from ddpm.files import write_atomically
-from ddpm.judge import Judge, examine
 from ddpm.mnist import ClassUNet
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import Judge, examine
 from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.views import identity, rotate_180

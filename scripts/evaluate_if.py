@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
 from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.judge import frechet_distance
+from ddpm.mnist.judge import frechet_distance
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
 from ddpm.schedule import leading_timesteps, linspace_timesteps

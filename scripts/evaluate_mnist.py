@@ -34,13 +34,13 @@ from figures import save_figure, save_grid
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_model, save_weights
-from ddpm.data import load_mnist
 from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.judge import Judge, examine, frechet_distance, train_judge
 from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.schedule import linear_schedule
-from ddpm.training import SIGMAS, noisy_digits
 
 CHUNK = 100
 JUDGE_EPOCHS = 6

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist.training import denoiser_loss, noisy_digits
 from ddpm.process import add_noise, ddpm_step
 from ddpm.sampling import (
     anagram,
@@ -16,7 +18,6 @@ from ddpm.sampling import (
     sample,
     sdedit,
 )
-from ddpm.training import ddpm_loss, denoiser_loss, noisy_digits
 
 CASCADE = frozenset({"model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype"})
 STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}

@@ -21,7 +21,7 @@ from stages import MODEL, Cascade, Cell, add_cascade_options, grouped
 from turning import recede
 
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
-from ddpm.sampling import complete, hybrid
+from ddpm.sampling import hybrid, inpaint_component
 
 PAIRS = [  # the assignment's
     ("a lithograph of a skull", "a lithograph of waterfalls"),
@@ -71,7 +71,7 @@ def main():
         if not args.keep:
             return Cell(estimate, seeds)
         kept = [
-            partial(complete, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
+            partial(inpaint_component, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
             for size in (cascade.size, cascade.final_size)
         ]
         return Cell(cascade.plain(prompts[0]), seeds, kept[0], upscale=kept[1])

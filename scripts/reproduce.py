@@ -28,8 +28,8 @@ from experiments import EXPERIMENTS, Experiment, Made
 from page import write_page
 from stages import model_name
 
-from ddpm.checkpoint import SHIPPED
 from ddpm.files import write_atomically
+from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 
 ROOT = Path(__file__).parent.parent

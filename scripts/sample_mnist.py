@@ -27,9 +27,9 @@ from figures import save_gif, save_grid
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoint import SHIPPED, load_model
 from ddpm.files import save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.schedule import linear_schedule, linspace_timesteps
 
 MOST_ROWS = 40  # more are sampled and saved, but not drawn

@@ -13,9 +13,9 @@ import torch
 from common import add_training_options, end_training, parser, run, start_training
 from figures import save_grid, save_loss_curve
 
-from ddpm.data import load_mnist
 from ddpm.mnist import UNet
-from ddpm.training import DENOISER, denoiser_loss, fit, noisy_digits
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import DENOISER, denoiser_loss, fit, noisy_digits
 
 
 def main():

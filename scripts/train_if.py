@@ -49,9 +49,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.mnist.training import step_seed, stop_signal
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
-from ddpm.training import step_seed, stop_signal
 from ifmodel.captions import CaptionedPictures, curated, held_out, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
 from ifmodel.text import Tokenizer

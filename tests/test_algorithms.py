@@ -15,10 +15,10 @@ from ddpm.sampling import (
     Trajectory,
     anagram,
     classical_denoise,
-    complete,
     guided,
     hybrid,
     inpaint,
+    inpaint_component,
     iterative_denoise,
     noise_source,
     one_step_denoise,
@@ -690,7 +690,7 @@ def test_completion_keeps_the_grey_and_makes_up_the_colour(step):
     model = Mixture(tensor(1.0), torch.zeros(1, 12).double(), 0.5 * torch.eye(12).double()[None], shape)
     x_orig, grey = 0.4 * gaussians(1, shape, 7)().expand(count, *shape), grey_colour()[0]
     seen, noise = Trajectory(), gaussians(count, shape)
-    x = complete(model.estimate, x_orig, grey, EVERY_10TH, COSINE, noise=noise, step=step, callback=seen)
+    x = inpaint_component(model.estimate, x_orig, grey, EVERY_10TH, COSINE, noise=noise, step=step, callback=seen)
     torch.testing.assert_close(grey.of(x), grey.of(x_orig), atol=1e-5, rtol=0)
     colour, variance = x - grey.of(x), 0.5 * 2 / 3  # the channels' mean takes a third of the variance
     assert colour.var(0).mean().item() == pytest.approx(variance, rel=0.05)
@@ -703,6 +703,6 @@ def test_completion_keeps_the_grey_and_makes_up_the_colour(step):
 
 def test_noise_of_two_seeds_completes_two_pictures():
     x_orig, noise = torch.zeros(2, 3, 4, 4), noise_source([1, 2], (3, 4, 4))
-    x = complete(toy(0.1, 0.0), x_orig, grey_colour()[0], [9, 5, 0], COSINE, noise=noise, step=ddim_step)
+    x = inpaint_component(toy(0.1, 0.0), x_orig, grey_colour()[0], [9, 5, 0], COSINE, noise=noise, step=ddim_step)
     assert x.shape == (2, 3, 4, 4)
     assert not torch.allclose(x[0], x[1])

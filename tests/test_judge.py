@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import DATA
 
-from ddpm.data import load_mnist
-from ddpm.judge import examine, frechet_distance, train_judge
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import examine, frechet_distance, train_judge
 
 
 def gaussian(mean, scale, count=200_000):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pkgutil
 import re
 import signal
 
@@ -12,12 +13,12 @@ from conftest import DATA, ROOT, settled
 from PIL import Image
 from torchvision.datasets import MNIST
 
-import ddpm.training
-from ddpm.checkpoint import load_model, save_state, save_weights
-from ddpm.data import FILES
+import ddpm.losses
 from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.judge import Judge
 from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist.checkpoint import load_model, save_state, save_weights
+from ddpm.mnist.data import FILES
+from ddpm.mnist.judge import Judge
 from ddpm.schedule import linear_schedule
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
@@ -79,7 +80,7 @@ def states_of_a_stopped_run(run_script, monkeypatch, name, loss, options, folder
     assert status == 0, err
     assert "trained" in out and "img/s" in err and "loss" in err
     with monkeypatch.context() as patched:
-        patched.setattr(f"ddpm.training.{loss}", stopped_after(3, getattr(ddpm.training, loss)))
+        patched.setattr(loss, stopped_after(3, pkgutil.resolve_name(loss)))
         status, _, err = run_script(name, *options, "--out", folder / "parts")
     assert status == 130
     assert "--resume" in err and "Traceback" not in err
@@ -92,7 +93,9 @@ def states_of_a_stopped_run(run_script, monkeypatch, name, loss, options, folder
 @pytest.mark.parametrize("condition", ["time", "class"])
 def test_train_ddpm_stopped_and_resumed_to_the_same_weights(run_script, monkeypatch, tmp_path, condition):
     options = ("--condition", condition, *TRAIN, "--epochs", 2, "--sample-epochs", 1, "--sample-steps", 2)
-    whole, parts = states_of_a_stopped_run(run_script, monkeypatch, "train_ddpm", "ddpm_loss", options, tmp_path)
+    whole, parts = states_of_a_stopped_run(
+        run_script, monkeypatch, "train_ddpm", "ddpm.losses.ddpm_loss", options, tmp_path
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for figure in ("loss.png", "samples_epoch01.png", "samples_epoch02.png"):
         _, metadata = picture(tmp_path / "whole" / figure)
@@ -106,7 +109,7 @@ def test_train_ddpm_drops_the_class_of_a_tenth(run_script, monkeypatch, tmp_path
     def seen(model, x_0, conditioning, *_):
         dropped.extend((conditioning[0].sum(1) == 0).tolist())
 
-    monkeypatch.setattr("ddpm.training.ddpm_loss", stopped_after(0, ddpm.training.ddpm_loss, seen))
+    monkeypatch.setattr("ddpm.losses.ddpm_loss", stopped_after(0, ddpm.losses.ddpm_loss, seen))
     options = ("--condition", "class", *TRAIN, "--epochs", 3, "--sample-epochs", 3, "--sample-steps", 1)
     status, _, err = run_script("train_ddpm", *options, "--out", tmp_path)
     assert status == 0, err
@@ -116,7 +119,7 @@ def test_train_ddpm_drops_the_class_of_a_tenth(run_script, monkeypatch, tmp_path
 def test_train_denoiser_stopped_and_resumed_to_the_same_weights(run_script, monkeypatch, tmp_path):
     options = (*TRAIN, "--epochs", 2, "--batch-size", 128)
     whole, parts = states_of_a_stopped_run(
-        run_script, monkeypatch, "train_denoiser", "denoiser_loss", options, tmp_path
+        run_script, monkeypatch, "train_denoiser", "ddpm.mnist.training.denoiser_loss", options, tmp_path
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     picture(tmp_path / "whole" / "denoised_epoch01.png")

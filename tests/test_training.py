@@ -7,23 +7,13 @@ import pytest
 import torch
 from conftest import DATA
 
-from ddpm.checkpoint import load_model
-from ddpm.data import load_mnist
 from ddpm.files import load_tensors, save_tensors
+from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
+from ddpm.mnist.checkpoint import load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import DDPM, DENOISER, SIGMAS, denoiser_loss, drop_classes, fit, noisy_digits, step_seed, train
 from ddpm.schedule import linear_schedule
-from ddpm.training import (
-    DDPM,
-    DENOISER,
-    SIGMAS,
-    ddpm_loss,
-    denoiser_loss,
-    drop_classes,
-    fit,
-    noisy_digits,
-    step_seed,
-    train,
-)
 
 SCHEDULE = linear_schedule()
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import DATA
 
-from ddpm.checkpoint import SHIPPED, load_model
-from ddpm.data import load_mnist
 from ddpm.files import load_tensors
-from ddpm.judge import examine, frechet_distance
 from ddpm.mnist import sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import examine, frechet_distance
+from ddpm.mnist.training import noisy_digits
 from ddpm.schedule import linear_schedule
-from ddpm.training import noisy_digits
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.files import load_tensors, save_tensors
-from ddpm.judge import Judge
-from ddpm.mnist import ClassUNet, TimeUNet, UNet
+from ddpm.mnist.judge import Judge
+from ddpm.mnist.unet import ClassUNet, TimeUNet, UNet
 
 MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, Judge)}
 SHIPPED = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.mnist import NUM_CLASSES
+from ddpm.mnist.unet import NUM_CLASSES
 
 
 class Judge(nn.Module):
