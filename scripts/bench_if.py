@@ -39,7 +39,7 @@ from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import generate, upscale
 from ifmodel.config import PUBLISHED, published_config
-from ifmodel.packed import PackedConv2d
+from ifmodel.cpu import PackedConv2d
 from ifmodel.text import load_embeds, save_embeds
 from ifmodel.weights import SHIPPED
 
@@ -59,7 +59,7 @@ def main():
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="default: the model's")
     options.add_argument("--batch-size", type=positive, default=1, help="pictures at a time (default: 1)")
     options.add_argument("--compile", action="store_true", help="also both sides with torch.compile")
-    options.add_argument("--no-pack", action="store_true", help="also ours without ifmodel.packed")
+    options.add_argument("--no-pack", action="store_true", help="also ours without ifmodel.cpu")
     options.add_argument("--cold", action="store_true", help="also whole processes, and their peak memory (stage 1)")
     options.add_argument("--growth", action="store_true", help="also ours with more pictures, steps and pixels")
     options.add_argument("--out", type=Path, default=Path("out/bench_if.json"), help="default: out/bench_if.json")

@@ -21,16 +21,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from ifmodel.training import (
-    Batch,
-    TextToPicture,
-    build_encoder,
-    silence,
-    stage_1_config,
-    stage_1_loss,
-    stage_2_config,
-    stage_2_loss,
-)
+from ifmodel.tiny.export import stage_1_config, stage_2_config
+from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
+from ifmodel.tiny.training import TextToImage, build_encoder, zero_init
 from ifmodel.unet import UNet, UNetConfig
 
 SMALL, LARGE, CROP = 32, 128, 64
@@ -58,9 +51,9 @@ def steps(side: str, stage: int, batch_size: int, device: torch.device, dtype: t
     )
     torch.manual_seed(SEED)
     encoder, unet = build_encoder(VOCABULARY, TEXT_DIM), UNet(UNetConfig.from_dict(config))
-    silence(unet)
+    zero_init(unet)
     if side == "ours":
-        model = TextToPicture(encoder, unet)
+        model = TextToImage(encoder, unet)
     else:
         from diffusers import UNet2DConditionModel
 

@@ -3,7 +3,7 @@
     python scripts/evaluate_if.py --data emoji --curated
 
 For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest
-training picture, in the features of an independent judge (ifmodel/judge.py), the prompted one? And how far are these
+training picture, in the features of an independent judge (ifmodel/tiny/judge.py), the prompted one? And how far are these
 pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
 steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, the one that finds most.
 At that guidance also the assignment's own prompts, "a rocket ship" and its like, which are other names of pictures.
@@ -51,10 +51,11 @@ from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
 from ddpm.schedule import leading_timesteps, linspace_timesteps
 from ddpm.views import View, identity, vertical_flip
 from ifmodel import load_unet
-from ifmodel.captions import STYLES, CaptionedPictures, curated, held_out, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, stage_1, upscale
-from ifmodel.judge import PictureJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.text import embed_prompts
+from ifmodel.tiny.data import CaptionedImages, curated, held_out, load_captioned
+from ifmodel.tiny.judge import ImageJudge, features_of, high_passed, nearest, train_picture_judge
+from ifmodel.tiny.styles import STYLES
 from ifmodel.weights import read_json
 
 # each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
@@ -181,7 +182,7 @@ class Asked:
         return self.name * len(STYLES) + self.style
 
 
-def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
+def prompts_of(data: CaptionedImages, count: int, seed: int) -> list[Asked]:
     """Half of them plain, the others with the other styles in turn; of random pictures."""
     order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(seed)).tolist()
     asked = []
@@ -191,7 +192,7 @@ def prompts_of(data: CaptionedPictures, count: int, seed: int) -> list[Asked]:
     return asked
 
 
-def aliases_of(data: CaptionedPictures) -> list[Asked]:
+def aliases_of(data: CaptionedImages) -> list[Asked]:
     """The other names of pictures, such as the assignment's "a rocket ship": as photos all, then as oil paintings."""
     return [
         Asked(TEMPLATES[style].format(phrase), name, style)
@@ -202,7 +203,7 @@ def aliases_of(data: CaptionedPictures) -> list[Asked]:
 
 
 def pairs_of(
-    data: CaptionedPictures, count: int, seed: int, view: View, alike: bool, side: int
+    data: CaptionedImages, count: int, seed: int, view: View, alike: bool, side: int
 ) -> list[tuple[Asked, Asked]]:
     """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
 
@@ -272,20 +273,20 @@ class SmallIF:
         return drawn
 
 
-def get_judge(args: Namespace, data: CaptionedPictures) -> tuple[PictureJudge, Tensor]:
+def get_judge(args: Namespace, data: CaptionedImages) -> tuple[ImageJudge, Tensor]:
     """The judge of these pictures, trained once and kept in --out, and the features of every name × style."""
     identity = hashlib.sha256(data.pictures.numpy().tobytes()).hexdigest()[:12]
     path = args.out / f"judge_{identity}_{args.judge_steps}_{args.seed}.safetensors"
     if not path.is_file():
         trained = train_picture_judge(data.pictures, steps=args.judge_steps, seed=args.seed)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
-    judge = PictureJudge(*data.pictures.shape[:2])
+    judge = ImageJudge(*data.pictures.shape[:2])
     judge.load_state_dict(load_tensors(path)[0])
     judge.eval()
     return judge, features_of(judge, data.pictures.flatten(0, 1) / 127.5 - 1)
 
 
-def judge_report(args: Namespace, judge: PictureJudge, data: CaptionedPictures, known: Tensor) -> dict[str, float]:
+def judge_report(args: Namespace, judge: ImageJudge, data: CaptionedImages, known: Tensor) -> dict[str, float]:
     """How often the judge finds the training pictures themselves, as small as stage 1 draws and moved by one."""
     small = reduced(data.pictures.flatten(0, 1), args.small).roll((1, -1), (2, 3))
     blurred, high = low_pass(small, 2.0), high_passed(small)
@@ -333,7 +334,7 @@ def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[As
     return measures
 
 
-def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
+def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool) -> dict[str, float]:
     """Upright and flipped: how often each thing, and both, are the nearest."""
     views = [identity(), vertical_flip()]
     pairs = pairs_of(data, args.pairs, args.seed, views[1], alike, args.small) * args.tries
@@ -352,7 +353,7 @@ def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures
     return measures
 
 
-def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedPictures, alike: bool) -> dict[str, float]:
+def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool) -> dict[str, float]:
     """Far and near, always seen through σ = 2, however drawn: how often each thing, and both, are the nearest."""
     components = low_high_pass(args.hybrid_sigma)
     pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike, args.small) * args.tries
@@ -397,7 +398,7 @@ def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str]
     draw(args, name, [row[chosen] for row in rows], row_labels, labels)
 
 
-def upscaling_sets(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor]:
+def upscaling_sets(args: Namespace, data: CaptionedImages) -> dict[str, Tensor]:
     """Plain pictures [64, 3, S, S] in [-1, 1], S = args.size: of our list, or the first, and those of --hold-out 64."""
     sets = {"trained on": data.pictures[:64, 0]}
     if args.curated:
@@ -405,7 +406,7 @@ def upscaling_sets(args: Namespace, data: CaptionedPictures) -> dict[str, Tensor
     return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
 
 
-def upscaled(args: Namespace, model: SmallIF, judge: PictureJudge, pictures: Tensor, kind: str) -> dict[str, float]:
+def upscaled(args: Namespace, model: SmallIF, judge: ImageJudge, pictures: Tensor, kind: str) -> dict[str, float]:
     """Stage 2, told nothing, and bicubic upscaling of the same small pictures: how near each is to the large ones."""
     small = F.avg_pool2d(pictures, pictures.shape[-1] // args.small)
     bicubic = F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(-1, 1)
@@ -434,7 +435,7 @@ def share(right: Tensor) -> float:
     return right.double().mean().item() if len(right) else float("nan")
 
 
-def data_rows(data: CaptionedPictures, asked: Sequence[Asked], side: int) -> Tensor:
+def data_rows(data: CaptionedImages, asked: Sequence[Asked], side: int) -> Tensor:
     """The training pictures that prompts ask for, [N, 3, side, side] in [-1, 1]."""
     return reduced(torch.stack([data.pictures[one.name, one.style] for one in asked]), side)
 

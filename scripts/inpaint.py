@@ -19,7 +19,7 @@ from pictures import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
 from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import inpaint, resampling_path
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.styles import ANYTHING
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 

@@ -9,7 +9,7 @@ from common import parser, positive, run
 from figures import save_table
 from stages import MODEL, Cascade, Cell, add_cascade_options
 
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.styles import ANYTHING
 
 TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 

@@ -18,7 +18,7 @@ from pictures import DRAWING_PROMPTS, DRAWINGS, read_picture
 from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import sdedit
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.styles import ANYTHING
 
 
 def main():

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from ifmodel import UNet, UNetConfig, load_unet, weights
 from ifmodel.cascade import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
 from ifmodel.config import published_config
-from ifmodel.layers import GroupNorm, attend
-from ifmodel.packed import PackedConv2d, can_pack, pack_convolutions
+from ifmodel.cpu import PackedConv2d, can_pack, pack_convolutions
+from ifmodel.unet import GroupNorm, attend
 
 STAGE_1 = {
     "sample_size": 16,

@@ -14,14 +14,14 @@ from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
-import ifmodel.training as training
 from ddpm.files import load_tensors
 from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.captions import CaptionedPictures, load_captioned
 from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
 from ifmodel.text import embed_prompts
+from ifmodel.tiny import export, training
+from ifmodel.tiny.data import CaptionedImages, load_captioned
 from ifmodel.weights import SHIPPED
 
 STAGE_1, STAGE_2 = SHIPPED["tiny-if/I"], SHIPPED["tiny-if/II"]
@@ -172,14 +172,14 @@ def save_untrained(folder, small, large, text_dim=32):
     torch.manual_seed(0)
     encoder, widths = training.build_encoder(1500, 32), (32, 32)
     for name, config in (
-        ("I", training.stage_1_config(small, widths, 1, 32)),
-        ("II", training.stage_2_config(large, widths, 1, text_dim)),
+        ("I", export.stage_1_config(small, widths, 1, 32)),
+        ("II", export.stage_2_config(large, widths, 1, text_dim)),
     ):
-        weights = training.TextToPicture(encoder, UNet(UNetConfig.from_dict(config))).state_dict()
+        weights = training.TextToImage(encoder, UNet(UNetConfig.from_dict(config))).state_dict()
         if name == "I":
-            training.save_stage_1(folder / name, config, weights, encoder, STAGE_1 / "tokenizer")
+            export.save_stage_1(folder / name, config, weights, encoder, STAGE_1 / "tokenizer")
         else:
-            training.save_stage_2(folder / name, config, weights)
+            export.save_stage_2(folder / name, config, weights)
     return ["--data", DATA / "emoji", "--model", folder / "I", "--upscaler", folder / "II", "--out", folder / "out"]
 
 
@@ -211,11 +211,11 @@ def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, 
     def too_late(*_, **__):
         raise AssertionError("it began")
 
-    monkeypatch.setattr("ifmodel.judge.train_picture_judge", too_late)
+    monkeypatch.setattr("ifmodel.tiny.judge.train_picture_judge", too_late)
     line = refused("evaluate_if", *save_untrained(tmp_path, 16, 32, text_dim=64), *QUICK)
     assert "II takes texts that are 64 wide" in line and "encoder gives 32" in line
     options = save_untrained(tmp_path, 16, 32)
-    monkeypatch.setattr("ifmodel.captions.curated", lambda: ["rocket", "skull"])
+    monkeypatch.setattr("ifmodel.tiny.data.curated", lambda: ["rocket", "skull"])
     assert "64 of them cannot be held out" in refused("evaluate_if", *options, "--curated", *QUICK)
     (tmp_path / "1F680.png").write_bytes((DATA / "emoji" / "1F680.png").read_bytes())
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1F680.png", "text": "rocket"}))
@@ -245,14 +245,14 @@ def test_tiny_if_is_short_for_both_stages(monkeypatch):
 
 def test_pictures_without_other_names_have_no_aliases():
     pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
-    assert evaluate_if.aliases_of(CaptionedPictures(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
+    assert evaluate_if.aliases_of(CaptionedImages(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
 
 
 def test_pairs_that_are_alike_are_the_nearest_ones():
     pictures = torch.zeros((4, 4, 3, 128, 128), dtype=torch.uint8)
     for row, (top, bottom) in enumerate(((0, 200), (199, 1), (90, 100), (110, 80))):
         pictures[row, :, :, :64], pictures[row, :, :, 64:] = top, bottom
-    data = CaptionedPictures(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
+    data = CaptionedImages(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
     chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True, side=32)
     assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
     apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False, side=32)

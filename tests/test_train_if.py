@@ -18,11 +18,12 @@ from conftest import ROOT
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
-import ifmodel.training as training
 from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
-from ifmodel.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
 from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.tiny import export, losses, training
+from ifmodel.tiny.data import ALIASES, curated, held_out, load_captioned, with_article
+from ifmodel.tiny.styles import STYLES
 
 COLOURS = ["red", "lime", "blue", "black", "orange", "purple"]
 SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "float32", "--device", "cpu"]
@@ -62,8 +63,8 @@ def tokenizer(data, tmp_path_factory):
 def small_model(tokenizer, config):
     torch.manual_seed(0)
     unet = UNet(UNetConfig.from_dict(config))
-    training.silence(unet)
-    return training.TextToPicture(training.build_encoder(tokenizer.vocab_size, 32), unet)
+    training.zero_init(unet)
+    return training.TextToImage(training.build_encoder(tokenizer.vocab_size, 32), unet)
 
 
 def stage_1_options(folder, out, steps, *more):
@@ -185,7 +186,7 @@ def test_text_and_pictures_find_each_other(data, tokenizer):
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=3e-3)
     found = []
     for step in range(200):
-        batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(step), drop=0)
+        batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(step), drop=0)
         similarities = contrast(batch.x_0, batch.tokens, batch.mask)
         found.append((similarities.argmax(1) == torch.arange(6)).float().mean().item())
         optimizer.zero_grad()
@@ -195,7 +196,7 @@ def test_text_and_pictures_find_each_other(data, tokenizer):
 
 
 def test_a_tenth_of_the_captions_is_dropped(data, tokenizer):
-    batch = training.draw_batch(data, tokenizer, 3000, torch.Generator().manual_seed(0))
+    batch = losses.draw_batch(data, tokenizer, 3000, torch.Generator().manual_seed(0))
     dropped = batch.mask.sum(1) == 1
     assert 0.08 < dropped.float().mean() < 0.12
     assert (batch.tokens[dropped][:, 0] == 1).all()
@@ -203,17 +204,17 @@ def test_a_tenth_of_the_captions_is_dropped(data, tokenizer):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_reach_every_parameter(data, tokenizer, stage):
-    config = (training.stage_1_config if stage == 1 else training.stage_2_config)(16, [32, 32], 1, 32)
+    config = (export.stage_1_config if stage == 1 else export.stage_2_config)(16, [32, 32], 1, 32)
     model = small_model(tokenizer, config)
     with torch.no_grad():
-        for parameter in model.unet.parameters():  # `silence` starts branches at zero, where gradients stop
+        for parameter in model.unet.parameters():  # `zero_init` starts branches at zero, where gradients stop
             parameter.add_(0.01 * torch.randn_like(parameter))
-    batch = training.draw_batch(data, tokenizer, 4, torch.Generator().manual_seed(0), drop=0)
+    batch = losses.draw_batch(data, tokenizer, 4, torch.Generator().manual_seed(0), drop=0)
     options = {} if stage == 1 else {"small": 8, "crop": 8}
-    loss = training.stage_1_loss if stage == 1 else training.stage_2_loss
-    losses = loss(model, batch, torch.Generator().manual_seed(0), **options)
-    assert losses.shape == (4,)
-    losses.mean().backward()
+    loss_of = losses.stage_1_loss if stage == 1 else losses.stage_2_loss
+    loss = loss_of(model, batch, torch.Generator().manual_seed(0), **options)
+    assert loss.shape == (4,)
+    loss.mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent
 
@@ -223,9 +224,9 @@ def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
     generator = torch.Generator().manual_seed(0)
     x_0, eps = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(2, 3, 8, 8, generator=generator)
     t = torch.tensor([10, 500])
-    x_t = training.add_noise(x_0, eps, t, training.SCHEDULE)
+    x_t = losses.add_noise(x_0, eps, t, losses.SCHEDULE)
     output = torch.cat([eps, torch.zeros_like(eps)], 1).requires_grad_()
-    training.hybrid_loss(output, x_0, x_t, eps, t).sum().backward()
+    losses.hybrid_loss(output, x_0, x_t, eps, t).sum().backward()
     eps_grad, v_grad = output.grad.chunk(2, dim=1)
     assert not eps_grad.any() and v_grad.any()
 
@@ -233,11 +234,13 @@ def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
 def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tokenizer):
     """Else a model reads a picture's brightness off the mean of the noisiest x_t, where sampling begins without any."""
     seen = []
-    monkeypatch.setattr(training, "hybrid_loss", lambda output, x_0, x_t, eps, t, most: seen.append(eps) or eps.mean())
-    model = small_model(tokenizer, training.stage_2_config(16, [32, 32], 1, 32))
+    monkeypatch.setattr(
+        losses, "hybrid_loss", lambda output, x_0, x_t, eps, t, max_weight: seen.append(eps) or eps.mean()
+    )
+    model = small_model(tokenizer, export.stage_2_config(16, [32, 32], 1, 32))
     for k in range(20):
-        batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(k), drop=0)
-        training.stage_2_loss(model, batch, torch.Generator().manual_seed(k), small=8, crop=16, offset=0.5)
+        batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(k), drop=0)
+        losses.stage_2_loss(model, batch, torch.Generator().manual_seed(k), small=8, crop=16, offset=0.5)
     eps = torch.cat(seen)
     assert eps.shape == (120, 3, 16, 16)
     assert 0.4 < eps.mean((2, 3)).std() < 0.6  # without it 1/16
@@ -247,23 +250,23 @@ def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tok
 def test_a_crop_of_what_stage_2_sees_lies_where_its_picture_does(data):
     """The small picture is upscaled whole, so a crop of both is of the same place."""
     x_0 = data.pictures[:, 0].float() / 127.5 - 1
-    low_res = training.small_noised(x_0, 8, 0, torch.Generator().manual_seed(0))
-    crops = training.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
+    low_res = losses.small_noised(x_0, 8, 0, torch.Generator().manual_seed(0))
+    crops = losses.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
     picture, seen = crops.chunk(2, dim=1)
     assert (picture - seen).square().mean() < 0.25 * (picture - seen.roll(1, 0)).square().mean()
 
 
 def test_the_gap_is_zero_for_a_model_that_does_not_listen(data, tokenizer):
-    model = small_model(tokenizer, training.stage_1_config(16, [32, 32], 1, 32))  # says zero
-    batch = training.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(0), drop=0)
-    gap = training.caption_gap(model, batch)
+    model = small_model(tokenizer, export.stage_1_config(16, [32, 32], 1, 32))  # says zero
+    batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(0), drop=0)
+    gap = losses.caption_loss_gap(model, batch)
     assert gap["right"] == gap["others"] == gap["none"]
 
 
 def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeypatch):
     status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "whole", 4))
     assert status == 0, err
-    draw, calls = training.draw_batch, []
+    draw, calls = losses.draw_batch, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -271,10 +274,10 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
             signal.raise_signal(signal.SIGINT)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(training, "draw_batch", interrupted)
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
     options = stage_1_options(folder, tmp_path / "parts", 4)
     assert run_script("train_if", *options)[0] == 130
-    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(losses, "draw_batch", draw)
     assert load_tensors(tmp_path / "parts" / "state.safetensors")[1]["step"] == 2
     status, _, err = run_script("train_if", *options, "--resume")
     assert status == 0, err
@@ -285,19 +288,19 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
 
 def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, folder, tmp_path, monkeypatch):
     """It says so, and the same command starts again."""
-    draw = training.draw_batch
+    draw = losses.draw_batch
 
     def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(training, "draw_batch", interrupted)
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
     options = stage_1_options(folder, tmp_path / "out", 1)
     status, _, err = run_script("train_if", *options)
     assert status == 130
     assert "the text encoder was trained, before the UNet: nothing is saved, start again" in err
     assert not (tmp_path / "out" / "state.safetensors").exists()
-    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(losses, "draw_batch", draw)
     status, _, err = run_script("train_if", *options)
     assert status == 0, err
     assert "text, " in err  # its bar
@@ -539,7 +542,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(refused, tmp_path, op
 def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     fsync = os.fsync
-    draw, calls = training.draw_batch, []
+    draw, calls = losses.draw_batch, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -550,7 +553,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, mon
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training, "draw_batch", interrupted)
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
     script = ROOT / "scripts" / "train_if.py"
     options = stage_1_options(folder, out, 3)
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
@@ -558,7 +561,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, mon
         runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == 130
     before = (out / "state.safetensors").read_bytes()
-    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(losses, "draw_batch", draw)
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left on device, not written" in refused("train_if", *options, "--resume")
     monkeypatch.setattr(os, "fsync", fsync)

@@ -17,7 +17,7 @@ from ddpm.components import low_pass
 SIZE = 64  # what the judge sees; other sizes are resized
 
 
-class PictureJudge(nn.Module):
+class ImageJudge(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] -> logits of names [B, N] and of styles [B, S]."""
 
     def __init__(self, num_names: int, num_styles: int, width: int = 32, num_features: int = 64):
@@ -49,15 +49,15 @@ def high_passed(x: Tensor, sigma: float = 2.0) -> Tensor:
 
 
 def train_picture_judge(pictures: Tensor, *, steps: int = 2000, batch_size: int = 64, seed: int = 20040805):
-    """Train a judge on pictures [N, S, 3, H, W] uint8, of N names in S styles. Returns a `PictureJudge`."""
+    """Train a judge on pictures [N, S, 3, H, W] uint8, of N names in S styles. Returns a `ImageJudge`."""
     torch.manual_seed(seed)
-    judge = PictureJudge(*pictures.shape[:2]).train()
+    judge = ImageJudge(*pictures.shape[:2]).train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     small = torch.stack([resized(styles) for styles in pictures])
     for _ in tqdm(range(steps), desc="training the judge", leave=False):
         names, styles = (torch.randint(count, (batch_size,)) for count in small.shape[:2])
-        by_name, by_style = judge(disturbed(small[names, styles]))
+        by_name, by_style = judge(augment(small[names, styles]))
         loss = F.cross_entropy(by_name, names, label_smoothing=0.05) + F.cross_entropy(by_style, styles)
         optimizer.zero_grad()
         loss.backward()
@@ -71,7 +71,7 @@ def resized(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures / 127.5 - 1, (SIZE, SIZE), mode="bicubic", antialias=True)
 
 
-def disturbed(x: Tensor) -> Tensor:
+def augment(x: Tensor) -> Tensor:
     """Pictures [B, 3, 64, 64], each shifted, a quarter each blurred, high-passed and noised as well."""
     dy, dx = torch.randint(-5, 6, (2,)).tolist()
     x = F.pad(x, (5, 5, 5, 5), mode="replicate")[:, :, 5 + dy : 5 + dy + SIZE, 5 + dx : 5 + dx + SIZE]
@@ -82,12 +82,12 @@ def disturbed(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(judge: PictureJudge, x: Tensor, known: Tensor) -> Tensor:
+def nearest(judge: ImageJudge, x: Tensor, known: Tensor) -> Tensor:
     """For pictures [B, 3, H, W]: which of the known features [K, 64] is nearest, by the angle between them, [B]."""
     return (F.normalize(features_of(judge, x), dim=1) @ F.normalize(known, dim=1).T).argmax(1)
 
 
 @torch.no_grad()
-def features_of(judge: PictureJudge, x: Tensor) -> Tensor:
+def features_of(judge: ImageJudge, x: Tensor) -> Tensor:
     """The judge's features [B, 64] of pictures [B, 3, H, W] in [-1, 1], in float64."""
     return torch.cat([judge.features(batch) for batch in x.split(256)]).double()

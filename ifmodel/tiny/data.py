@@ -14,19 +14,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import first_line
-
-STYLES = {
-    "photo": ("a photo of {}", "{}", "a high quality photo of {}"),
-    "oil": ("an oil painting of {}",),
-    "lithograph": ("a lithograph of {}",),
-    "sketch": ("a sketch of {}",),
-}
-ANYTHING = "a high quality photo"  # the prompt that fits every picture in its plain style
+from ifmodel.tiny.styles import ANYTHING, STYLES, lithograph, oil, sketch
 
 # Other names, so that every prompt of the assignment finds its picture.
 ALIASES = {
@@ -97,7 +90,7 @@ def with_article(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class CaptionedPictures:
+class CaptionedImages:
     """Pictures in every style, and what each may be called.
 
     pictures: [N, styles, 3, S, S] uint8, the styles in the order of STYLES
@@ -155,7 +148,7 @@ def held_out(folder: str | Path, count: int) -> list[str]:
 
 def load_captioned(
     folder: str | Path, size: int, names: Sequence[str] | None = None, without: Sequence[str] = (), quiet: bool = False
-) -> CaptionedPictures:
+) -> CaptionedImages:
     """A folder of pictures with metadata.jsonl, each picture in size × size pixels and every style.
 
     names: the short names to take, in this order; None takes all
@@ -181,7 +174,7 @@ def load_captioned(
         pictures = torch.stack([torch.stack(styled(folder / row["file_name"], size)) for row in bar])
     found = [row["text"] for row in rows]
     phrases = [[with_article(name), *ALIASES.get(name, ())] for name in found]
-    return CaptionedPictures(pictures, found, phrases, [row["tags"] for row in rows])
+    return CaptionedImages(pictures, found, phrases, [row["tags"] for row in rows])
 
 
 def read_metadata(folder: str | Path) -> list[dict]:
@@ -231,37 +224,3 @@ def styled(path: Path, size: int) -> list[Tensor]:
     pictures = [style(plain) for style in (lambda plain: plain, oil, lithograph, sketch)]
     fitted = [ImageOps.fit(picture, (size, size), Image.Resampling.BOX) for picture in pictures]
     return [torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in fitted]
-
-
-def oil(plain: Image.Image) -> Image.Image:
-    """Broad strokes in warm, strong colours on an ochre ground."""
-    width = max(3, min(plain.size) // 20) | 1
-    strokes = ImageEnhance.Color(plain.filter(ImageFilter.ModeFilter(width))).enhance(1.4)
-    ground = numpy.array([214, 178, 118], dtype=numpy.float32)
-    pixels = numpy.asarray(strokes, dtype=numpy.float32)
-    generator = numpy.random.default_rng(0)
-    canvas = generator.normal(0, 7, (pixels.shape[0] // 4, pixels.shape[1] // 4, 1)).repeat(4, 0).repeat(4, 1)
-    canvas = numpy.pad(canvas, [(0, pixels.shape[0] - canvas.shape[0]), (0, pixels.shape[1] - canvas.shape[1]), (0, 0)])
-    return Image.fromarray((pixels / 255 * (0.45 * ground + 0.55 * 255) + canvas).clip(0, 255).astype(numpy.uint8))
-
-
-def lithograph(plain: Image.Image) -> Image.Image:
-    """Black ink on grey paper: outlines, and four tones of which the darker ones are hatched."""
-    grey = numpy.asarray(ImageOps.autocontrast(plain.convert("L")), dtype=numpy.float32) / 255
-    h, w = grey.shape
-    y, x = numpy.mgrid[:h, :w]
-    period = max(2, min(h, w) // 16)
-    tones = numpy.floor(grey * 3.999) / 3
-    hatched = numpy.where((tones < 0.9) & ((x + y) % period < period / 3), tones * 0.4, tones)
-    outlines = numpy.asarray(sketch(plain).convert("L"), dtype=numpy.float32) / 255
-    paper = 30 + 175 * hatched * outlines
-    return Image.fromarray(paper.astype(numpy.uint8)).convert("RGB")
-
-
-def sketch(plain: Image.Image) -> Image.Image:
-    """Pencil outlines on white: what a blur of the greys takes away."""
-    grey = numpy.asarray(plain.convert("L"), dtype=numpy.float32)
-    radius = min(plain.size) / 40
-    blurred = numpy.asarray(plain.convert("L").filter(ImageFilter.GaussianBlur(radius)), dtype=numpy.float32)
-    lines = 255 - (3.0 * abs(grey - blurred)).clip(0, 225)
-    return Image.fromarray(lines.astype(numpy.uint8)).convert("RGB")

@@ -1,0 +1,6 @@
+"""How tiny-if, the small IF that is shipped, was made; `scripts/train_if.py` trains one with it.
+
+Read in this order: `data` (pictures, and what to call them), `styles` (what the four styles do to them), `losses`,
+`training` (what is trained), `export` (the folders that generate.py and diffusers load), `judge` (how often it draws
+what it was asked for).
+"""
