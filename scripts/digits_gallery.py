@@ -17,19 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
-from figures import save_grid
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +29,19 @@ from ddpm.mnist.judge import Judge, examine
 from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.views import identity, rotate_180
+from shared.figures import save_grid
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
 
 SHOWN = 10  # of each experiment's samples
 HYBRID_SIGMA = 3.0  # of the low pass, at 64 pixels

@@ -31,20 +31,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    positive_number,
-    run,
-    seed_number,
-)
-from figures import save_grid
-from stages import MODEL, UPSCALER
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,6 +62,20 @@ from ifmodel.tiny.training import (
 )
 from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_config, load_unet
+from shared.figures import save_grid
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    positive_number,
+    run,
+    seed_number,
+)
+from shared.stages import MODEL, UPSCALER
 
 SHEET = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
 SUBJECTS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "people around a campfire"]

@@ -6,8 +6,6 @@ from itertools import combinations, pairwise
 import numpy
 import pytest
 import torch
-from figures import save_grid, text_size, wrapped
-from pictures import read_mask, read_picture
 from PIL import Image
 from test_generate import cascade  # noqa: F401
 from test_text import model_folder  # noqa: F401
@@ -18,6 +16,8 @@ from ddpm.schedule import leading_timesteps
 from ifmodel import load_unet
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
+from shared.figures import save_grid, text_size, wrapped
+from shared.images import read_mask, read_picture
 
 PROMPTS = ["a rocket ship", "a photo of a dog"]
 
@@ -68,7 +68,7 @@ def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16)
 @pytest.fixture
 def labels(run_script, monkeypatch, tmp_path):
     """labels("name", "--option", value, …) -> the labels of the rows in the script's table."""
-    import figures
+    from shared import figures
 
     def run(*arguments) -> list[str]:
         told = {}
@@ -495,7 +495,7 @@ def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, 
     def never(*_, **__):
         raise AssertionError("T5 was asked")
 
-    import stages
+    from shared import stages
 
     monkeypatch.setattr(stages, "embed_prompts", never)
     out = ["--out", tmp_path / "new" / "out.png"]

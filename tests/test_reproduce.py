@@ -125,7 +125,7 @@ def test_figures_and_files_that_the_documents_name_are_committed():
 
 
 def test_every_experiment_of_the_assignment_is_there():
-    from experiments import EXPERIMENTS
+    from shared.experiments import EXPERIMENTS
 
     keys = [key for experiment in EXPERIMENTS for key in experiment.keys]
     assert sorted(keys) == sorted([f"A{k}" for k in range(12)] + [f"B{k}" for k in range(1, 6)])

@@ -174,12 +174,12 @@ def test_denoise_mnist(run_script, tmp_path, weights):
 def test_evaluate_mnist_goes_on_where_it_was(run_script, tmp_path, weights):
     options = ("--data", DATA, "--weights", weights["ClassUNet"], "--denoiser", weights["UNet"], "--train-judge")
     options = (*options, "--samples", 200, "--steps", 1, "--digits", 50, "--out", tmp_path)
-    status, _, err = run_script("evaluate_mnist", *options, "--guidance", 1)
+    status, _, err = run_script("evaluate/mnist", *options, "--guidance", 1)
     assert status == 0, err
     chunks = sorted((tmp_path / "samples").rglob("*.safetensors"))
     assert len(chunks) == 2
     first, made = json.loads((tmp_path / "report.json").read_text()), [chunk.stat().st_mtime_ns for chunk in chunks]
-    run_script("evaluate_mnist", *options, "--guidance", 1, 3)
+    run_script("evaluate/mnist", *options, "--guidance", 1, 3)
     second = json.loads((tmp_path / "report.json").read_text())
     assert [chunk.stat().st_mtime_ns for chunk in chunks] == made
     assert second["guidance"][0] == first["guidance"][0]
@@ -214,7 +214,7 @@ def test_digits_gallery_draws_the_others(run_script, tmp_path, weights):
 
 def test_bench_mnist(run_script):
     options = ("--rounds", 1, "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--sample-digits", 2)
-    status, out, err = run_script("bench_mnist", "--data", DATA, "--dtype", "float32", *options)
+    status, out, err = run_script("bench/mnist", "--data", DATA, "--dtype", "float32", *options)
     assert status == 0, err
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "images/s" in line]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same digits, timesteps and noise on both sides
@@ -225,7 +225,7 @@ def test_bench_mnist(run_script):
 def test_bench_if_compares_with_diffusers(run_script, tmp_path, geometry):
     out = tmp_path / "bench.json"
     options = ("--geometry", geometry, "--rounds", 1, "--size", 32, 32, "--dtype", "float32", "--out", out)
-    status, told, err = run_script("bench_if", *options, *(["--cold"] if geometry == "tiny" else []))
+    status, told, err = run_script("bench/unet", *options, *(["--cold"] if geometry == "tiny" else []))
     assert status == 0, err
     report = json.loads(out.read_text())
     assert report["agreement"]["relative_error"] < 1e-4
@@ -243,7 +243,7 @@ def test_bench_if_compares_with_diffusers(run_script, tmp_path, geometry):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
     options = ("--stage", stage, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--dtype", "float32")
-    status, out, err = run_script("bench_train_if", *options)
+    status, out, err = run_script("bench/training", *options)
     assert status == 0, err
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "pictures/s" in line]
     assert len(losses) == 3
@@ -251,7 +251,12 @@ def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
+    "name",
+    sorted(
+        str(path.relative_to(ROOT / "scripts").with_suffix(""))
+        for path in (ROOT / "scripts").rglob("*.py")
+        if "__main__" in path.read_text()
+    ),
 )
 def test_help_shows_a_command(run_script, name):
     status, out, _ = run_script(name, "--help")
@@ -360,7 +365,7 @@ def test_a_training_state_can_be_sampled_and_weights_cannot_be_resumed(run_scrip
 
 def test_mnist_that_is_missing(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
-    for script in (["train_denoiser"], ["train_ddpm", "--condition", "time"], ["bench_mnist"]):
+    for script in (["train_denoiser"], ["train_ddpm", "--condition", "time"], ["bench/mnist"]):
         line = refused(*script, "--data", tmp_path / "nowhere")
         assert all(name in line for name in FILES)
         assert str(tmp_path / "nowhere" / "MNIST" / "raw") in line

@@ -5,7 +5,7 @@ import json
 from argparse import Namespace
 from functools import partial
 
-import evaluate_if
+import tiny_if
 import numpy
 import pytest
 import torch
@@ -93,12 +93,12 @@ def test_it_draws_the_assignments_prompts():
     """Other names than the pictures' own, as photos and as oil paintings: seven of the eight are likest to theirs."""
     data = load_captioned(DATA / "emoji", 32)
     others = ("a snowy mountain village", "a rocket ship", "people around a campfire", "a dog")
-    asked = [one for one in evaluate_if.aliases_of(data) if one.prompt.endswith(others)]
+    asked = [one for one in tiny_if.aliases_of(data) if one.prompt.endswith(others)]
     prompts = [one.prompt for one in asked]
     assert prompts == [f"{style} {other}" for style in ("a photo of", "an oil painting of") for other in others]
     embeds = embed_prompts("tiny-if/I", [*prompts, ""])
     estimate = stage_1(load_unet("tiny-if/I"), torch.stack([embeds[one] for one in prompts]), embeds[""][None], 4.0)
-    step, spaced = evaluate_if.STEPS["sde-dpm++"]
+    step, spaced = tiny_if.STEPS["sde-dpm++"]
     noise = noise_source(range(8), (3, 32, 32), torch.device("cpu"))
     drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=partial(step, threshold=STAGE_1_THRESHOLD))
     found = torch.cat([likest(part, data.pictures[:, style]) for style, part in enumerate(drawn.chunk(2))])
@@ -141,7 +141,7 @@ def test_evaluation(run_script, refused, tmp_path):
         1,
     ]
     options += ["--most-steps", 5, "--illusion-steps", 6, "--dtype", "float32", "--device", "cpu", "--out", tmp_path]
-    status, printed, err = run_script("evaluate_if", *options)
+    status, printed, err = run_script("evaluate/tiny_if", *options)
     assert status == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["guidance"] for row in report["guidance"]] == [2]
@@ -159,11 +159,11 @@ def test_evaluation(run_script, refused, tmp_path):
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "anagrams_alike.png").is_file()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
-    assert run_script("evaluate_if", *options)[1] == printed
+    assert run_script("evaluate/tiny_if", *options)[1] == printed
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()} == before
 
-    assert "metadata.jsonl" in refused("evaluate_if", "--data", tmp_path, "--out", tmp_path / "other")
-    line = refused("evaluate_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
+    assert "metadata.jsonl" in refused("evaluate/tiny_if", "--data", tmp_path, "--out", tmp_path / "other")
+    line = refused("evaluate/tiny_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
 
 
@@ -190,20 +190,20 @@ QUICK += ["--most-steps", 5, "--dtype", "float32", "--device", "cpu"]
 def test_models_of_other_sizes_are_evaluated(run_script, refused, tmp_path):
     """The data are loaded as large as stage 2 draws, and compared with stage 1 as small as that draws."""
     options = [*save_untrained(tmp_path, 16, 32), *QUICK]
-    status, _, err = run_script("evaluate_if", *options)
+    status, _, err = run_script("evaluate/tiny_if", *options)
     assert status == 0, err
     with Image.open(tmp_path / "out" / "stage_2_trained_on.png") as picture:
         assert picture.height < 4 * 128 + 200  # four rows of pictures of 128 pixels: 32, each four times
     assert load_tensors(next((tmp_path / "out" / "pictures").glob("aliases*")))[0]["pictures"].shape == (16, 3, 16, 16)
-    line = refused("evaluate_if", *save_untrained(tmp_path, 20, 32), *QUICK)
+    line = refused("evaluate/tiny_if", *save_untrained(tmp_path, 20, 32), *QUICK)
     assert "draws pictures of 32 pixels, no multiple of the 20" in line
 
 
 @pytest.mark.parametrize(("small", "size"), [(16, 128), (32, 128), (48, 96), (64, 128), (256, 256)])
 def test_without_an_upscaler_the_data_are_large_enough_for_the_judge(monkeypatch, small, size):
-    monkeypatch.setattr(evaluate_if, "check_stage", lambda *_: Namespace(sample_size=small, encoder_hid_dim=128))
+    monkeypatch.setattr(tiny_if, "check_stage", lambda *_: Namespace(sample_size=small, encoder_hid_dim=128))
     args = Namespace(model="tiny-if/I", upscaler="none")
-    evaluate_if.check_models(args)
+    tiny_if.check_models(args)
     assert (args.small, args.size) == (small, size)
 
 
@@ -212,17 +212,17 @@ def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, 
         raise AssertionError("it began")
 
     monkeypatch.setattr("ifmodel.tiny.judge.train_picture_judge", too_late)
-    line = refused("evaluate_if", *save_untrained(tmp_path, 16, 32, text_dim=64), *QUICK)
+    line = refused("evaluate/tiny_if", *save_untrained(tmp_path, 16, 32, text_dim=64), *QUICK)
     assert "II takes texts that are 64 wide" in line and "encoder gives 32" in line
     options = save_untrained(tmp_path, 16, 32)
     monkeypatch.setattr("ifmodel.tiny.data.curated", lambda: ["rocket", "skull"])
-    assert "64 of them cannot be held out" in refused("evaluate_if", *options, "--curated", *QUICK)
+    assert "64 of them cannot be held out" in refused("evaluate/tiny_if", *options, "--curated", *QUICK)
     (tmp_path / "1F680.png").write_bytes((DATA / "emoji" / "1F680.png").read_bytes())
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1F680.png", "text": "rocket"}))
-    line = refused("evaluate_if", *options, "--data", tmp_path, *QUICK)
+    line = refused("evaluate/tiny_if", *options, "--data", tmp_path, *QUICK)
     assert "has one picture alone, rocket" in line
     (tmp_path / "I" / "text_encoder" / "config.json").unlink()
-    assert "must hold its text encoder" in refused("evaluate_if", *options, *QUICK)
+    assert "must hold its text encoder" in refused("evaluate/tiny_if", *options, *QUICK)
 
 
 def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
@@ -230,7 +230,7 @@ def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", "hybrids_random")
 
     monkeypatch.setattr("ddpm.sampling.hybrid", full)
-    assert "No space left" in refused("evaluate_if", *save_untrained(tmp_path, 16, 32), *QUICK)
+    assert "No space left" in refused("evaluate/tiny_if", *save_untrained(tmp_path, 16, 32), *QUICK)
     sections = ["judge", "distance_floor", "guidance", "best_guidance", "samplers", "aliases", "anagrams, random pairs"]
     assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == ["prompts", "seed", *sections]
     assert (tmp_path / "out" / "curves.png").is_file()
@@ -238,14 +238,14 @@ def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
 
 def test_tiny_if_is_short_for_both_stages(monkeypatch):
     options = ["--data", "emoji", "--model", "tiny-if", "--upscaler", "tiny-if"]
-    monkeypatch.setattr("sys.argv", ["evaluate_if.py", *options])
-    args = evaluate_if.arguments()
+    monkeypatch.setattr("sys.argv", ["evaluate/tiny_if.py", *options])
+    args = tiny_if.arguments()
     assert (args.model, args.upscaler, args.small, args.size) == ("tiny-if/I", "tiny-if/II", 32, 128)
 
 
 def test_pictures_without_other_names_have_no_aliases():
     pictures = torch.zeros((2, 4, 3, 128, 128), dtype=torch.uint8)
-    assert evaluate_if.aliases_of(CaptionedImages(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
+    assert tiny_if.aliases_of(CaptionedImages(pictures, list("ab"), [["a"], ["b"]], [[]] * 2)) == []
 
 
 def test_pairs_that_are_alike_are_the_nearest_ones():
@@ -253,9 +253,9 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
     for row, (top, bottom) in enumerate(((0, 200), (199, 1), (90, 100), (110, 80))):
         pictures[row, :, :, :64], pictures[row, :, :, 64:] = top, bottom
     data = CaptionedImages(pictures, list("abcd"), [["a"], ["b"], ["c"], ["d"]], [[]] * 4)
-    chosen = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=True, side=32)
+    chosen = tiny_if.pairs_of(data, 5, 0, vertical_flip(), alike=True, side=32)
     assert [{one.name for one in pair} for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
-    apart = evaluate_if.pairs_of(data, 5, 0, vertical_flip(), alike=False, side=32)
+    apart = tiny_if.pairs_of(data, 5, 0, vertical_flip(), alike=False, side=32)
     assert len(apart) == 5 and all(first.name != second.name for first, second in apart)
 
 

@@ -46,7 +46,7 @@ def test_the_denoiser_removes_most_of_the_noise(digits):
 
 
 def test_the_judge_reads_what_the_ddpm_was_asked_to_write():
-    """Few and quick samples; scripts/evaluate_mnist.py measures properly. By chance, 2 of 20 would be right."""
+    """Few and quick samples; scripts/evaluate/mnist.py measures properly. By chance, 2 of 20 would be right."""
     labels = list(range(10)) * 2
     seeds = [k // 10 for k in range(20)]
     options = {"num_steps": 30, "guidance_scale": 5.0}

@@ -1,7 +1,7 @@
 """Measure the MNIST models with an independent judge, a CNN trained on real digits.
 
-    python scripts/evaluate_mnist.py --data data
-    python scripts/evaluate_mnist.py --data data --samples 1000 --steps 50 --guidance 0 1 2 5
+    python scripts/evaluate/mnist.py --data data
+    python scripts/evaluate/mnist.py --data data --samples 1000 --steps 50 --guidance 0 1 2 5
 
 For each guidance: the share of samples that the judge reads as the digit asked for, and the Fréchet distance
 (FID, on the judge's penultimate features) between the samples and as many real test digits. The floor is the
@@ -14,11 +14,24 @@ a file: a stopped evaluation goes on where it was.
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
-from common import (
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist.training import SIGMAS, noisy_digits
+from ddpm.schedule import linear_schedule
+from shared.figures import save_figure, save_grid
+from shared.options import (
     SEED,
     add_device_options,
     check_writable,
@@ -30,17 +43,6 @@ from common import (
     run,
     seed_number,
 )
-from figures import save_figure, save_grid
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
-from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
-from ddpm.mnist.data import load_mnist
-from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
-from ddpm.mnist.training import SIGMAS, noisy_digits
-from ddpm.schedule import linear_schedule
 
 CHUNK = 100
 JUDGE_EPOCHS = 6

@@ -1,7 +1,7 @@
 """How fast a small IF trains here and in a plain loop around diffusers' UNet, on the same work.
 
-    python scripts/bench_train_if.py
-    python scripts/bench_train_if.py --stage 2 --rounds 5
+    python scripts/bench/training.py
+    python scripts/bench/training.py --stage 2 --rounds 5
 
 Both sides train stage 1, or stage 2 on crops, of tiny-if's shape from the same random weights on the same random
 pictures, timesteps and noise, with the same loss, in turns in this process. "plain" is diffusers' UNet in float32 with
@@ -9,22 +9,25 @@ AdamW; "tuned" is that in our dtype and memory format; ours is what scripts/trai
 pictures/s of each, the ratio, the losses after as many steps, and what our step spends its time on.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
-from common import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
 from ifmodel.tiny.training import TextToImage, build_encoder, zero_init
 from ifmodel.unet import UNet, UNetConfig
+from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
 
 SMALL, LARGE, CROP = 32, 128, 64
 VOCABULARY, TEXT_DIM = 1500, 128

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from experiments import EXPERIMENTS, Made
 from matplotlib.font_manager import FontProperties
 
 from ddpm.files import write_atomically
+from shared.experiments import EXPERIMENTS, Made
 
 INK = "#010203"  # replaced by the colour of the text
 

@@ -1,15 +1,15 @@
 """How good a small IF is: does it draw what it was asked for, and do the algorithms work on it?
 
-    python scripts/evaluate_if.py --data emoji --curated
+    python scripts/evaluate/tiny_if.py --data emoji --curated
 
-For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest
-training picture, in the features of an independent judge (ifmodel/tiny/judge.py), the prompted one? And how far are these
-pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20
-steps of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, the one that finds most.
-At that guidance also the assignment's own prompts, "a rocket ship" and its like, which are other names of pictures.
-Then anagrams and hybrids, in which both things must be recognised: of random pairs, and of pairs whose pictures are
-alike when blurred, as one who makes illusions would choose them; one picture each, and the best of --tries. And stage
-2 beside bicubic upscaling.
+For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest training
+picture, in the features of an independent judge (ifmodel/tiny/judge.py), the prompted one? And how far are these
+pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20 steps
+of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, the one that finds most. At that
+guidance also the assignment's own prompts, "a rocket ship" and its like, which are other names of pictures. Then
+anagrams and hybrids, in which both things must be recognised: of random pairs, and of pairs whose pictures are alike
+when blurred, as one who makes illusions would choose them; one picture each, and the best of --tries. And stage 2
+beside bicubic upscaling.
 
 Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known; all pictures of stage 1
 are kept there too, so a stopped evaluation goes on where it was.
@@ -17,6 +17,7 @@ are kept there too, so a stopped evaluation goes on where it was.
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,24 +26,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    positive_number,
-    run,
-    seed_number,
-)
-from figures import save_figure, save_grid
-from stages import MODEL, UPSCALER, check_stage
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.components import low_high_pass, low_pass
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist.judge import frechet_distance
@@ -57,6 +44,21 @@ from ifmodel.tiny.data import CaptionedImages, curated, held_out, load_captioned
 from ifmodel.tiny.judge import ImageJudge, features_of, high_passed, nearest, train_picture_judge
 from ifmodel.tiny.styles import STYLES
 from ifmodel.weights import read_json
+from shared.figures import save_figure, save_grid
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    positive_number,
+    run,
+    seed_number,
+)
+from shared.stages import MODEL, UPSCALER, check_stage
 
 # each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
 STEPS = {

@@ -1,8 +1,8 @@
 """How fast IF is here and in diffusers, on the same work: weights, inputs, dtype and threads are the same.
 
-    python scripts/bench_if.py --geometry tiny
-    python scripts/bench_if.py --geometry IF-I-M --rounds 5
-    python scripts/bench_if.py --geometry IF-I-XL --device cuda --dtype float16
+    python scripts/bench/unet.py --geometry tiny
+    python scripts/bench/unet.py --geometry IF-I-M --rounds 5
+    python scripts/bench/unet.py --geometry IF-I-XL --device cuda --dtype float16
 
 The sides take turns in this process, and their outputs are compared before anything is timed. "documented" is
 diffusers as its documentation runs it (float32 on the CPU, --dtype on a GPU), "tuned" is diffusers with our dtype and
@@ -28,13 +28,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
-from figures import save_figure
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import generate, upscale
@@ -42,6 +41,8 @@ from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
 from ifmodel.text import load_embeds, save_embeds
 from ifmodel.weights import SHIPPED
+from shared.figures import save_figure
+from shared.options import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
 
 try:
     import diffusers
@@ -260,7 +261,7 @@ print(1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 def cold_starts(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     """Processes that start from nothing, load, draw one picture and write it: seconds and peak memory of each side."""
-    scripts, folder = Path(__file__).parent, Path(work.folder.name)
+    scripts, folder = Path(__file__).parents[1], Path(work.folder.name)
     embeds, out = folder / "embeds.safetensors", folder / "picture.png"
     save_embeds(embeds, {"something": work.embeds[0], "": work.embeds[-1]})
     ours = [scripts / "generate.py", "--model", work.root, "--upscaler", "none", "--embeds", embeds, "--out", out]

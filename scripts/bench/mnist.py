@@ -1,6 +1,6 @@
 """How fast training and sampling are, against the plain recipe on the same work.
 
-    python scripts/bench_mnist.py --data data
+    python scripts/bench/mnist.py --data data
 
 Training: the plain recipe (DataLoader over torchvision's MNIST with ToTensor, float32, contiguous, Adam) and
 ours (digits in memory, channels_last, fused Adam, bfloat16 where the hardware has it, --compile) take turns in
@@ -9,13 +9,13 @@ images/s of both, the ratio and both losses. Sampling: seconds for 100 digits wi
 of the time that is spent outside convolutions.
 """
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from common import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -23,11 +23,13 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, sample_digits
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import DDPM, drop_classes, step_seed, train
 from ddpm.schedule import linear_schedule, linspace_timesteps
+from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
 
 SCHEDULE = linear_schedule()
 

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from common import SEED
 from torch import Tensor
 
 from ddpm.files import write_atomically
+from shared.options import SEED
 
 DPI = 150
 FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula

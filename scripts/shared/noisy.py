@@ -4,13 +4,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, seed_number
-from pictures import DRAWINGS, read_picture
 from torch import Tensor
 
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source
 from ifmodel.cascade import SCHEDULE
+from shared.images import DRAWINGS, read_picture
+from shared.options import SEED, check_writable, seed_number
 
 TIMESTEPS = list(range(0, 1000, 125))
 

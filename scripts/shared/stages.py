@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import SEED, add_device_options, check_writable, number, pick_device, pick_dtype, positive, seed_number
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +19,16 @@ from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.cascade import SCHEDULE, noised_upscaled, stage_1, stage_2, stage_threshold
 from ifmodel.text import embed_prompts, load_embeds
 from ifmodel.weights import SHIPPED, check_memory, find_weights, load_config, stored_dtypes
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+)
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 SETTINGS = {"guidance": 7.0, "upscaler_steps": 50, "upscaler_guidance": 4.0, "noise_level": 250}  # IF's own
@@ -136,7 +145,7 @@ class Cascade:
         if single_stage and args.upscaler not in (None, "none"):
             raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
         found = find_stage(args.model, 1, args.revision)
-        settle(args, found.config.sample_size, single_stage)
+        resolve_defaults(args, found.config.sample_size, single_stage)
         self.args, self.unet, self.stage = args, None, None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
@@ -284,7 +293,7 @@ class Cascade:
         return self._run(cell.upscale, estimate, timesteps, lambda: x_T.pop() if x_T else noise(), callback)
 
 
-def settle(args: Namespace, sample_size: int, single_stage: bool):
+def resolve_defaults(args: Namespace, sample_size: int, single_stage: bool):
     """Fill in the options whose defaults depend on the model, or on the pixels that it draws."""
     args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
     if args.upscaler == "none" or single_stage:
@@ -299,7 +308,7 @@ def settle(args: Namespace, sample_size: int, single_stage: bool):
 def pick_timesteps(args: Namespace) -> list[int]:
     """Which timesteps --steps or --stride visit, noisiest first.
 
-    IF's own spacing leaves out the noisiest ones; DPM-Solver++ does better with them (scripts/evaluate_if.py).
+    IF's own spacing leaves out the noisiest ones; DPM-Solver++ does better with them (scripts/evaluate/tiny_if.py).
     """
     stride = args.stride or (args.default_stride if args.steps is None else None)
     if stride is not None:
