@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import DATA
 
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import examine, frechet_distance, train_judge
+from tests.conftest import DATA
 
 
 def gaussian(mean, scale, count=200_000):

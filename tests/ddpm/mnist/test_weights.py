@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import DATA
 
 from ddpm.files import load_tensors
 from ddpm.mnist import sample_digits
@@ -11,6 +10,7 @@ from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import examine, frechet_distance
 from ddpm.mnist.training import noisy_digits
 from ddpm.schedule import linear_schedule
+from tests.conftest import DATA
 
 
 @pytest.fixture(scope="module")

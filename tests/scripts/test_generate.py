@@ -9,11 +9,11 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
-from test_text import model_folder  # noqa: F401
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ifmodel.text import embed_prompts, load_embeds, save_embeds
+from tests.ifmodel.test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
+from tests.ifmodel.test_text import model_folder  # noqa: F401
 
 PROMPT = "an oil painting of a snowy mountain village"
 NEGATIVE = "a rocket ship"

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA
 
 from ddpm.files import load_tensors, save_tensors
 from ddpm.losses import ddpm_loss
@@ -14,6 +13,7 @@ from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import DDPM, DENOISER, SIGMAS, denoiser_loss, drop_classes, fit, noisy_digits, step_seed, train
 from ddpm.schedule import linear_schedule
+from tests.conftest import DATA
 
 SCHEDULE = linear_schedule()
 

@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from conftest import DATA, ROOT, settled
 from PIL import Image
 from torchvision.datasets import MNIST
 
@@ -20,6 +19,7 @@ from ddpm.mnist.checkpoint import load_model, save_state, save_weights
 from ddpm.mnist.data import FILES
 from ddpm.mnist.judge import Judge
 from ddpm.schedule import linear_schedule
+from tests.conftest import DATA, ROOT, settled
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
 

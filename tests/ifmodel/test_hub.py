@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_generate import PROMPT, cascade  # noqa: F401
-from test_text import model_folder  # noqa: F401
 from transformers import T5EncoderModel
+
+from tests.conftest import ROOT
+from tests.hub import Hub
+from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.scripts.test_generate import PROMPT, cascade  # noqa: F401
 
 TOKEN = "hf_a_secret_that_must_never_be_printed"
 UNET, FP16 = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"

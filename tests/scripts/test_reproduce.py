@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from ifmodel.text import embed_prompts
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import numpy
 import pytest
 import torch
 import train_if
-from conftest import ROOT
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
@@ -24,6 +23,7 @@ from ifmodel.text import Tokenizer, embed_prompts
 from ifmodel.tiny import export, losses, training
 from ifmodel.tiny.data import ALIASES, curated, held_out, load_captioned, with_article
 from ifmodel.tiny.styles import STYLES
+from tests.conftest import ROOT
 
 COLOURS = ["red", "lime", "blue", "black", "orange", "purple"]
 SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "float32", "--device", "cpu"]

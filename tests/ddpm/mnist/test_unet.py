@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import settled
 from torch import nn
 
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
+from tests.conftest import settled
 
 D = 8
 MODELS = {"UNet": UNet, "TimeUNet": TimeUNet, "ClassUNet": ClassUNet}

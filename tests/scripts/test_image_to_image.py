@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDPMScheduler, IFImg2ImgPipeline, IFInpaintingPipeline
-from test_generate import cascade  # noqa: F401
-from test_text import model_folder  # noqa: F401
 
 from ddpm.process import add_noise
 from ddpm.sampling import inpaint, sdedit
 from ddpm.schedule import leading_timesteps
 from ifmodel import load_unet
 from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, stage_1
+from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.scripts.test_generate import cascade  # noqa: F401
 
 STEPS, GUIDANCE = 10, 6.0
 

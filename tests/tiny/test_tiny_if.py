@@ -5,12 +5,11 @@ import json
 from argparse import Namespace
 from functools import partial
 
-import tiny_if
 import numpy
 import pytest
+import tiny_if
 import torch
 import torch.nn.functional as F
-from conftest import DATA
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 
@@ -23,6 +22,7 @@ from ifmodel.text import embed_prompts
 from ifmodel.tiny import export, training
 from ifmodel.tiny.data import CaptionedImages, load_captioned
 from ifmodel.weights import SHIPPED
+from tests.conftest import DATA
 
 STAGE_1, STAGE_2 = SHIPPED["tiny-if/I"], SHIPPED["tiny-if/II"]
 

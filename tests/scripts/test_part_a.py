@@ -7,8 +7,6 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from test_generate import cascade  # noqa: F401
-from test_text import model_folder  # noqa: F401
 
 from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
@@ -18,6 +16,8 @@ from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
 from shared.figures import save_grid, text_size, wrapped
 from shared.images import read_mask, read_picture
+from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.scripts.test_generate import cascade  # noqa: F401
 
 PROMPTS = ["a rocket ship", "a photo of a dog"]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import settled
 from diffusers import DDPMScheduler
 
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
 from ddpm.schedule import linear_schedule
+from tests.conftest import settled
 
 
 @pytest.fixture(scope="module")
