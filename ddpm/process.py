@@ -66,7 +66,7 @@ def ddpm_step(
     noise: Tensor | None,
     variance: str = "beta",
     v: Tensor | None = None,
-    before: tuple[int, Tensor] | None = None,
+    history: tuple[int, Tensor] | None = None,
     threshold: Threshold | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample x_{t'} given x_t, for any earlier t' = t_prev: one step of the (strided) reverse process.
@@ -76,7 +76,7 @@ def ddpm_step(
     noise:     z [B, C, H, W] from N(0, I); unused (may be None) when t_prev = -1
     variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range" with
     v:         [B, C, H, W] in [-1, 1], the model's interpolation between them; not used by a fixed variance
-    before:    not used; `dpm_solver_step` is called with it
+    history:   not used; `dpm_solver_step` is called with it
     threshold: applied to x̂_0, such as `dynamic_threshold`
 
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule,
@@ -119,13 +119,13 @@ def ddim_step(
     noise: Tensor | None = None,
     eta: float = 0.0,
     v: Tensor | None = None,
-    before: tuple[int, Tensor] | None = None,
+    history: tuple[int, Tensor] | None = None,
     threshold: Threshold | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One DDIM step to any earlier t' = t_prev: towards x̂_0, then out again in the direction of eps.
 
     eta: how much fresh noise; 0 is deterministic, 1 is `ddpm_step` with variance "beta_tilde"
-    v, before: not used, since eta says the variance; the rest as in `ddpm_step`
+    v, history: not used, since eta says the variance; the rest as in `ddpm_step`
     After thresholding, eps is what leads from x̂_0 to x_t.
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
     Source: DDIM eq. 12 and 16, arXiv 2010.02502.
@@ -149,7 +149,7 @@ def dpm_solver_step(
     t_prev: int,
     schedule: Schedule,
     *,
-    before: tuple[int, Tensor] | None = None,
+    history: tuple[int, Tensor] | None = None,
     noise: Tensor | None = None,
     eta: float = 0.0,
     v: Tensor | None = None,
@@ -157,7 +157,7 @@ def dpm_solver_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of DPM-Solver++(2M) to any earlier t' = t_prev: of second order, so that 20 do what 100 of DDIM do.
 
-    before: the timestep and x̂_0 of the step before this one; None in the first step, which is then of first order
+    history: the timestep and x̂_0 of the step before this one; None in the first step, which is then of first order
     eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which mends more of a model's errors
     v: not used; the rest as in `ddpm_step`. The step to the clean image is x̂_0, of first order too.
     Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
@@ -174,8 +174,8 @@ def dpm_solver_step(
 
     h = log_snr(t_prev) - log_snr(t)
     D = x_0
-    if before is not None:
-        t_before, x_0_before = before
+    if history is not None:
+        t_before, x_0_before = history
         r = (log_snr(t) - log_snr(t_before)) / h
         D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)

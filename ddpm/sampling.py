@@ -119,14 +119,14 @@ def iterative_denoise(
     callback(step, t, x_t, x̂_0): after each step, with the x_t it started from, see `Trajectory`
     Source: DDPM Algorithm 2, arXiv 2006.11239.
     """
-    before = None
+    history = None
     for i, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], CLEAN], strict=True)):
         eps, v = estimate(x_t, t)
         z = noise() if t_prev != CLEAN else None
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=z, v=v, before=before)
+        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=z, v=v, history=history)
         if callback is not None:
             callback(i, t, x_t, x_0)
-        x_t, before = x_prev, history_of(estimate, t, x_0)
+        x_t, history = x_prev, history_of(estimate, t, x_0)
     return x_t
 
 
@@ -209,18 +209,18 @@ def inpaint(
     standard deviation √(1-ᾱ) is meant.
     Source: RePaint Algorithm 1, arXiv 2201.09865.
     """
-    x_t, before = noise(), None
+    x_t, history = noise(), None
     for i, (t, t_prev) in enumerate(resampling_path(timesteps, jump_length, num_resamples)):
         if t_prev > t:  # back up, by the forward process from t to t_prev
             alpha = schedule.alpha_cumprod(t_prev) / schedule.alpha_cumprod(t)
-            x_t, before = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise(), None
+            x_t, history = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise(), None
             continue
         eps, v = estimate(x_t, t)
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, before=before)
+        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, history=history)
         if callback is not None:
             callback(i, t, x_t, x_0)
         known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, before = torch.where(mask > 0, x_prev, known), history_of(estimate, t, x_0)
+        x_t, history = torch.where(mask > 0, x_prev, known), history_of(estimate, t, x_0)
     return x_t
 
 
@@ -294,7 +294,7 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def complete(
+def inpaint_component(
     estimate: Estimate,
     x_orig: Tensor,
     keep: Component,
@@ -311,12 +311,12 @@ def complete(
     such as the greys, the result's component is exactly that of x_orig; for a blur it is near.
     The rest as in `iterative_denoise`. Source: Factorized Diffusion §3.5, arXiv 2404.11615.
     """
-    x_t, before = noise(), None
+    x_t, history = noise(), None
     for i, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], CLEAN], strict=True)):
         eps, v = estimate(x_t, t)
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, before=before)
+        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, history=history)
         if callback is not None:
             callback(i, t, x_t, x_0)
         known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, before = x_prev + keep.of(known - x_prev), history_of(estimate, t, x_0)
+        x_t, history = x_prev + keep.of(known - x_prev), history_of(estimate, t, x_0)
     return x_t

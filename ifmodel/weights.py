@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm.files import first_line, parse_json, write_atomically
 from ifmodel.config import UNetConfig
-from ifmodel.packed import can_pack, pack_convolutions, plain_convolutions
+from ifmodel.cpu import can_pack, pack_convolutions, plain_convolutions
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -25,7 +25,7 @@ VARIANTS = {
     torch.bfloat16: ("bf16", "fp16", None),
     torch.float16: ("fp16", None, "bf16"),
 }
-SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny-if" / stage for stage in ("I", "II")}
+SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny" / "weights" / stage for stage in ("I", "II")}
 CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
 MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
 
@@ -44,7 +44,7 @@ def load_unet(
         SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
     variant: "fp16" or "bf16", as in diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
-    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.packed`): faster, but a copy
+    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.cpu`): faster, but a copy
         of them in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
 
     The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the

@@ -9,13 +9,13 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, parser, pick_device, run, seed_number
-from figures import save_grid
 
-from ddpm.checkpoint import SHIPPED, load_model
-from ddpm.data import load_mnist
 from ddpm.mnist import UNet
-from ddpm.training import SIGMAS, noisy_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import SIGMAS, noisy_digits
+from shared.figures import save_grid
+from shared.options import SEED, check_writable, parser, pick_device, run, seed_number
 
 
 def main():

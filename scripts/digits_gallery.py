@@ -17,7 +17,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.components import low_high_pass, low_pass
+from ddpm.files import write_atomically
+from ddpm.mnist import ClassUNet
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import Judge, examine
+from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
+from ddpm.schedule import linear_schedule, linspace_timesteps
+from ddpm.views import identity, rotate_180
+from shared.figures import save_grid
+from shared.options import (
     SEED,
     add_device_options,
     check_writable,
@@ -29,19 +42,6 @@ from common import (
     run,
     seed_number,
 )
-from figures import save_grid
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.checkpoint import SHIPPED, load_model
-from ddpm.components import low_high_pass, low_pass
-from ddpm.data import load_mnist
-from ddpm.files import write_atomically
-from ddpm.judge import Judge, examine
-from ddpm.mnist import ClassUNet
-from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
-from ddpm.schedule import linear_schedule, linspace_timesteps
-from ddpm.views import identity, rotate_180
 
 SHOWN = 10  # of each experiment's samples
 HYBRID_SIGMA = 3.0  # of the low pass, at 64 pixels

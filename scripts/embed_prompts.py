@@ -9,9 +9,8 @@ The null prompt "" is always added, and so are the prompts of a file that is alr
 
 from pathlib import Path
 
-from common import add_device_options, check_writable, parser, pick_device, pick_dtype, run
-
 from ifmodel.text import embed_prompts, load_embeds, normalised, read_prompts, save_embeds
+from shared.options import add_device_options, check_writable, parser, pick_device, pick_dtype, run
 
 
 def main():

@@ -5,9 +5,9 @@
 x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps at t = 0, 125, …, 875 of IF's schedule. Needs no model.
 """
 
-from common import parser, positive, run
-from figures import save_table
-from noisy import add_noisy_options, noisy_pictures
+from shared.figures import save_table
+from shared.noisy import add_noisy_options, noisy_pictures
+from shared.options import parser, positive, run
 
 
 def main():

@@ -13,12 +13,11 @@ that --embeds and the cache do not know, and is freed before a UNet is loaded; s
 loaded.
 """
 
-from common import parser, positive, run
-from figures import save_image, save_table
-from stages import Cascade, Cell, add_cascade_options
-
 from ddpm.schedule import leading_timesteps
 from ifmodel.cascade import SCHEDULE
+from shared.figures import save_image, save_table
+from shared.options import parser, positive, run
+from shared.stages import Cascade, Cell, add_cascade_options
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 

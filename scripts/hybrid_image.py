@@ -14,21 +14,20 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from common import parser, positive, positive_number, run
-from figures import save_gif, save_table
-from pictures import read_picture
-from stages import MODEL, Cascade, Cell, add_cascade_options, grouped
-from turning import recede
-
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
-from ddpm.sampling import complete, hybrid
+from ddpm.sampling import hybrid, inpaint_component
+from shared.animation import recede
+from shared.figures import save_gif, save_table
+from shared.images import read_picture
+from shared.options import parser, positive, positive_number, run
+from shared.stages import MODEL, Cascade, Cell, add_cascade_options, grouped
 
 PAIRS = [  # the assignment's
     ("a lithograph of a skull", "a lithograph of waterfalls"),
     ("a lithograph of a skull", "an oil painting of a snowy mountain village"),
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
 ]
-TINY_PAIRS = [  # of scripts/evaluate_if.py's, alike when blurred: the assignment's are too far apart for tiny-if
+TINY_PAIRS = [  # of scripts/evaluate/tiny_if.py's, alike when blurred: the assignment's are too far apart for tiny-if
     ("a photo of a deer", "a photo of a giraffe"),
     ("a photo of a stop sign", "a photo of a basketball"),
     ("a photo of a tooth", "a photo of a tornado"),
@@ -71,7 +70,7 @@ def main():
         if not args.keep:
             return Cell(estimate, seeds)
         kept = [
-            partial(complete, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
+            partial(inpaint_component, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
             for size in (cascade.size, cascade.final_size)
         ]
         return Cell(cascade.plain(prompts[0]), seeds, kept[0], upscale=kept[1])

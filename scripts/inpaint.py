@@ -13,13 +13,13 @@ With --resamples, RePaint goes back by --jump-length steps, so many times.
 from functools import partial
 
 import torch
-from common import parser, positive, run
-from figures import save_table
-from pictures import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
-from stages import MODEL, Cascade, Cell, add_cascade_options
 
 from ddpm.sampling import inpaint, resampling_path
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.captions import ANYTHING
+from shared.figures import save_table
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
+from shared.options import parser, positive, run
+from shared.stages import MODEL, Cascade, Cell, add_cascade_options
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 

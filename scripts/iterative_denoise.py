@@ -6,15 +6,14 @@ First row: x_t at every 5th step from --i-start, and the result. Second row: the
 step and all steps make of the same noisy picture.
 """
 
-from common import parser, positive, run
-from figures import save_table
-from noisy import add_image_option
-from pictures import read_picture
-from stages import Cascade, add_cascade_options, watch
-
 from ddpm.process import add_noise
 from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
 from ifmodel.cascade import SCHEDULE
+from shared.figures import save_table
+from shared.images import read_picture
+from shared.noisy import add_image_option
+from shared.options import parser, positive, run
+from shared.stages import Cascade, add_cascade_options, watch
 
 
 def main():

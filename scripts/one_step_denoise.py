@@ -5,13 +5,12 @@
 Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many pictures.
 """
 
-from common import parser, run
-from figures import save_table
-from noisy import add_noisy_options, batch, noisy_pictures
-from stages import Cascade, add_cascade_options, watch
-
 from ddpm.sampling import one_step_denoise
 from ifmodel.cascade import SCHEDULE
+from shared.figures import save_table
+from shared.noisy import add_noisy_options, batch, noisy_pictures
+from shared.options import parser, run
+from shared.stages import Cascade, add_cascade_options, watch
 
 
 def main():

@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import SEED, check_writable, parser, run, seed_number
-from experiments import EXPERIMENTS, Experiment, Made
-from page import write_page
-from stages import model_name
 
-from ddpm.checkpoint import SHIPPED
 from ddpm.files import parse_json, write_atomically
+from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
+from shared.experiments import EXPERIMENTS, Experiment, Made
+from shared.options import SEED, check_writable, parser, run, seed_number
+from shared.page import write_page
+from shared.stages import model_name
 
 ROOT = Path(__file__).parent.parent
 FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype")
@@ -169,7 +169,7 @@ def fingerprint(experiment: Experiment, command: str, args: Namespace) -> str:
     """What decides the figures: the command, the code, torch's version, the weights, and files that it reads."""
     digest = hashlib.sha256(f"{command} {torch.__version__}".encode())
     apart = {"reproduce.py", "page.py", "experiments.py"}
-    for path in sorted(path for part in ("ddpm", "ifmodel", "scripts") for path in (ROOT / part).glob("*.py")):
+    for path in sorted(path for part in ("ddpm", "ifmodel", "scripts") for path in (ROOT / part).rglob("*.py")):
         digest.update(b"" if path.name in apart else path.read_bytes())
     read = [args.embeds] if args.embeds and "embeds" in experiment.takes else []
     read += [args.data or default_data()] if "data" in experiment.takes else []

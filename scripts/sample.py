@@ -5,11 +5,10 @@
 Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
-from common import parser, positive, run
-from figures import save_table
-from stages import MODEL, Cascade, Cell, add_cascade_options
-
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.captions import ANYTHING
+from shared.figures import save_table
+from shared.options import parser, positive, run
+from shared.stages import MODEL, Cascade, Cell, add_cascade_options
 
 TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 

@@ -11,7 +11,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from common import (
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.files import save_tensors
+from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.schedule import linear_schedule, linspace_timesteps
+from shared.figures import save_gif, save_grid
+from shared.options import (
     SEED,
     add_device_options,
     check_writable,
@@ -23,14 +31,6 @@ from common import (
     run,
     seed_number,
 )
-from figures import save_gif, save_grid
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.checkpoint import SHIPPED, load_model
-from ddpm.files import save_tensors
-from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
-from ddpm.schedule import linear_schedule, linspace_timesteps
 
 MOST_ROWS = 40  # more are sampled and saved, but not drawn
 

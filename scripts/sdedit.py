@@ -12,13 +12,12 @@ photo" unless said otherwise; with tiny-if our drawings come with prompts of the
 from functools import partial
 from pathlib import Path
 
-from common import parser, run
-from figures import save_table
-from pictures import DRAWING_PROMPTS, DRAWINGS, read_picture
-from stages import MODEL, Cascade, Cell, add_cascade_options
-
 from ddpm.sampling import sdedit
-from ifmodel.captions import ANYTHING
+from ifmodel.tiny.captions import ANYTHING
+from shared.figures import save_table
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
+from shared.options import parser, run
+from shared.stages import MODEL, Cascade, Cell, add_cascade_options
 
 
 def main():

@@ -9,12 +9,12 @@ bit for bit, as an uninterrupted run on the same CPU with as many threads.
 
 from pathlib import Path
 
-from common import add_training_options, end_training, parser, run, start_training
-from figures import save_grid, save_loss_curve
-
+from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.mnist.training import DDPM, drop_classes, fit
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from ddpm.training import DDPM, ddpm_loss, drop_classes, fit
+from shared.figures import save_grid, save_loss_curve
+from shared.options import add_training_options, end_training, parser, run, start_training
 
 
 def main():

@@ -10,12 +10,12 @@ the same weights, bit for bit, as an uninterrupted run on the same CPU with as m
 from pathlib import Path
 
 import torch
-from common import add_training_options, end_training, parser, run, start_training
-from figures import save_grid, save_loss_curve
 
-from ddpm.data import load_mnist
 from ddpm.mnist import UNet
-from ddpm.training import DENOISER, denoiser_loss, fit, noisy_digits
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import DENOISER, denoiser_loss, fit, noisy_digits
+from shared.figures import save_grid, save_loss_curve
+from shared.options import add_training_options, end_training, parser, run, start_training
 
 
 def main():

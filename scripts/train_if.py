@@ -31,7 +31,39 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.mnist.training import step_seed, stop_signal
+from ddpm.sampling import guided, noise_source, sample
+from ddpm.schedule import leading_timesteps
+from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
+from ifmodel.text import Tokenizer
+from ifmodel.tiny.captions import CaptionedImages, curated, held_out, load_captioned
+from ifmodel.tiny.export import save_stage_1, save_stage_2, stage_1_config, stage_2_config
+from ifmodel.tiny.losses import (
+    Batch,
+    caption_loss_gap,
+    draw_batch,
+    small_noised,
+    stage_1_loss,
+    stage_2_loss,
+    upscaling_error,
+)
+from ifmodel.tiny.training import (
+    EMA,
+    ContrastiveText,
+    TextToImage,
+    build_encoder,
+    contrastive_loss,
+    train_tokenizer,
+    zero_init,
+)
+from ifmodel.unet import UNet, UNetConfig
+from ifmodel.weights import fetch, load_config, load_unet
+from shared.figures import save_grid
+from shared.options import (
     SEED,
     add_device_options,
     check_writable,
@@ -43,40 +75,7 @@ from common import (
     run,
     seed_number,
 )
-from figures import save_grid
-from stages import MODEL, UPSCALER
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.sampling import guided, noise_source, sample
-from ddpm.schedule import leading_timesteps
-from ddpm.training import step_seed, stop_signal
-from ifmodel.captions import CaptionedPictures, curated, held_out, load_captioned
-from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
-from ifmodel.text import Tokenizer
-from ifmodel.training import (
-    Average,
-    Batch,
-    ContrastiveText,
-    TextToPicture,
-    build_encoder,
-    caption_gap,
-    contrastive_loss,
-    draw_batch,
-    save_stage_1,
-    save_stage_2,
-    silence,
-    small_noised,
-    stage_1_config,
-    stage_1_loss,
-    stage_2_config,
-    stage_2_loss,
-    train_tokenizer,
-    upscaling_error,
-)
-from ifmodel.unet import UNet, UNetConfig
-from ifmodel.weights import fetch, load_config, load_unet
+from shared.stages import MODEL, UPSCALER
 
 SHEET = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
 SUBJECTS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "people around a campfire"]
@@ -184,7 +183,7 @@ def main():
 class Stage1:
     """What is special in training stage 1: text encoder and UNet learn together, once the first knows its captions."""
 
-    def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device, rank: int, world: int):
+    def __init__(self, args: Namespace, data: CaptionedImages, device: torch.device, rank: int, world: int):
         self.args, folder = args, args.out / "tokenizer"
         if rank == 0 and not args.resume:
             if args.start:
@@ -198,7 +197,7 @@ class Stage1:
         self.config = unet_config(args)
         unet = start_unet(self.config, args.start)
         encoder = load_encoder(args.start) if args.start else build_encoder(self.tokenizer.vocab_size, args.text_dim)
-        self.model = TextToPicture(encoder, unet)
+        self.model = TextToImage(encoder, unet)
         self.model.to(device, memory_format=torch.channels_last)
         if not args.resume and not args.start:
             train_text(args, data, self.tokenizer, encoder, device, rank)
@@ -206,7 +205,7 @@ class Stage1:
         self.parameters, self.loss = parts, stage_1_loss
 
     def watch(self, held: Batch) -> dict[str, float]:
-        return caption_gap(self.model, held)
+        return caption_loss_gap(self.model, held)
 
     def draw_sheet(self, held: Batch, step: int):
         """Subjects across, styles down, γ = 4 and 25 steps."""
@@ -230,14 +229,14 @@ class Stage1:
 class Stage2:
     """What is special in training stage 2: the text encoder is that of a stage 1, and stays as it is."""
 
-    def __init__(self, args: Namespace, data: CaptionedPictures, device: torch.device):
+    def __init__(self, args: Namespace, data: CaptionedImages, device: torch.device):
         self.args, self.small = args, load_config(args.stage_2_of).sample_size
         vocabulary = fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
         self.tokenizer = Tokenizer(vocabulary)
         args.seen["tokenizer"] = fingerprint(vocabulary)  # not the encoder's: the state has its weights
         encoder = load_encoder(args.stage_2_of)
         self.config = unet_config(args)
-        self.model = TextToPicture(encoder.requires_grad_(False), start_unet(self.config, args.start))
+        self.model = TextToImage(encoder.requires_grad_(False), start_unet(self.config, args.start))
         self.model.to(device, memory_format=torch.channels_last)
         self.parameters = [{"params": self.model.unet.parameters()}]
         self.loss = partial(stage_2_loss, small=self.small, crop=args.crop)
@@ -281,7 +280,7 @@ def load_encoder(source: str):
 def start_unet(config: dict, start: str | None) -> UNet:
     """An untrained UNet of this config, or one with the weights of `start`, which `check_shapes` has looked at."""
     if start is None:
-        silence(unet := UNet(UNetConfig.from_dict(config)))
+        zero_init(unet := UNet(UNetConfig.from_dict(config)))
         return unet
     return load_unet(start, pack=False).train().requires_grad_(True)
 
@@ -300,9 +299,7 @@ def start_processes(args: Namespace) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), world
 
 
-def train_text(
-    args: Namespace, data: CaptionedPictures, tokenizer: Tokenizer, encoder, device: torch.device, rank: int
-):
+def train_text(args: Namespace, data: CaptionedImages, tokenizer: Tokenizer, encoder, device: torch.device, rank: int):
     """The text encoder learns which caption is of which picture; the same in every process, without their talking.
 
     Ctrl-C ends the whole run, with status 130 and nothing saved, so that the same command can start it again.
@@ -336,7 +333,7 @@ def train_text(
         raise SystemExit(130)
 
 
-def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage2, dtype, rank: int, world: int):
+def fit(args: Namespace, data, watched: CaptionedImages, stage: Stage1 | Stage2, dtype, rank: int, world: int):
     """Train a stage on `data` from --resume's state or the start, to --steps or until stopped; log it on `watched`."""
     model = stage.model
     device = next(model.parameters()).device
@@ -346,7 +343,7 @@ def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage
     if args.compile:
         model.unet.compile()
     optimizer = torch.optim.AdamW(stage.parameters, lr=args.lr, weight_decay=0.01, fused=device.type != "mps")
-    average, log, first, seconds = Average(model), [], 0, 0.0
+    average, log, first, seconds = EMA(model), [], 0, 0.0
     if args.resume:
         first, seconds, log = restore(args, model, optimizer, average)
     held = draw_batch(watched, stage.tokenizer, 64, torch.Generator().manual_seed(args.seed), drop=0).to(device)
@@ -395,7 +392,7 @@ def fit(args: Namespace, data, watched: CaptionedPictures, stage: Stage1 | Stage
     print(f"trained: {args.out / 'model'}")
 
 
-def descend(model: TextToPicture, optimizer, loss: Tensor, stop: bool, world: int) -> tuple[float, bool]:
+def descend(model: TextToImage, optimizer, loss: Tensor, stop: bool, world: int) -> tuple[float, bool]:
     """One step of the optimizer; returns the loss, the mean over all processes, and whether any of them is to stop."""
     optimizer.zero_grad()
     loss.backward()
@@ -418,7 +415,7 @@ def add_row(log: list[str], step: int, losses: list[float], seen: dict[str, floa
         bar.write("warning: it draws without listening: others' captions serve it as well as the right ones")
 
 
-def average_gradients(model: TextToPicture, world: int):
+def average_gradients(model: TextToImage, world: int):
     """Every process's gradients become the mean over all processes."""
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -427,7 +424,7 @@ def average_gradients(model: TextToPicture, world: int):
 
 
 @contextmanager
-def averaged(model: TextToPicture, average: Average) -> Iterator[None]:
+def averaged(model: TextToImage, average: EMA) -> Iterator[None]:
     """The model with its averaged weights, for a while."""
     kept = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.load_state_dict(average.weights)
@@ -437,7 +434,7 @@ def averaged(model: TextToPicture, average: Average) -> Iterator[None]:
         model.load_state_dict(kept)
 
 
-def save_run(args, model, optimizer, average: Average, log: list[str], step: int, seconds: float):
+def save_run(args, model, optimizer, average: EMA, log: list[str], step: int, seconds: float):
     """Write state.safetensors and log.csv, each whole or not at all."""
     tensors: dict[str, Tensor] = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     tensors |= {f"average.{name}": weight for name, weight in average.weights.items()}
@@ -472,7 +469,7 @@ def check_recipe(args, before: dict):
         raise ValueError(f"the run in {args.out} has another recipe: {told}")
 
 
-def restore(args, model, optimizer, average: Average) -> tuple[int, float, list[str]]:
+def restore(args, model, optimizer, average: EMA) -> tuple[int, float, list[str]]:
     """Put the state of --out back; returns the step to go on with, the seconds spent and the log."""
     tensors, metadata = load_tensors(args.out / "state.safetensors")
     check_recipe(args, metadata.get("recipe") or {})

@@ -9,20 +9,20 @@ views. Beside it lies the first seed as an animation that turns from one view to
 vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, jigsaw, inner_circle, skew.
 """
 
-from common import parser, positive, run
-from figures import save_gif, save_table
-from stages import MODEL, Cascade, Cell, add_cascade_options, grouped
-from turning import turn
-
 from ddpm.sampling import anagram
 from ddpm.views import VIEWS, check_view, pixels
+from shared.animation import turn
+from shared.figures import save_gif, save_table
+from shared.options import parser, positive, run
+from shared.stages import MODEL, Cascade, Cell, add_cascade_options, grouped
 
 PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
     ("an oil painting of a snowy mountain village", "a photo of a hipster barista"),
     ("a photo of the amalfi coast", "an oil painting of a snowy mountain village"),
 ]
-TINY_PAIRS = [  # of scripts/evaluate_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
+# Of scripts/evaluate/tiny_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
+TINY_PAIRS = [
     ("a photo of a light bulb", "a photo of a pear"),
     ("a photo of a baby", "a photo of an old man"),
     ("a photo of a sailboat", "a photo of a pizza"),

@@ -10,7 +10,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def pytest_addoption(parser):

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import first_line
-from ifmodel.captions import pick, read_metadata, with_article
+from ifmodel.tiny.captions import pick, read_metadata, with_article
 from ifmodel.tiny.styles import STYLES, Style
 
 # Other names, so that every prompt of the assignment finds its image.

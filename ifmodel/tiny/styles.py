@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ifmodel.captions import lithograph, oil, sketch
+from ifmodel.tiny.captions import lithograph, oil, sketch
 
 SHADED = ("noto", "fluent-emoji", "emojione")
 FLAT = ("noto-v1", "twemoji", "fluent-emoji-flat", "fxemoji")

@@ -1,0 +1,108 @@
+"""The MNIST models' weights and training states as safetensors files."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.files import load_tensors, save_tensors
+from ddpm.mnist.judge import Judge
+from ddpm.mnist.unet import ClassUNet, TimeUNet, UNet
+
+MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, Judge)}
+SHIPPED = {
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors"
+    for name in ("denoiser", "ddpm_time", "ddpm_class", "judge")
+}
+
+
+def save_weights(path: str | Path, model: nn.Module, metadata: dict):
+    """Write a model's weights in half precision, with all that `load_model` needs to build it again."""
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
+
+
+def load_model(
+    path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The MNIST model of a weights file or training state, in float32, channels_last and evaluation mode.
+
+    path: a file, or the name of one of SHIPPED
+    kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
+    Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
+    """
+    path = SHIPPED.get(str(path), path)
+    tensors, metadata = load_tensors(path)
+    name = metadata.get("model")
+    if name not in MODELS:
+        raise ValueError(
+            f"{path} holds no MNIST model (its metadata names {name!r}): expected one of {', '.join(MODELS)}"
+        )
+    wanted = [cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,))]
+    if kind is not nn.Module and name not in wanted:
+        raise ValueError(f"{path} holds a {name}, but a {' or '.join(wanted)} is needed here")
+    tensors = {
+        key.removeprefix("model."): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(("optimizer.", "loss"))
+    }
+    try:
+        model = MODELS[name](**metadata["config"])
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not fit the {name} that its metadata describes: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def load_start(path: str | Path, model: nn.Module) -> dict:
+    """Put the weights of a file into a model of the same kind; returns the metadata. Raises as `load_model` does."""
+    loaded, metadata = load_model(path, type(model)), load_tensors(path)[1]
+    if loaded.config != model.config:
+        raise ValueError(f"{path} holds a model of {loaded.config}, not of {model.config}")
+    if not {"epochs", "seconds"} <= metadata.keys():
+        raise ValueError(f"{path} does not say how long it was trained")
+    model.load_state_dict(loaded.state_dict())
+    return metadata
+
+
+def save_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor, metadata: dict):
+    """Write all that a run needs to go on: float32 weights, Adam's moments and the losses so far."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    tensors["losses"] = losses
+    save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
+
+
+def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensor, dict]:
+    """Put a saved run back into a model and its optimizer; returns the losses so far, one a step, and the metadata.
+
+    Raises as `load_tensors` does, and ValueError when
+    the state is of another model or a weights file that holds no optimizer.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("model") != type(model).__name__ or metadata.get("config") != model.config:
+        found = f"{metadata.get('model')} {metadata.get('config')}"
+        raise ValueError(f"{path} is a run of {found}, not of {type(model).__name__} {model.config}")
+    if "losses" not in tensors or not {"dtype", "seconds"} <= metadata.keys():
+        raise ValueError(f"{path} is a weights file: only a training state (state.safetensors) can be resumed")
+    model.load_state_dict(
+        {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    )
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    for index, parameter in enumerate(model.parameters()):
+        state = moments.get(index, {})
+        if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"{path} lacks Adam's moments: it is not a whole training state")
+        for name in ("exp_avg", "exp_avg_sq"):  # fused Adam walks both in memory order: keep channels_last
+            state[name] = torch.empty_like(parameter).copy_(state[name])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return tensors["losses"], metadata

@@ -1,0 +1,156 @@
+"""The three MNIST UNets of Part B and the eight operations they are built from.
+
+    x [B, 1, 28, 28] ── a ──────────────────────────────────────────── h ── out [B, 1, 28, 28]
+                        └─ b [14×14] ───────────────────────── u2 ──┘
+                           └─ c [7×7] ──────────────── u1 ──┘
+                              └─ f [1×1] ── g [7×7] ──┘
+
+`UNet` sees the picture alone (the one-step denoiser), `TimeUNet` also the timestep, `ClassUNet` also
+the class. Conditioning enters at two places, after `g` and after `u1`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+IMAGE_SIZE = 28
+NUM_CLASSES = 10
+
+
+def _norm_act(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.GELU()]
+
+
+# Convolutions before a BatchNorm have no bias: the normalisation would subtract it again.
+class Conv(nn.Sequential):
+    """3×3 convolution, BatchNorm, GELU: [B, i, H, W] -> [B, o, H, W]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(nn.Conv2d(i, o, 3, padding=1, bias=False), *_norm_act(o))
+
+
+class DownConv(nn.Sequential):
+    """3×3 convolution of stride 2, BatchNorm, GELU: [B, i, H, W] -> [B, o, H/2, W/2]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), *_norm_act(o))
+
+
+class UpConv(nn.Sequential):
+    """4×4 transposed convolution of stride 2, BatchNorm, GELU: [B, i, H, W] -> [B, o, 2H, 2W]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=False), *_norm_act(o))
+
+
+class Flatten(nn.Sequential):
+    """7×7 average pool, GELU: [B, C, 7, 7] -> [B, C, 1, 1]."""
+
+    def __init__(self):
+        super().__init__(nn.AvgPool2d(7), nn.GELU())
+
+
+class Unflatten(nn.Sequential):
+    """7×7 transposed convolution of stride 7, BatchNorm, GELU: [B, C, 1, 1] -> [B, C, 7, 7]."""
+
+    def __init__(self, c: int):
+        super().__init__(nn.ConvTranspose2d(c, c, 7, stride=7, bias=False), *_norm_act(c))
+
+
+class ConvBlock(nn.Sequential):
+    """Two `Conv`: [B, i, H, W] -> [B, o, H, W]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(Conv(i, o), Conv(o, o))
+
+
+class DownBlock(nn.Sequential):
+    """`DownConv` and `ConvBlock`: [B, i, H, W] -> [B, o, H/2, W/2]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(DownConv(i, o), ConvBlock(o, o))
+
+
+class UpBlock(nn.Sequential):
+    """`UpConv` and `ConvBlock`: [B, i, H, W] -> [B, o, 2H, 2W]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(UpConv(i, o), ConvBlock(o, o))
+
+
+class FCBlock(nn.Sequential):
+    """Linear, GELU, Linear, shaped to scale or shift feature maps: [B, i] -> [B, o, 1, 1]."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__(nn.Linear(i, o), nn.GELU(), nn.Linear(o, o), nn.Unflatten(1, (o, 1, 1)))
+
+
+class UNet(nn.Module):
+    """Unconditional: noisy digits [B, 1, 28, 28] -> clean digits [B, 1, 28, 28] (B2)."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.config = {"width": width}
+        D = width
+        self.a = ConvBlock(1, D)
+        self.b = DownBlock(D, D)
+        self.c = DownBlock(D, 2 * D)
+        self.f = Flatten()
+        self.g = Unflatten(2 * D)
+        self.u1 = UpBlock(4 * D, D)
+        self.u2 = UpBlock(2 * D, D)
+        self.h = ConvBlock(2 * D, D)
+        self.out = nn.Conv2d(D, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unet(x, lambda g: g, lambda u1: u1)
+
+    def unet(self, x: Tensor, condition_g, condition_u1) -> Tensor:
+        """The UNet, with what the subclasses do to `g` and `u1`."""
+        a = self.a(x)
+        b = self.b(a)
+        c = self.c(b)
+        g = condition_g(self.g(self.f(c)))
+        u1 = condition_u1(self.u1(torch.cat([g, c], dim=1)))
+        u2 = self.u2(torch.cat([u1, b], dim=1))
+        h = self.h(torch.cat([u2, a], dim=1))
+        return self.out(h)
+
+
+class TimeUNet(UNet):
+    """Time-conditioned: x_t [B, 1, 28, 28] and t, an int, 0-d or [B], -> eps [B, 1, 28, 28] (B4)."""
+
+    def __init__(self, width: int = 64, num_timesteps: int = 300):
+        super().__init__(width)
+        self.config = {"width": width, "num_timesteps": num_timesteps}
+        self.num_timesteps = num_timesteps
+        self.t1 = FCBlock(1, 2 * width)
+        self.t2 = FCBlock(1, width)
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        t = self.normalise(t, x_t)
+        return self.unet(x_t, lambda g: g + self.t1(t), lambda u1: u1 + self.t2(t))
+
+    def normalise(self, t: int | Tensor, x_t: Tensor) -> Tensor:
+        """Timesteps in 0 … T-1 -> [B, 1] in [0, 1], one for each image of x_t."""
+        t = torch.as_tensor(t, device=x_t.device).to(x_t.dtype)
+        return (t / (self.num_timesteps - 1)).expand(len(x_t)).unsqueeze(1)
+
+
+class ClassUNet(TimeUNet):
+    """Time- and class-conditioned: x_t [B, 1, 28, 28], t, one-hot c [B, 10] -> eps [B, 1, 28, 28] (B5).
+
+    A row of zeros in `c` is the null class of classifier-free guidance.
+    """
+
+    def __init__(self, width: int = 64, num_timesteps: int = 300):
+        super().__init__(width, num_timesteps)
+        self.c1 = FCBlock(NUM_CLASSES, 2 * width)
+        self.c2 = FCBlock(NUM_CLASSES, width)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
+        t = self.normalise(t, x_t)
+        return self.unet(
+            x_t,
+            lambda g: self.c1(c) * g + self.t1(t),
+            lambda u1: self.c2(c) * u1 + self.t2(t),
+        )

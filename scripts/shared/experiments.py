@@ -1,0 +1,332 @@
+"""The assignment's experiments: for each, the script with its options, its figures, its equation and its function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ddpm.losses import ddpm_loss
+from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist.training import denoiser_loss, noisy_digits
+from ddpm.process import add_noise, ddpm_step
+from ddpm.sampling import (
+    anagram,
+    classical_denoise,
+    guided,
+    hybrid,
+    inpaint,
+    iterative_denoise,
+    one_step_denoise,
+    sample,
+    sdedit,
+)
+
+CASCADE = frozenset({"model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype"})
+STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One part of the page.
+
+    keys: the assignment's numbers; says: a sentence or two; equation: in TeX, as far as matplotlib sets it
+    functions: those that do it, whose source is shown
+    script, options: what is run; out: its --out, a file or "" for the folder; fast: more options, with --fast
+    figures: files that it makes, and what they show; none for what takes too long for a page
+    takes: which of reproduce.py's own options the script is given
+    trained: figures of the training of the shipped weights, taken from .github/figures
+    """
+
+    keys: tuple[str, ...]
+    title: str
+    says: str
+    equation: str
+    functions: tuple[Callable, ...]
+    script: str
+    options: tuple[str, ...]
+    out: str
+    figures: tuple[tuple[str, str], ...]
+    takes: frozenset[str]
+    fast: tuple[str, ...] = ()
+    trained: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return ", ".join(self.keys)
+
+    @property
+    def folder(self) -> str:
+        return "-".join(self.keys)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An experiment after its run.
+
+    command: the command line to repeat it; seconds: how long it took
+    inputs: a `fingerprint` of all that decided its figures; failure: what went wrong, if something did
+    """
+
+    experiment: Experiment
+    command: str
+    seconds: float
+    inputs: str = ""
+    failure: str = ""
+
+
+NOISED = r"x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon"
+ESTIMATE = r"\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\; \epsilon_\theta(x_t, t)}{\sqrt{\bar\alpha_t}}"
+STEP = (
+    r"x_{t'} = \frac{\sqrt{\bar\alpha_{t'}}\, \beta}{1 - \bar\alpha_t}\, \hat x_0 + "
+    r"\frac{\sqrt{\alpha}\, (1 - \bar\alpha_{t'})}{1 - \bar\alpha_t}\, x_t + \sigma z, "
+    r"\quad \alpha = \frac{\bar\alpha_t}{\bar\alpha_{t'}}, \; \beta = 1 - \alpha"
+)
+GUIDED = r"\epsilon = \epsilon_u + \gamma\, (\epsilon_c - \epsilon_u)"
+QUICK = ("--upscaler", "none", "--stride", "60")
+
+EXPERIMENTS = [
+    Experiment(
+        ("A0",),
+        "Text to pictures",
+        "More and more steps. All pictures of a column start from the same noise.",
+        STEP,
+        (ddpm_step, iterative_denoise),
+        "generate",
+        ("--steps-grid", "2", "4", "6", "8", "12", "16"),
+        "steps.png",
+        (("steps.png", "Rows: numbers of steps. Columns: prompts."),),
+        CASCADE,
+        ("--upscaler", "none"),
+    ),
+    Experiment(
+        ("A1",),
+        "The forward process",
+        "A picture disappears in noise as t grows.",
+        NOISED,
+        (add_noise,),
+        "forward_process",
+        (),
+        "forward.png",
+        (("forward.png", "One picture at eight timesteps."),),
+        frozenset(),
+    ),
+    Experiment(
+        ("A2",),
+        "Classical denoising",
+        "No model: a Gaussian blur, as wide as the noise asks. It cannot tell a line from noise.",
+        r"\hat x_0 = G_{\sigma(t)} * x_t / \sqrt{\bar\alpha_t}",
+        (classical_denoise,),
+        "classical_denoise",
+        (),
+        "blurred.png",
+        (("blurred.png", "Noisy above, blurred below."),),
+        frozenset(),
+    ),
+    Experiment(
+        ("A3",),
+        "One-step denoising",
+        "The UNet estimates the noise once, and the clean picture follows. The more noise, the more the answer is the "
+        "mean of all pictures that it may have been.",
+        ESTIMATE,
+        (one_step_denoise,),
+        "one_step_denoise",
+        (),
+        "one_step.png",
+        (("one_step.png", "Noisy above, the estimate below."),),
+        STAGE_1,
+    ),
+    Experiment(
+        ("A4",),
+        "Iterative denoising",
+        "The same noisy picture, step by step instead of at once.",
+        STEP,
+        (iterative_denoise, ddpm_step),
+        "iterative_denoise",
+        (),
+        "iterative.png",
+        (
+            ("iterative.png", "Every fifth step, and the result."),
+            ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy picture."),
+        ),
+        STAGE_1,
+    ),
+    Experiment(
+        ("A5", "A6"),
+        "Sampling from noise, without guidance and with it",
+        "Nothing but noise to begin with. Guidance goes further in the direction in which the prompt moves the "
+        "estimate.",
+        GUIDED,
+        (sample, guided),
+        "sample",
+        (),
+        "samples.png",
+        (
+            (
+                "samples.png",
+                "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high quality "
+                "photo”, of anything, is too little for tiny-if.",
+            ),
+        ),
+        CASCADE,
+        QUICK,
+    ),
+    Experiment(
+        ("A7",),
+        "Image to image",
+        "SDEdit: noise a drawing, and denoise it from there. The later the start, the more of the drawing stays.",
+        r"x_t = \sqrt{\bar\alpha_t}\, x_{\mathrm{drawing}} + \sqrt{1 - \bar\alpha_t}\; \epsilon, "
+        r"\quad t = t_{i_{\mathrm{start}}}",
+        (sdedit,),
+        "sdedit",
+        (),
+        "sdedit.png",
+        (
+            (
+                "sdedit.png",
+                "A row for each drawing; from the left, the start moves towards it. tiny-if must be told what it is: "
+                "of “a high quality photo” it makes little.",
+            ),
+        ),
+        CASCADE,
+        ("--upscaler", "none", "--image", "rocket"),
+    ),
+    Experiment(
+        ("A8",),
+        "Image to image, with a prompt",
+        "The same, towards something else.",
+        GUIDED,
+        (sdedit, guided),
+        "sdedit",
+        (
+            *("--image", "rocket", "--prompt", "a rocket ship", "--prompt", "a photo of a dog"),
+            *("--prompt", "a man wearing a hat"),
+        ),
+        "prompted.png",
+        (("prompted.png", "One drawing and three prompts."),),
+        CASCADE,
+        ("--upscaler", "none"),
+    ),
+    Experiment(
+        ("A9",),
+        "Inpainting",
+        "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
+        "exactly those of the picture.",
+        r"x_t \leftarrow m\, x_t + (1 - m) "
+        r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
+        (inpaint,),
+        "inpaint",
+        (),
+        "inpainted.png",
+        (
+            (
+                "inpainted.png",
+                "White in the mask is the hole. tiny-if has seen no such drawings: it fills in its own style.",
+            ),
+        ),
+        CASCADE,
+        QUICK,
+    ),
+    Experiment(
+        ("A10",),
+        "Visual anagrams",
+        "One picture, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
+        r"\epsilon = \frac{1}{2} (\epsilon_\theta(x_t, p_1) + \mathrm{flip}(\epsilon_\theta(\mathrm{flip}(x_t), p_2)))",
+        (anagram,),
+        "visual_anagram",
+        (),
+        "anagrams.png",
+        (
+            (
+                "anagrams.png",
+                "Each pair of rows is the same pictures, upright and flipped. With tiny-if three pairs come first that "
+                "are alike when one is flipped; the assignment's are too far apart for so small a model.",
+            ),
+            *((f"anagrams_{k}.gif", "The first seed, turning.") for k in range(3)),
+        ),
+        CASCADE,
+        (*QUICK, "--num-images", "2"),
+    ),
+    Experiment(
+        ("A11",),
+        "Hybrid images",
+        "One prompt for what is seen from afar, another for what is seen near by.",
+        r"\epsilon = \mathrm{lowpass}(\epsilon_\theta(x_t, p_1)) + \mathrm{highpass}(\epsilon_\theta(x_t, p_2))",
+        (hybrid,),
+        "hybrid_image",
+        (),
+        "hybrids.png",
+        (
+            (
+                "hybrids.png",
+                "Of each pair: the pictures, what is seen of them from afar, and what only near by. With tiny-if three "
+                "pairs come first whose pictures are alike when blurred, and σ is 4 of 64 pixels; else 2.",
+            ),
+            *((f"hybrids_{k}.gif", "The first seed, going away and coming back.") for k in range(3)),
+        ),
+        CASCADE,
+        (*QUICK, "--num-images", "2"),
+    ),
+    Experiment(
+        ("B1", "B3"),
+        "Noise on digits, and the one-step denoiser at every level",
+        "The denoiser was trained at σ = 0.5 alone; these are digits of the test set, at the other levels too.",
+        r"z = x + \sigma \epsilon",
+        (noisy_digits,),
+        "denoise_mnist",
+        (),
+        "",
+        (
+            ("b1_noising.png", "B1: the noise."),
+            ("b3_denoised.png", "B3: noisy and denoised."),
+        ),
+        frozenset({"data", "device"}),
+    ),
+    Experiment(
+        ("B2",),
+        "Training the one-step denoiser",
+        "Five epochs of MNIST, not repeated here: this is the training of the shipped weights, see weights.md.",
+        r"L = \mathbb{E}\; || D_\theta(x + \sigma \epsilon) - x ||^2",
+        (denoiser_loss, UNet),
+        "train_denoiser",
+        (),
+        "",
+        (),
+        frozenset(),
+        trained=(
+            ("loss_denoiser.png", "The loss of every step."),
+            ("b2_epoch1.png", "Test digits after the first epoch."),
+            ("b2_epoch5.png", "Test digits after the fifth."),
+        ),
+    ),
+    Experiment(
+        ("B4",),
+        "A time-conditioned DDPM",
+        "Twenty epochs; the model is told how noisy its picture is, and nothing else. The loss and the digits after "
+        "epoch 5 are from the training, the others were drawn now.",
+        r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
+        (ddpm_loss, TimeUNet),
+        "sample_mnist",
+        ("--weights", "ddpm_time", "--steps", "100"),
+        "digits.png",
+        (("digits.png", "Drawn from noise, now."),),
+        frozenset({"device", "dtype"}),
+        ("--steps", "25"),
+        (("b4_epoch05.png", "After epoch 5 of the training."), ("loss_ddpm_time.png", "The loss of every step.")),
+    ),
+    Experiment(
+        ("B5",),
+        "A class-conditioned DDPM",
+        "The same, told which digit to draw, with guidance γ = 5. The loss and the digits after epoch 5 are from the "
+        "training, the others were drawn now.",
+        GUIDED,
+        (sample_digits, ClassUNet),
+        "sample_mnist",
+        ("--animate",),
+        "digits.png",
+        (
+            ("digits.png", "Drawn from noise, now."),
+            ("digits.gif", "How they came to be."),
+        ),
+        frozenset({"device", "dtype"}),
+        ("--steps", "25"),
+        (("b5_epoch05.png", "After epoch 5 of the training."), ("loss_ddpm_class.png", "The loss of every step.")),
+    ),
+]

@@ -1,0 +1,222 @@
+"""The figures that the scripts write: pictures with labels, and with their making in the PNG's metadata."""
+
+import io
+import math
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.files import write_atomically
+from shared.options import SEED
+
+DPI = 150
+FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula
+MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and pictures, of a row's label
+
+
+def figure_metadata(seed: int, labels: Sequence[str] = ()) -> dict[str, str]:
+    """What a PNG says of its making: its labels, the command line, the seed and the versions."""
+    described = {"Description": "\n".join(filter(None, labels))} if any(labels) else {}
+    return described | {
+        "Software": f"torch {torch.__version__}, python {platform.python_version()}",
+        "Command": shlex.join(["python", *sys.argv]),
+        "Seed": str(seed),
+    }
+
+
+def save_grid(
+    path: Path,
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    zoom: int = 3,
+    gap: int = 4,
+    seed: int = SEED,
+):
+    """Write pictures [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
+
+    zoom: how many pixels of the figure a pixel of a picture gets, each way; gap: pixels between pictures
+    Labels are wrapped, those of columns to the pictures' width; where one is larger still, the pictures move apart.
+    """
+    from matplotlib.figure import Figure
+
+    labels = [title, *row_labels, *column_labels]
+    h, w = (side * zoom for side in rows[0][0].shape[-2:])
+    row_labels = [wrapped(label, LABEL_WIDTH) for label in row_labels]
+    column_labels = [wrapped(label, w) for label in column_labels]
+    (beside, tallest), (widest, above) = largest(row_labels), largest(column_labels)
+    row_h, column_w = max(h, tallest) + gap, max(w, widest) + gap
+    grid_h, grid_w = row_h * len(rows), column_w * max(len(row) for row in rows)
+    title = wrapped(title, max(grid_w, LABEL_WIDTH))
+    title_w, title_h = text_size(title)
+    top, left = MARGIN + title_h + (SPACE if title else 0) + above, MARGIN + beside
+    height, width = top + grid_h + MARGIN, left + max(grid_w, title_w) + MARGIN
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+
+    def write(x: float, y: float, text: str, **where):
+        text, fonts = readable(text)
+        figure.text(x / width, 1 - y / height, text, **FONT, family=fonts, **where)
+
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            pixels = to_bytes(picture.expand(3, -1, -1)).repeat(zoom, 0).repeat(zoom, 1)
+            x, y = left + j * column_w + (column_w - w) // 2, top + i * row_h + (row_h - h) // 2
+            figure.figimage(pixels, x, height - y - h)
+    for i, label in enumerate(row_labels):
+        write(left - SPACE, top + (i + 0.5) * row_h, label, ha="right", va="center")
+    for j, label in enumerate(column_labels):
+        write(left + (j + 0.5) * column_w, top - SPACE, label, ha="center", va="bottom")
+    write(left, MARGIN, title, ha="left", va="top")
+    save_figure(path, figure, seed, labels)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A label in lines of at most `width` pixels, or of a single word; "x = 1" stays together."""
+    lines: list[str] = []
+    for line in text.replace(" = ", "\u00a0=\u00a0").splitlines():
+        first, *words = line.split(" ")
+        lines.append(first)
+        for word in words:
+            if text_size(f"{lines[-1]} {word}")[0] <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+    return "\n".join(lines)
+
+
+@cache
+def text_size(text: str) -> tuple[int, int]:
+    """The width and the height in pixels of a label and the space beside it; no label takes none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not text:
+        return 0, 0
+    figure = Figure(dpi=DPI)
+    FigureCanvasAgg(figure)  # gives it what measures
+    text, fonts = readable(text)
+    box = figure.text(0, 0, text, **FONT, family=fonts).get_window_extent()
+    return math.ceil(box.width) + SPACE, math.ceil(box.height) + SPACE
+
+
+@cache
+def readable(text: str) -> tuple[str, list[str]]:
+    """A label, and the fonts of this machine that have its characters; those that none has become �, with a warning."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    fonts = ["sans-serif"]
+    missing = {char for char in text if not char.isspace()} - characters(findfont(FontProperties(family=fonts)))
+    for font in fontManager.ttflist if missing else ():
+        # the last resort has a box for everything
+        plain = (font.style, font.weight) == ("normal", 400) and "Last Resort" not in font.name
+        if plain and missing & characters(font.fname):
+            fonts.append(font.name)
+            missing -= characters(font.fname)
+    if missing:
+        warn_of_missing()
+    return "".join("\ufffd" if char in missing else char for char in text), fonts
+
+
+@cache
+def characters(font: str) -> frozenset[str]:
+    """Those that a font's file draws; none for one that matplotlib cannot read, such as coloured emoji."""
+    from matplotlib.font_manager import get_font
+
+    try:
+        return frozenset(map(chr, get_font(font).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@cache
+def warn_of_missing():
+    warnings.warn("labels have characters that no font here has, shown as �: the PNG's metadata has them", stacklevel=3)
+
+
+def largest(labels: Sequence[str]) -> tuple[int, int]:
+    """The width of the widest label and the height of the tallest."""
+    sizes = [text_size(label) for label in labels]
+    return max((w for w, _ in sizes), default=0), max((h for _, h in sizes), default=0)
+
+
+def save_table(
+    path: Path,
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    seed: int = SEED,
+):
+    """Write pictures [3, H, W] in [-1, 1] as a labelled grid, and each beside it, PATH_ROW_COLUMN.png; say where."""
+    rows = [[picture.detach().float().cpu() / 2 + 0.5 for picture in row] for row in rows]
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            save_image(path.with_stem(f"{path.stem}_{i}_{j}"), picture, seed)
+    zoom = max(1, 128 // rows[0][0].shape[-1])
+    labels = {"row_labels": row_labels, "column_labels": column_labels}
+    save_grid(path, rows, **labels, title=title, zoom=zoom, seed=seed)
+    print(path)
+
+
+def save_gif(path: Path, frames: Sequence[Tensor], milliseconds: Sequence[int]):
+    """Write pictures [3, H, W] in [0, 1] as an animation that repeats, each shown for so long."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(to_bytes(frame)) for frame in frames]
+    buffer = io.BytesIO()
+    rest = {"append_images": pictures[1:], "duration": list(milliseconds), "loop": 0}
+    pictures[0].save(buffer, format="gif", save_all=True, **rest)
+    write_atomically(path, buffer.getvalue())
+    print(path)
+
+
+def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, title: str, seed: int):
+    """Write the training loss of every step, on a logarithmic axis, with its running mean over 100 steps."""
+    import numpy
+    from matplotlib.figure import Figure
+
+    steps = numpy.asarray(losses)
+    window = min(100, len(losses))
+    mean = numpy.convolve(steps, numpy.full(window, 1 / window), mode="valid")
+    figure = Figure(figsize=(6.4, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(numpy.arange(1, len(steps) + 1) / steps_per_epoch, steps, color="0.8", linewidth=0.6, label="each step")
+    axes.plot(numpy.arange(window, len(steps) + 1) / steps_per_epoch, mean, color="C0", label=f"mean of {window} steps")
+    axes.set(xlabel="epoch", ylabel="loss (mean squared error)", yscale="log", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    save_figure(path, figure, seed)
+
+
+def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
+    """Write a matplotlib figure as a PNG with its metadata, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata=figure_metadata(seed, labels))
+    write_atomically(path, buffer.getvalue())
+
+
+def save_image(path: Path, picture: Tensor, seed: int):
+    """Write one picture [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    metadata, buffer = PngInfo(), io.BytesIO()
+    for key, value in figure_metadata(seed).items():
+        metadata.add_itxt(key, value)
+    Image.fromarray(to_bytes(picture)).save(buffer, format="png", pnginfo=metadata)
+    write_atomically(path, buffer.getvalue())
+
+
+def to_bytes(picture: Tensor):
+    """A picture [3, H, W] in [0, 1] -> an array [H, W, 3] of bytes."""
+    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

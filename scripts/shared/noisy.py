@@ -1,0 +1,45 @@
+"""What A1 to A4 share: a picture, noised."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.process import add_noise
+from ddpm.sampling import noise_source
+from ifmodel.cascade import SCHEDULE
+from shared.images import DRAWINGS, read_picture
+from shared.options import SEED, check_writable, seed_number
+
+TIMESTEPS = list(range(0, 1000, 125))
+
+
+def add_image_option(options: ArgumentParser):
+    options.add_argument("--image", default="face", metavar="FILE", help=f"or a drawing of ours: {', '.join(DRAWINGS)}")
+
+
+def add_noisy_options(options: ArgumentParser, out: str | None = None):
+    """--image and --timesteps; with `out`, for scripts without a model, also --seed and --out."""
+    add_image_option(options)
+    listed = ", ".join(map(str, TIMESTEPS))
+    options.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T", help=f"default: {listed}")
+    if out is not None:
+        options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+        options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
+
+
+def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], list[str]]:
+    """--image [3, H, W] in [-1, 1] at each of --timesteps, the noise always that of --seed, and labels."""
+    check_writable(args.out, ".png")
+    x_0 = read_picture(args.image, size)
+    noisy = []
+    for t in args.timesteps:
+        noise = noise_source([args.seed], x_0.shape[1:])
+        noisy.append(add_noise(x_0, noise(), t, SCHEDULE)[0])
+    return noisy, [f"t = {t}" for t in args.timesteps]
+
+
+def batch(pictures: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Each picture as a batch of one, on the device."""
+    return [picture[None].to(device) for picture in pictures]

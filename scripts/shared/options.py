@@ -1,0 +1,182 @@
+"""What the scripts share: options, devices, and errors in one line."""
+
+import argparse
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.training import Recipe
+
+SEED = 20040805
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line; the usage is in --help."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring."""
+    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_device_options(
+    options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16"), default: str = "auto"
+):
+    options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    options.add_argument(
+        "--dtype",
+        default=default,
+        choices=["auto", *dtypes],
+        help=f"auto: bfloat16 where the hardware has it, else float32 (default: {default})",
+    )
+
+
+def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int]):
+    """The options of both training scripts; `recipe` gives the defaults."""
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder holding MNIST/raw; downloaded there when absent (default: data)",
+    )
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--start", type=Path, metavar="FILE", help="go on from weights whose training state is lost")
+    options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
+    options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
+    options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")
+    options.add_argument("--limit", type=positive, help="train on the first digits only")
+    options.add_argument(
+        "--sample-epochs",
+        type=positive,
+        nargs="*",
+        default=sample_epochs,
+        help="draw samples after these epochs and after the last",
+    )
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    add_device_options(options)
+
+
+def start_training(args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, Tensor, Tensor, torch.dtype]:
+    """From the training options: the recipe, the training digits and labels on the device, and the dtype."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check_writable(args.out / "state.safetensors")
+    images, labels = load_mnist(args.data, "train", args.limit)
+    recipe = replace(recipe, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    torch.manual_seed(args.seed)  # the model that the script builds next starts from it
+    return recipe, images.to(device), labels.to(device), dtype
+
+
+def end_training(args: argparse.Namespace, complete: bool):
+    """Say where the weights are, or how to go on; a stopped run ends with status 130, as Ctrl-C does."""
+    if complete:
+        print(f"trained: {args.out / 'weights.safetensors'}")
+    else:
+        print(
+            f"stopped and saved: go on with the same command and --resume (the run is in {args.out})", file=sys.stderr
+        )
+        sys.exit(130)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text) if text.lstrip("-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if (value := number(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: a seed, from 0 to 4,000,000,000, so that others below 2³² may be counted on from it."""
+    if not text.isdecimal() or len(text) > 10 or int(text) > 4_000_000_000:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to 4000000000")
+    return int(text)
+
+
+def pick_device(name: str) -> torch.device:
+    """--device to a device that is there. Raises ValueError otherwise."""
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    elif torch.backends.mps.is_available():
+        there = ["mps", "cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there:
+        raise ValueError(f"device {name!r} is not on this machine: choose from auto, {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower."""
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("float16 is for GPUs: on the CPU, use --dtype float32, or bfloat16 where it is native")
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native else torch.float32
+
+
+def run(main: Callable[[], None]):
+    """Run a script: what the user can mend is told in one line, with exit status 2; so is a warning of ours."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: make fewer or smaller pictures at a time"
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_writable(path: Path, suffix: str | None = None):
+    """Refuse an output file early: before the work, not after it. Raises ValueError."""
+    if suffix is not None and path.suffix != suffix:
+        raise ValueError(f"{path} must end in {suffix}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    try:  # in the folder, or in the one where it would be made: what is refused later leaves no empty folders
+        tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write in {path.parent} ({error.strerror}): choose another place for {path.name}"
+        ) from None

@@ -1,0 +1,125 @@
+"""Guidance, noise and the denoising loop."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
+from ddpm.schedule import linear_schedule
+from tests.conftest import settled
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return settled(ClassUNet(8))
+
+
+def inputs():
+    c = torch.eye(10)[[3, 7]]
+    return torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)), c, torch.zeros_like(c)
+
+
+@torch.no_grad()
+def test_guidance_0_is_unconditional_and_1_is_conditional(model):
+    x_t, c, null = inputs()
+    torch.testing.assert_close(guided(model, c, null, 1.0)(x_t, 5)[0], model(x_t, 5, c))
+    torch.testing.assert_close(guided(model, c, null, 0.0)(x_t, 5)[0], model(x_t, 5, null))
+    assert not torch.allclose(model(x_t, 5, c), model(x_t, 5, null))
+
+
+@torch.no_grad()
+def test_guidance_extrapolates_from_the_unconditional_estimate(model):
+    x_t, c, null = inputs()
+    eps_c, eps_u = model(x_t, 5, c), model(x_t, 5, null)
+    eps, v = guided(model, c, null, 7.0)(x_t, 5)
+    torch.testing.assert_close(eps, 7 * eps_c - 6 * eps_u, atol=1e-5, rtol=1e-4)
+    assert v is None
+
+
+def test_learned_variance_comes_from_the_conditional_half():
+    def model(x_t, t, c):
+        return torch.cat([x_t * c, c.expand(len(x_t), 1, 2, 2)], dim=1)
+
+    c, null = torch.full((3, 1, 1, 1), 2.0), torch.full((3, 1, 1, 1), -1.0)
+    eps, v = guided(model, c, null, 5.0)(torch.ones(3, 1, 2, 2), 9)
+    assert torch.equal(v, c.expand(3, 1, 2, 2))
+    assert torch.equal(eps, torch.full((3, 1, 2, 2), -1 + 5 * 3.0))
+
+
+def test_an_estimate_is_float32_whatever_the_model_computes_in():
+    eps, v = unguided(lambda x_t, t: torch.cat([x_t, x_t], dim=1).bfloat16())(torch.ones(1, 3, 2, 2), 0)
+    assert eps.dtype == v.dtype == torch.float32
+
+
+def test_the_loop_reports_each_step_and_ends_at_the_clean_image(model):
+    x_T, c, null = inputs()
+    seen = []
+    noise = noise_source([1, 2], (1, 28, 28))
+    estimate, schedule = guided(model, c, null, 1.0), linear_schedule()
+    x_0 = iterative_denoise(
+        estimate, x_T, [299, 150, 3], schedule, noise=noise, callback=lambda *report: seen.append(report)
+    )
+    assert [(step, t) for step, t, _, _ in seen] == [(0, 299), (1, 150), (2, 3)]
+    assert torch.equal(seen[0][2], x_T)
+    assert torch.equal(seen[-1][3], x_0)
+
+
+def test_the_loop_samples_as_diffusers_does_on_mnists_schedule(model):
+    """A whole guided sample of the class-conditioned UNet, every one of 300 steps, with β as variance."""
+    scheduler = DDPMScheduler(300, 1e-4, 0.02, "linear", variance_type="fixed_large", clip_sample=False)
+    scheduler.set_timesteps(300)
+    x_t, c, null = inputs()
+    generator = torch.Generator().manual_seed(1)
+    x_T, estimate = x_t, guided(model, c, null, 5.0)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(estimate(x_t, t)[0], t, x_t, generator=generator).prev_sample
+    generator = torch.Generator().manual_seed(1)
+    ours = iterative_denoise(
+        estimate,
+        x_T,
+        list(range(299, -1, -1)),
+        linear_schedule(),
+        noise=lambda: torch.randn(x_T.shape, generator=generator),
+    )
+    torch.testing.assert_close(ours, x_t, atol=2e-3 * x_t.abs().max().item(), rtol=0)
+
+
+def test_noise_belongs_to_its_seed():
+    together, alone = noise_source([5, 6], (1, 4, 4)), noise_source([6], (1, 4, 4))
+    for _ in range(3):
+        z = together()
+        assert torch.equal(z[1:], alone())
+        assert not torch.equal(z[0], z[1])
+
+
+def test_a_sample_does_not_depend_on_those_beside_it(model):
+    options = {"num_steps": 20, "guidance_scale": 3.0}
+    many = sample_digits(model, [0, 4, 4, 9, 2], [1, 2, 3, 4, 5], linear_schedule(), **options)
+    alone = sample_digits(model, [4], [3], linear_schedule(), **options)
+    torch.testing.assert_close(many[2:3], alone, atol=1e-4, rtol=0)
+    in_batches = sample_digits(model, [0, 4, 4, 9, 2], [1, 2, 3, 4, 5], linear_schedule(), batch_size=2, **options)
+    torch.testing.assert_close(in_batches, many, atol=1e-4, rtol=0)
+    assert not torch.allclose(many[1], many[2])
+
+
+def test_progress_is_counted_in_steps_of_digits(model):
+    seen = []
+    sample_digits(
+        model,
+        [1, 2, 3],
+        [1, 2, 3],
+        linear_schedule(),
+        num_steps=2,
+        batch_size=2,
+        callback=lambda done, _: seen.append(done),
+    )
+    assert seen == [2, 4, 5, 6]
+
+
+def test_a_time_conditioned_model_samples_without_labels():
+    images = sample_digits(settled(TimeUNet(8)), None, [1, 2], linear_schedule(), num_steps=3)
+    assert images.shape == (2, 1, 28, 28)
+    assert images.min() >= 0 and images.max() <= 1

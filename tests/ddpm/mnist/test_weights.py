@@ -1,0 +1,66 @@
+"""The shipped weights: what they say of themselves, and that they do what they are for, on a few digits."""
+
+import pytest
+import torch
+
+from ddpm.files import load_tensors
+from ddpm.mnist import sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import examine, frechet_distance
+from ddpm.mnist.training import noisy_digits
+from ddpm.schedule import linear_schedule
+from tests.conftest import DATA
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_mnist(DATA, "test")
+    return images / 255, labels
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_file_loads_and_says_what_it_was_trained_on(name):
+    model, metadata = load_model(SHIPPED[name]), load_tensors(SHIPPED[name])[1]
+    assert metadata["digits"] == 60_000
+    assert metadata["epochs"] > 0
+    stored = load_tensors(SHIPPED[name])[0]
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int64}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    widths = {"denoiser": 128, "ddpm_time": 64, "ddpm_class": 64, "judge": 32}
+    assert model.config["width"] == widths[name]
+
+
+def test_the_judge_reads_real_digits(digits):
+    images, labels = digits
+    read, _ = examine(load_model(SHIPPED["judge"]), images)
+    assert (read == labels).float().mean() >= 0.98
+
+
+@torch.no_grad()
+def test_the_denoiser_removes_most_of_the_noise(digits):
+    images, _ = digits
+    noisy = noisy_digits(images[:50], 0.5, seed=0)
+    error = (load_model(SHIPPED["denoiser"])(noisy) - images[:50]).square().mean()
+    assert error < 0.2 * (noisy - images[:50]).square().mean()
+
+
+def test_the_judge_reads_what_the_ddpm_was_asked_to_write():
+    """Few and quick samples; scripts/evaluate/mnist.py measures properly. By chance, 2 of 20 would be right."""
+    labels = list(range(10)) * 2
+    seeds = [k // 10 for k in range(20)]
+    options = {"num_steps": 30, "guidance_scale": 5.0}
+    images = sample_digits(load_model(SHIPPED["ddpm_class"]), labels, seeds, linear_schedule(), **options)
+    read, _ = examine(load_model(SHIPPED["judge"]), images)
+    assert (read == torch.tensor(labels)).sum() >= 14
+
+
+def test_the_time_conditioned_ddpm_writes_what_the_judge_takes_for_digits(digits):
+    """Few and quick samples, nearer to real digits than blurred real ones are."""
+    images, _ = digits
+    samples = sample_digits(load_model(SHIPPED["ddpm_time"]), None, range(40), linear_schedule(), num_steps=30)
+    blurred = torch.nn.functional.avg_pool2d(images[:40], 5, stride=1, padding=2)
+    judge = load_model(SHIPPED["judge"])
+    (read, features), (_, worse), (_, real) = (examine(judge, some) for some in (samples, blurred, images))
+    assert frechet_distance(features, real) < 0.5 * frechet_distance(worse, real)
+    assert len(read.unique()) >= 7

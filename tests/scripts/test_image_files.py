@@ -1,0 +1,135 @@
+"""Images and masks as people have them: values of other ranges, transparency, labels in any script."""
+
+import warnings
+
+import numpy
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw
+
+from shared.figures import characters, readable, save_grid, text_size, warn_of_missing
+from shared.images import read_mask, read_picture
+
+RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
+RANGES = {
+    "16 bits": (RAMP * 65535, numpy.uint16, None),
+    "12 bits in 16": (RAMP * 4095, numpy.uint16, "4095 is white"),
+    "8 bits in 16": (RAMP * 255, numpy.uint16, "255 is white"),
+    "8 bits in 32": (RAMP * 255, numpy.int32, "255 is white"),
+    "floats from 0 to 1": (RAMP, numpy.float32, None),
+    "floats from -1 to 1": (RAMP * 2 - 1, numpy.float32, "-1 is black and 1 is white"),
+    "floats from 0 to 255": (RAMP * 255, numpy.float32, None),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_every_range_is_the_same_image(tmp_path, recwarn, name):
+    values, dtype, told = RANGES[name]
+    Image.fromarray((values.round() if dtype != numpy.float32 else values).astype(dtype)).save(tmp_path / "ramp.tiff")
+    found = read_picture(tmp_path / "ramp.tiff", (16, 16))
+    torch.testing.assert_close(found[0, 1].numpy(), (RAMP * 2 - 1).astype(numpy.float32), atol=0.01, rtol=0)
+    messages = [str(warning.message) for warning in recwarn.list]
+    assert [told in message for message in messages] == ([True] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (numpy.where(RAMP > 0.5, numpy.nan, RAMP).astype(numpy.float32), "from nan to nan"),
+        (numpy.where(RAMP > 0.5, numpy.inf, RAMP).astype(numpy.float32), "from 0 to inf"),
+        ((RAMP * 8 - 4).astype(numpy.float32), "from -4 to 4"),
+        ((RAMP * 100_000).astype(numpy.int32), "from 0 to 100000"),
+        ((RAMP * 100 - 50).astype(numpy.int32), "from -50 to 50"),
+    ],
+)
+def test_values_of_no_range_are_refused(tmp_path, values, told):
+    Image.fromarray(values).save(tmp_path / "odd.tiff")
+    for read in (read_picture, lambda path, size: read_mask(str(path), size, path)):
+        with pytest.raises(ValueError, match=rf"odd\.tiff has values {told}: save it with 8 bits"):
+            read(tmp_path / "odd.tiff", (16, 16))
+
+
+def disc(soft: bool = False) -> Image.Image:
+    """A white disc on black, 64 × 64; soft: drawn larger and shrunk, so that its edge has greys."""
+    side = 512 if soft else 64
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).ellipse([side // 4, side // 4, side * 3 // 4, side * 3 // 4], fill=255)
+    return mask.resize((64, 64), Image.Resampling.BOX)
+
+
+def alphas() -> dict[str, Image.Image]:
+    few, corners = Image.new("L", (64, 64), 255), Image.new("L", (64, 64))
+    few.paste(0, (3, 3, 6, 6))
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 63, 63), 12, fill=255)
+    return {"few": few, "corners": corners, "254": Image.new("L", (64, 64), 254)}
+
+
+@pytest.mark.filterwarnings("ignore:the mask")
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("under", [0, 255])
+@pytest.mark.parametrize("alpha", alphas())
+def test_a_white_disc_is_the_hole_whatever_else_is_transparent(tmp_path, alpha, under, soft):
+    """under: what colour lies below what is transparent."""
+    mask, alpha = disc(soft), alphas()[alpha]
+    grey = Image.composite(mask, Image.new("L", mask.size, under), alpha.point(lambda a: 255 * (a > 0)))
+    Image.merge("RGBA", [grey, grey, grey, alpha]).save(tmp_path / "mask.png")
+    found = read_mask(str(tmp_path / "mask.png"), (64, 64), tmp_path / "mask.png")
+    assert (found[0, 0].bool().numpy() == (numpy.asarray(mask) > 127)).all()
+
+
+@pytest.mark.filterwarnings("ignore:the mask")
+@pytest.mark.parametrize("colour", ["photo", "black"])
+def test_what_was_erased_is_the_hole_where_the_colours_are_no_mask(tmp_path, colour):
+    noise = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3)) * (colour == "photo")
+    pixels = numpy.dstack([noise, 255 - numpy.asarray(disc())]).astype(numpy.uint8)
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    found = read_mask(str(tmp_path / "mask.png"), (64, 64), tmp_path / "mask.png")
+    assert (found[0, 0].bool().numpy() == (numpy.asarray(disc()) > 127)).all()
+
+
+@pytest.fixture
+def unseen():
+    """What figures.py remembers of fonts and warnings, forgotten before and after."""
+    for remembered in (readable, characters, text_size, warn_of_missing):
+        remembered.cache_clear()
+    yield
+    for remembered in (readable, characters, text_size, warn_of_missing):
+        remembered.cache_clear()
+
+
+def ink(text: str, **font) -> numpy.ndarray:
+    figure = Figure(figsize=(1, 1), dpi=100)
+    figure.text(0.3, 0.3, text, fontsize=30, parse_math=False, **font)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return numpy.asarray(canvas.buffer_rgba())[..., 0]
+
+
+def test_labels_take_a_font_that_has_the_character(unseen):
+    """Ⓐ, which DejaVu Sans lacks and STIXGeneral, which comes with matplotlib, has; beside letters of the former."""
+    assert "Ⓐ" not in characters(findfont("DejaVu Sans")) and "Ⓐ" in characters(findfont("STIXGeneral"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text, fonts = readable("Ⓐ")
+        assert text == "Ⓐ" and fonts[0] == "sans-serif"
+        assert readable("a dog")[1] == ["sans-serif"]
+        drawn = ink(text, family=fonts)
+        assert any((drawn == ink("Ⓐ", family=[font])).all() for font in fonts[1:])
+        assert (ink("a", family=fonts) == ink("a")).all()
+
+
+def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, tmp_path, monkeypatch):
+    monkeypatch.setattr("figures.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
+    prompts = ["a photo of 一只狗", "🚀 雪山村庄 " * 20]
+    image = torch.zeros(3, 8, 8)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            save_grid(tmp_path / "grid.png", [[image], [image]], row_labels=prompts, column_labels=["x = 1"])
+    assert ["no font here has" in str(warning.message) for warning in warned] == [True]
+    assert readable("a 狗") == ("a \ufffd", ["sans-serif"])
+    with Image.open(tmp_path / "grid.png") as figure:
+        assert figure.text["Description"] == "\n".join([*prompts, "x = 1"])

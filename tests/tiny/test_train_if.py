@@ -1,0 +1,568 @@
+"""Training a small IF: its data, its losses, resuming, two processes, and the folders it writes."""
+
+import errno
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+import train_if
+from diffusers import IFPipeline, IFSuperResolutionPipeline
+from PIL import Image, ImageDraw
+
+from ddpm.files import load_tensors, save_tensors
+from ifmodel import UNet, UNetConfig
+from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.tiny import export, losses, training
+from ifmodel.tiny.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
+from tests.conftest import ROOT
+
+COLOURS = ["red", "lime", "blue", "black", "orange", "purple"]
+SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures, each of another colour and shape, and what they are called."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for k, colour in enumerate(COLOURS):
+        picture = Image.new("RGBA", (64, 64))
+        ImageDraw.Draw(picture).regular_polygon((32, 32, 24), 3 + k, fill=colour)
+        picture.save(folder / f"{k}.png")
+        lines.append(json.dumps({"file_name": f"{k}.png", "text": f"{colour} shape", "tags": ["polygon"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return load_captioned(folder, 16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    training.train_tokenizer(data.all_captions(), folder)
+    return Tokenizer(folder)
+
+
+def small_model(tokenizer, config):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig.from_dict(config))
+    training.zero_init(unet)
+    return training.TextToImage(training.build_encoder(tokenizer.vocab_size, 32), unet)
+
+
+def stage_1_options(folder, out, steps, *more):
+    return ["--data", folder, "--out", out, "--size", 16, "--text-steps", 2, "--steps", steps, *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Both stages after a few steps, by the script, in processes of their own."""
+    out = tmp_path_factory.mktemp("trained")
+    script = [sys.executable, ROOT / "scripts" / "train_if.py"]
+    stage_1 = stage_1_options(folder, out / "1", 3, "--every", 3)
+    stage_2 = ["--data", folder, "--out", out / "2", "--stage-2-of", out / "1" / "model", "--size", 32, "--crop", 16]
+    for options in (stage_1, [*stage_2, "--steps", 3, "--every", 3, *SMALL]):
+        subprocess.run([str(part) for part in script + options], check=True, capture_output=True)
+    return out
+
+
+def test_pictures_lie_on_white_in_four_styles_that_differ(data):
+    assert data.pictures.shape == (6, len(STYLES), 3, 16, 16)
+    photo, oil, lithograph, sketch = data.pictures[0].float()
+    assert photo[:, 0, 0].tolist() == [255, 255, 255]  # what was transparent
+    assert photo[0, 8, 8] > 200 > 50 > photo[2, 8, 8]  # red
+    assert oil[2, 0, 0] < 240  # on a coloured ground
+    assert lithograph.std(0).max() == sketch.std(0).max() == 0  # grey
+
+
+def test_captions_fit_their_style(data):
+    generator = torch.Generator().manual_seed(0)
+    said = [data.caption(0, style, generator) for style in range(4) for _ in range(50)]
+    assert all(caption.startswith("an oil painting of a red shape") for caption in said[50:100])
+    assert all(caption.startswith("a sketch of a red shape") for caption in said[150:])
+    assert {"a photo of a red shape", "a red shape", "a high quality photo"} <= set(said[:50])
+    assert any("polygon" in caption for caption in said)
+
+
+def test_the_list_has_every_prompt_of_the_assignment():
+    phrases = {phrase for name in curated() for phrase in (with_article(name), *ALIASES.get(name, ()))}
+    for wanted in ("a rocket ship", "a snowy mountain village", "people around a campfire", "an old man", "a dog"):
+        assert wanted in phrases
+    for wanted in ("a man wearing a hat", "a skull", "waterfalls", "the amalfi coast", "a hipster barista"):
+        assert wanted in phrases
+    assert len(curated()) == len(set(curated())) > 200
+
+
+def test_the_phrases_of_the_list_stay_as_they_were():
+    """Those that the shipped weights were trained with: other ones would train other weights."""
+    phrases = ["|".join([with_article(name), *ALIASES.get(name, ())]) for name in curated()]
+    digest = hashlib.sha256("\n".join(phrases).encode()).hexdigest()
+    assert digest == "04b3d4df200814a24ad2d59e95f2f1583470fbe516380fa12b4c6c42843f4b6e"
+
+
+def test_captions_said_in_full_get_no_article():
+    for caption in ("A red bird on a branch", "THE sea", "two dogs on grass", "3 men", "My grandmother in 1950"):
+        assert with_article(caption) == caption
+    for caption in ("Paris at night in the rain", "dogs playing in the grass", "glasses"):
+        assert with_article(caption) == caption
+    # names of the emoji folder that are not of the list
+    for name in (
+        "a face with tears of joy",
+        "an anxious face with sweat",
+        "a 1st place medal",
+        "a sad but relieved face",
+    ):
+        assert with_article(name.split(maxsplit=1)[1]) == name
+
+
+def test_pictures_lie_as_their_exif_says(tmp_path):
+    picture = Image.new("RGB", (32, 16), "blue")
+    picture.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90° to the left: its left is the top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "turned.png", "text": "flag"}')
+    top, bottom = load_captioned(tmp_path, 16).pictures[0, 0].float()[:, [0, -1]].mean(2).T.tolist()
+    assert top == [255, 0, 0] and bottom == [0, 0, 255]
+
+
+def test_a_bar_shows_how_many_of_many_pictures_are_loaded(folder, tmp_path, capsys):
+    other = copied(folder, tmp_path)
+    for count, quiet, shown in ((99, False, False), (100, True, False), (100, False, True)):
+        (other / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "shape"}\n' * count)
+        load_captioned(other, 4, quiet=quiet)
+        assert ("pictures: " in capsys.readouterr().err) == shown
+
+
+def test_pictures_are_held_out_of_the_training(folder, data):
+    unseen = held_out(folder, 2)
+    assert unseen == [data.names[0], data.names[3]]  # spread evenly
+    kept = load_captioned(folder, 32, without=unseen)
+    assert kept.names == [name for name in data.names if name not in unseen]
+    rows = [data.names.index(name) for name in kept.names]
+    assert torch.equal(kept.pictures, load_captioned(folder, 32).pictures[rows])
+    assert held_out(folder, 0) == []
+    with pytest.raises(ValueError, match="6 of them cannot be held out"):
+        held_out(folder, 6)
+
+
+def test_the_log_measures_on_what_is_held_out(monkeypatch, folder, tmp_path):
+    seen = {}
+
+    def fit(args, data, watched, *rest):
+        seen.update(data=data.names, watched=watched.names, recipe=train_if.recipe_of(args))
+
+    monkeypatch.setattr(train_if, "fit", fit)
+    for count in (0, 2):
+        more = ["--hold-out", count] if count else []
+        options = [str(x) for x in stage_1_options(folder, tmp_path / str(count), 1, "--text-steps", 1, *more)]
+        monkeypatch.setattr("sys.argv", ["train_if.py", *options])
+        train_if.main()
+        assert len(seen["data"]) == 6 - count
+        assert set(seen["watched"]) == (set(held_out(folder, 2)) if count else set(seen["data"]))
+        assert seen["recipe"].get("hold_out", 0) == count
+
+
+def test_text_and_pictures_find_each_other(data, tokenizer):
+    torch.manual_seed(0)
+    contrast = training.ContrastiveText(training.build_encoder(tokenizer.vocab_size, 32), dim=16)
+    optimizer = torch.optim.AdamW(contrast.parameters(), lr=3e-3)
+    found = []
+    for step in range(200):
+        batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(step), drop=0)
+        similarities = contrast(batch.x_0, batch.tokens, batch.mask)
+        found.append((similarities.argmax(1) == torch.arange(6)).float().mean().item())
+        optimizer.zero_grad()
+        training.contrastive_loss(similarities).backward()
+        optimizer.step()
+    assert sum(found[-20:]) / 20 > 0.5 > 0.3 > sum(found[:5]) / 5  # by chance, one in six
+
+
+def test_a_tenth_of_the_captions_is_dropped(data, tokenizer):
+    batch = losses.draw_batch(data, tokenizer, 3000, torch.Generator().manual_seed(0))
+    dropped = batch.mask.sum(1) == 1
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert (batch.tokens[dropped][:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reach_every_parameter(data, tokenizer, stage):
+    config = (export.stage_1_config if stage == 1 else export.stage_2_config)(16, [32, 32], 1, 32)
+    model = small_model(tokenizer, config)
+    with torch.no_grad():
+        for parameter in model.unet.parameters():  # `zero_init` starts branches at zero, where gradients stop
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    batch = losses.draw_batch(data, tokenizer, 4, torch.Generator().manual_seed(0), drop=0)
+    options = {} if stage == 1 else {"small": 8, "crop": 8}
+    loss_of = losses.stage_1_loss if stage == 1 else losses.stage_2_loss
+    loss = loss_of(model, batch, torch.Generator().manual_seed(0), **options)
+    assert loss.shape == (4,)
+    loss.mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
+    """The bound must not pull at eps: its gradient there is stopped, as Improved DDPM does."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(2, 3, 8, 8, generator=generator)
+    t = torch.tensor([10, 500])
+    x_t = losses.add_noise(x_0, eps, t, losses.SCHEDULE)
+    output = torch.cat([eps, torch.zeros_like(eps)], 1).requires_grad_()
+    losses.hybrid_loss(output, x_0, x_t, eps, t).sum().backward()
+    eps_grad, v_grad = output.grad.chunk(2, dim=1)
+    assert not eps_grad.any() and v_grad.any()
+
+
+def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tokenizer):
+    """Else a model reads a picture's brightness off the mean of the noisiest x_t, where sampling begins without any."""
+    seen = []
+    monkeypatch.setattr(
+        losses, "hybrid_loss", lambda output, x_0, x_t, eps, t, max_weight: seen.append(eps) or eps.mean()
+    )
+    model = small_model(tokenizer, export.stage_2_config(16, [32, 32], 1, 32))
+    for k in range(20):
+        batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(k), drop=0)
+        losses.stage_2_loss(model, batch, torch.Generator().manual_seed(k), small=8, crop=16, offset=0.5)
+    eps = torch.cat(seen)
+    assert eps.shape == (120, 3, 16, 16)
+    assert 0.4 < eps.mean((2, 3)).std() < 0.6  # without it 1/16
+    assert 0.95 < (eps - eps.mean((2, 3), keepdim=True)).std() < 1.05
+
+
+def test_a_crop_of_what_stage_2_sees_lies_where_its_picture_does(data):
+    """The small picture is upscaled whole, so a crop of both is of the same place."""
+    x_0 = data.pictures[:, 0].float() / 127.5 - 1
+    low_res = losses.small_noised(x_0, 8, 0, torch.Generator().manual_seed(0))
+    crops = losses.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
+    picture, seen = crops.chunk(2, dim=1)
+    assert (picture - seen).square().mean() < 0.25 * (picture - seen.roll(1, 0)).square().mean()
+
+
+def test_the_gap_is_zero_for_a_model_that_does_not_listen(data, tokenizer):
+    model = small_model(tokenizer, export.stage_1_config(16, [32, 32], 1, 32))  # says zero
+    batch = losses.draw_batch(data, tokenizer, 6, torch.Generator().manual_seed(0), drop=0)
+    gap = losses.caption_loss_gap(model, batch)
+    assert gap["right"] == gap["others"] == gap["none"]
+
+
+def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeypatch):
+    status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "whole", 4))
+    assert status == 0, err
+    draw, calls = losses.draw_batch, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2 + 1 + 2:  # two batches for the text, the held one, the second step
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
+    options = stage_1_options(folder, tmp_path / "parts", 4)
+    assert run_script("train_if", *options)[0] == 130
+    monkeypatch.setattr(losses, "draw_batch", draw)
+    assert load_tensors(tmp_path / "parts" / "state.safetensors")[1]["step"] == 2
+    status, _, err = run_script("train_if", *options, "--resume")
+    assert status == 0, err
+    whole, parts = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, folder, tmp_path, monkeypatch):
+    """It says so, and the same command starts again."""
+    draw = losses.draw_batch
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
+    options = stage_1_options(folder, tmp_path / "out", 1)
+    status, _, err = run_script("train_if", *options)
+    assert status == 130
+    assert "the text encoder was trained, before the UNet: nothing is saved, start again" in err
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+    monkeypatch.setattr(losses, "draw_batch", draw)
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert "text, " in err  # its bar
+
+
+def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys):
+    args = train_if.Namespace(text_steps=1, text_batch=4, seed=0)
+    for rank in (0, 1):
+        train_if.train_text(
+            args, data, tokenizer, training.build_encoder(tokenizer.vocab_size, 32), torch.device("cpu"), rank
+        )
+        assert ("text" in capsys.readouterr().err) == (rank == 0)
+
+
+def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_path):
+    """Another pixel, another tag, another dtype; for stage 2 another tokenizer. States without the hashes go on."""
+    other, out = copied(folder, tmp_path), tmp_path / "1"
+    shutil.copytree(trained / "1", out)
+    options = stage_1_options(other, out, 4, "--resume", "--every", 1)
+    assert "another recipe: dtype float32, not bfloat16" in refused("train_if", *options, "--dtype", "bfloat16")
+    picture = (other / "0.png").read_bytes()
+    (other / "0.png").write_bytes((other / "1.png").read_bytes())
+    assert "another recipe: data " in refused("train_if", *options)
+    (other / "0.png").write_bytes(picture)
+    lines = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(lines.replace("polygon", "triangle", 1))
+    assert "another recipe: data " in refused("train_if", *options)
+
+    tensors, metadata = load_tensors(out / "state.safetensors")
+    old = {name: value for name, value in metadata["recipe"].items() if name not in ("data", "dtype")}
+    save_tensors(out / "state.safetensors", tensors, {**metadata, "recipe": old})
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    assert {"data", "dtype"} <= load_tensors(out / "state.safetensors")[1]["recipe"].keys()
+
+    shutil.copytree(trained / "1" / "model", tmp_path / "model")
+    training.train_tokenizer(["other words"] * 9, tmp_path / "model" / "tokenizer", 20)
+    options = ["--data", folder, "--out", trained / "2", "--stage-2-of", tmp_path / "model", "--size", 32, "--crop", 16]
+    told = refused("train_if", *options, "--steps", 4, *SMALL, "--resume")
+    assert "another recipe: tokenizer " in told and "data" not in told
+
+
+def test_more_steps_go_on_with_a_run_that_is_complete(run_script, folder, trained, tmp_path):
+    shutil.copytree(trained / "1", tmp_path / "longer")
+    status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path / "longer", 4, "--resume", "--every", 1))
+    assert status == 0, err
+    steps = [row.split(",")[0] for row in (tmp_path / "longer" / "log.csv").read_text().splitlines()[1:]]
+    assert steps == ["3", "4"]
+
+
+def test_start_goes_on_from_the_weights_of_a_stage(run_script, refused, folder, trained, tmp_path):
+    """With no learning rate to speak of, what is saved is what was loaded."""
+    model = trained / "1" / "model"
+    nearly_still = ["--lr", 1e-12, "--every", 1]
+    options = stage_1_options(folder, tmp_path / "1", 1, "--start", model, *nearly_still)
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    stage_2 = ["--data", folder, "--stage-2-of", model, "--size", 32, "--crop", 16, *SMALL, "--steps", 1]
+    options = [*stage_2, "--out", tmp_path / "2", "--start", trained / "2" / "model", *nearly_still]
+    status, _, err = run_script("train_if", *options)
+    assert status == 0, err
+    for stage in ("1", "2"):
+        before, after = (path / stage / "model" / "unet" for path in (trained, tmp_path))
+        name = "diffusion_pytorch_model.safetensors"
+        assert (before / "config.json").read_text() == (after / "config.json").read_text()
+        one, other = load_tensors(before / name)[0], load_tensors(after / name)[0]
+        assert all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+    assert (tmp_path / "1" / "tokenizer" / "spiece.model").read_bytes() == (
+        trained / "1" / "tokenizer" / "spiece.model"
+    ).read_bytes()
+
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "3", 1, "--start", model, "--layers", 2))
+    assert "has layers_per_block = (1, 1), the options of this run say (2, 2)" in told
+
+
+def test_a_batch_that_does_not_divide_is_refused(refused, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
+    assert "--batch-size 4 does not divide among 3 processes" in told
+
+
+def test_two_processes_are_as_good_as_one(folder, tmp_path):
+    """torchrun with two processes on the CPU: the loss curve of one process with the same global batch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    curves = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        script = [
+            ROOT / "scripts" / "train_if.py",
+            *stage_1_options(folder, out, 2, "--every", 1, "--lr", 0.2),
+        ]  # 4e-4 after the warm-up
+        command = [str(part) for part in [sys.executable, *launch, *script]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = (out / "log.csv").read_text().splitlines()[1:]
+        curves.append([float(row.split(",")[1]) for row in rows])
+    assert len(curves[0]) == 2
+    assert curves[0] == pytest.approx(curves[1], abs=2e-5)
+    assert abs(curves[0][0] - curves[0][1]) > 1e-3
+
+
+def test_generate_draws_with_both_stages_as_diffusers_does(run_script, trained, tmp_path):
+    """diffusers loads the folders that were written, and its pictures are ours."""
+    prompt, out = "a red shape", tmp_path / "out.png"
+    options = ["--model", trained / "1" / "model", "--upscaler", trained / "2" / "model", "--prompt", prompt]
+    options += ["--steps", 4, "--guidance", 3, "--upscaler-steps", 3, "--upscaler-guidance", 2, "--noise-level", 50]
+    status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
+    assert status == 0, err
+    with Image.open(out) as picture:
+        found = numpy.asarray(picture).astype(int)
+
+    stage_1 = IFPipeline.from_pretrained(trained / "1" / "model", torch_dtype=torch.float32)
+    shared = {"tokenizer": stage_1.tokenizer, "text_encoder": stage_1.text_encoder}
+    stage_2 = IFSuperResolutionPipeline.from_pretrained(trained / "2" / "model", **shared)
+
+    def call(pipeline, **options):
+        generator = torch.Generator().manual_seed(20040805)
+        return pipeline(prompt=prompt, generator=generator, clean_caption=False, **options).images
+
+    small = call(stage_1, num_inference_steps=4, guidance_scale=3.0, output_type="pt")
+    large = call(stage_2, image=small, num_inference_steps=3, guidance_scale=2.0, noise_level=50)
+    expected = numpy.asarray(large[0]).astype(int)
+    assert found.shape == expected.shape == (32, 32, 3)
+    assert expected.std() > 10
+    assert abs(found - expected).max() <= 1
+
+
+def test_the_sheets_and_logs(trained):
+    for stage, columns in (("1", "step,loss,right,others,none,alike"), ("2", "step,loss,stage_2,bicubic")):
+        header, row = (trained / stage / "log.csv").read_text().splitlines()
+        assert header == columns
+        assert row.startswith("3,") and len(row.split(",")) == len(columns.split(","))
+        with Image.open(trained / stage / "samples.png") as picture:
+            assert numpy.asarray(picture.convert("L")).std() > 10
+
+
+def copied(folder, tmp_path):
+    other = tmp_path / "copy"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    return other
+
+
+def test_bad_folders_are_refused(refused, folder, tmp_path):
+    other = copied(folder, tmp_path)
+
+    def told(*more):
+        return refused("train_if", *stage_1_options(other, tmp_path / "out", 2, *more))
+
+    good = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(good + '\n{"file_name": "0.png"')
+    assert "line 7" in told()
+    (other / "metadata.jsonl").write_text(good + '\n{"file_name": "0.png", "text": " "}')
+    assert "line 7" in told() and "caption" in told()
+    for tags in ("5", "[1, 2]", '"words"'):
+        (other / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": "a shape", "tags": {tags}}}')
+        assert "line 1" in told() and "tags" in told()
+    (other / "metadata.jsonl").write_text("5")
+    assert "line 1" in told()
+    (other / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "\xff"}')
+    assert "metadata.jsonl is not UTF-8" in told()
+    for row in (
+        '{"file_name": "0.png", "text": "\\ud800"}',
+        '{"file_name": "0.png", "text": "x", "tags": ["\\ud800"]}',
+    ):
+        (other / "metadata.jsonl").write_text(f"{good}\n{row}")
+        assert "line 7 has half of a character" in told()
+    (other / "metadata.jsonl").write_text("")
+    assert "no captions" in told()
+    (other / "metadata.jsonl").unlink()
+    assert "metadata.jsonl" in told()
+    (other / "metadata.jsonl").write_text(good)
+    assert "too small: 64 × 64" in told("--size", 128)
+    assert "has no snow-capped mountain" in told("--curated")
+    assert "has 6 names to choose from: 9 of them" in told("--hold-out", 9)
+    assert "--hold-out must not be negative" in told("--hold-out", -1)
+    (other / "3.png").write_bytes(b"no picture")
+    assert "3.png cannot be read as a picture" in told()
+    (other / "3.png").unlink()
+    assert "lacks 1 pictures: 3.png" in told()
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+
+
+def test_captions_may_hold_any_character_and_the_file_a_mark(folder, tmp_path):
+    """A byte-order mark, as some editors write it; carriage returns; a line separator within a string."""
+    rows = ['{"file_name": "0.png", "text": "one\u2028line"}', '{"file_name": "1.png", "text": "\\ud83d\\ude00 é"}']
+    (copied(folder, tmp_path) / "metadata.jsonl").write_bytes("\r\n".join(["\ufeff" + rows[0], rows[1], ""]).encode())
+    assert load_captioned(tmp_path / "copy", 16).names == ["one\u2028line", "\U0001f600 é"]
+
+
+def test_a_full_disk_leaves_no_tokenizer(refused, folder, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
+    assert f"No space left on device, not written: {tmp_path / 'out' / 'tokenizer' / 'spiece.model'}" in told
+    assert not list((tmp_path / "out" / "tokenizer").iterdir())
+
+
+def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
+    assert "no run" in refused("train_if", *stage_1_options(folder, tmp_path / "none", 2, "--resume"))
+    assert "--resume" in refused("train_if", *stage_1_options(folder, trained / "1", 3))
+    assert "another recipe" in refused("train_if", *stage_1_options(folder, trained / "1", 4, "--resume", "--lr", 1))
+    assert "done its 3 steps" in refused("train_if", *stage_1_options(folder, trained / "1", 3, "--resume"))
+    stage_2 = ["--data", folder, "--out", tmp_path / "2", "--stage-2-of", trained / "1" / "model", *SMALL]
+    assert "multiple of stage 1's 16" in refused("train_if", *stage_2, "--size", 24, "--crop", 8)
+    stage_2[5] = tmp_path / "none"
+    assert str(tmp_path / "none") in refused("train_if", *stage_2, "--size", 32, "--crop", 16)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--size", 17], "--size must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--lr", -1], "'-1' is not above 0"),
+        (["--lr", "nan"], "'nan' is not a finite number"),
+        (["--text-steps", -3], "--text-steps must not be negative, but is -3"),
+        (["--stage-2-of", "tiny-if", "--crop", 17], "--crop must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--stage-2-of", "tiny-if", "--size", 48], "--size 48 must be a multiple of stage 1's 32"),
+        (["--stage-2-of", "tiny-if/II"], "--stage-2-of tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (["--start", "tiny-if/II"], "--start tiny-if/II is a stage-2 model, not a stage-1 one"),
+        (
+            ["--stage-2-of", "tiny-if", "--start", "tiny-if/I"],
+            "--start tiny-if/I is a stage-1 model, not a stage-2 one",
+        ),
+        (["--start", "tiny-if"], "--start tiny-if/I has block_out_channels = (64, 96, 192)"),
+        (["--stage-2-of", "tiny-if", "--start", "tiny-if"], "--start tiny-if/II has block_out_channels = (32, 48, 64,"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(refused, tmp_path, options, told):
+    start = ["--data", tmp_path / "not looked at", "--out", tmp_path / "out", *SMALL]
+    assert told in refused("train_if", *start, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(refused, folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    fsync = os.fsync
+    draw, calls = losses.draw_batch, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2 + 1 + 1:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments, **options)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(losses, "draw_batch", interrupted)
+    script = ROOT / "scripts" / "train_if.py"
+    options = stage_1_options(folder, out, 3)
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 130
+    before = (out / "state.safetensors").read_bytes()
+    monkeypatch.setattr(losses, "draw_batch", draw)
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device, not written" in refused("train_if", *options, "--resume")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert (out / "state.safetensors").read_bytes() == before
+    assert not list(out.glob(".*"))
