@@ -6,11 +6,12 @@ in the dtype of `x_t` (float32 in all our samplers) with coefficients computed i
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm.schedule import CLEAN, Schedule
+from ddpm.schedule import Schedule
 
 VARIANCES = ("beta", "beta_tilde", "learned_range")
 Threshold = Callable[[Tensor], Tensor]  # x̂_0 -> x̂_0, such as `dynamic_threshold`
@@ -56,34 +57,43 @@ def dynamic_threshold(x_0: Tensor, percentile: float = 0.95, maximum: float = 1.
     return x_0.clamp(-s, s) / s
 
 
+class Prediction(NamedTuple):
+    """What a step knows beside x_t.
+
+    x_0:    x̂_0 [B, C, H, W], thresholded
+    v:      [B, C, H, W] in [-1, 1], what the model says of the variance; None when it learned none
+    before: the timestep and x̂_0 of the step before this one; None in the first step
+    """
+
+    x_0: Tensor
+    v: Tensor | None = None
+    before: tuple[int, Tensor] | None = None
+
+
 def ddpm_step(
     x_t: Tensor,
-    eps: Tensor,
+    predicted: Prediction,
     t: int,
     t_prev: int,
     schedule: Schedule,
+    noise: Tensor,
     *,
-    noise: Tensor | None,
     variance: str = "beta",
-    v: Tensor | None = None,
-    history: tuple[int, Tensor] | None = None,
-    threshold: Threshold | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Sample x_{t'} given x_t, for any earlier t' = t_prev: one step of the (strided) reverse process.
 
-    x_t, eps:  [B, C, H, W], the noisy image and the model's estimate of its noise
-    t, t_prev: timesteps, t_prev < t; t_prev = -1 is the clean image and returns x̂_0 without noise
-    noise:     z [B, C, H, W] from N(0, I); unused (may be None) when t_prev = -1
-    variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range" with
-    v:         [B, C, H, W] in [-1, 1], the model's interpolation between them; not used by a fixed variance
-    history:   not used; `dpm_solver_step` is called with it
-    threshold: applied to x̂_0, such as `dynamic_threshold`
+    x_t:       the noisy image [B, C, H, W]
+    predicted: what the model makes of it
+    t, t_prev: timesteps, 0 ≤ t_prev < t; the step to the clean image, which is x̂_0 itself, is the loop's
+    noise:     z [B, C, H, W] from N(0, I)
+    variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range": between them, where
+        the model says
 
-    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule,
-    or when a learned variance has no v.
-    Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
+    Returns x_{t'}. Raises ValueError when the timesteps are out of order or outside the schedule, or when a learned
+    variance has no v. Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
     """
     _check_order(t, t_prev)
+    x_0, v, _ = predicted
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
     if variance == "learned_range" and v is None:
@@ -91,10 +101,6 @@ def ddpm_step(
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
     alpha = alpha_cumprod / alpha_cumprod_prev  # the ratio to t', not to t - 1: steps may be skipped
     beta = 1 - alpha
-
-    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
-    if t_prev == CLEAN:
-        return x_0, x_0
 
     mean = (
         math.sqrt(alpha_cumprod_prev) * beta / (1 - alpha_cumprod) * x_0
@@ -106,90 +112,72 @@ def ddpm_step(
         sigma = torch.exp(0.5 * (frac * math.log(beta) + (1 - frac) * math.log(beta_tilde)))
     else:
         sigma = math.sqrt(beta if variance == "beta" else beta_tilde)
-    return mean + sigma * noise, x_0
+    return mean + sigma * noise
 
 
 def ddim_step(
     x_t: Tensor,
-    eps: Tensor,
+    predicted: Prediction,
     t: int,
     t_prev: int,
     schedule: Schedule,
+    noise: Tensor,
     *,
-    noise: Tensor | None = None,
     eta: float = 0.0,
-    v: Tensor | None = None,
-    history: tuple[int, Tensor] | None = None,
-    threshold: Threshold | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One DDIM step to any earlier t' = t_prev: towards x̂_0, then out again in the direction of eps.
 
     eta: how much fresh noise; 0 is deterministic, 1 is `ddpm_step` with variance "beta_tilde"
-    v, history: not used, since eta says the variance; the rest as in `ddpm_step`
-    After thresholding, eps is what leads from x̂_0 to x_t.
-    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
+    The rest as in `ddpm_step`; eps is what leads from x̂_0, thresholded, to x_t.
+    Returns x_{t'}. Raises ValueError when the timesteps are out of order or outside the schedule.
     Source: DDIM eq. 12 and 16, arXiv 2010.02502.
     """
     _check_order(t, t_prev)
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
-    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
-    if t_prev == CLEAN:
-        return x_0, x_0
-    eps = (x_t - math.sqrt(alpha_cumprod) * x_0) / math.sqrt(1 - alpha_cumprod)
+    eps = (x_t - math.sqrt(alpha_cumprod) * predicted.x_0) / math.sqrt(1 - alpha_cumprod)
     beta_tilde = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
     sigma = eta * math.sqrt(beta_tilde)
-    x_prev = math.sqrt(alpha_cumprod_prev) * x_0 + math.sqrt(1 - alpha_cumprod_prev - sigma**2) * eps
-    return (x_prev + sigma * noise if eta else x_prev), x_0
+    x_prev = math.sqrt(alpha_cumprod_prev) * predicted.x_0 + math.sqrt(1 - alpha_cumprod_prev - sigma**2) * eps
+    return x_prev + sigma * noise if eta else x_prev
 
 
 def dpm_solver_step(
     x_t: Tensor,
-    eps: Tensor,
+    predicted: Prediction,
     t: int,
     t_prev: int,
     schedule: Schedule,
+    noise: Tensor,
     *,
-    history: tuple[int, Tensor] | None = None,
-    noise: Tensor | None = None,
     eta: float = 0.0,
-    v: Tensor | None = None,
-    threshold: Threshold | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One step of DPM-Solver++(2M) to any earlier t' = t_prev: of second order, so that 20 do what 100 of DDIM do.
 
-    history: the timestep and x̂_0 of the step before this one; None in the first step, which is then of first order
+    predicted: with the x̂_0 of the step before this one; without, the step is of first order
     eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which mends more of a model's errors
-    v: not used; the rest as in `ddpm_step`. The step to the clean image is x̂_0, of first order too.
-    Returns (x_{t'}, x̂_0). Raises ValueError when the timesteps are out of order or outside the schedule.
+    The rest as in `ddpm_step`.
+    Returns x_{t'}. Raises ValueError when the timesteps are out of order or outside the schedule.
     Source: DPM-Solver++ Algorithm 2 and its section on diffusion SDEs, arXiv 2211.01095.
     """
     _check_order(t, t_prev)
-    x_0 = _thresholded_x0(x_t, eps, t, schedule, threshold)
-    if t_prev == CLEAN:
-        return x_0, x_0
 
     def log_snr(t: int) -> float:  # the paper's λ_t = log(√ᾱ_t / √(1-ᾱ_t))
         alpha_cumprod = schedule.alpha_cumprod(t)
         return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
 
     h = log_snr(t_prev) - log_snr(t)
-    D = x_0
-    if history is not None:
-        t_before, x_0_before = history
+    D = predicted.x_0
+    if predicted.before is not None:
+        t_before, x_0_before = predicted.before
         r = (log_snr(t) - log_snr(t_before)) / h
-        D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+        D = (1 + 1 / (2 * r)) * predicted.x_0 - 1 / (2 * r) * x_0_before
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
     shrunk = math.sqrt((1 - alpha_cumprod_prev) / (1 - alpha_cumprod)) * math.exp(-eta * h) * x_t
     x_prev = shrunk - math.sqrt(alpha_cumprod_prev) * math.expm1(-(1 + eta) * h) * D
     sigma = math.sqrt(-(1 - alpha_cumprod_prev) * math.expm1(-2 * eta * h))
-    return (x_prev + sigma * noise if eta else x_prev), x_0
+    return x_prev + sigma * noise if eta else x_prev
 
 
 def _check_order(t: int, t_prev: int):
-    if t_prev >= t:
+    if not 0 <= t_prev < t:
         raise ValueError(f"a reverse step goes to an earlier timestep, not from {t} to {t_prev}")
-
-
-def _thresholded_x0(x_t: Tensor, eps: Tensor, t: int, schedule: Schedule, threshold: Threshold | None) -> Tensor:
-    x_0 = predict_x0(x_t, eps, t, schedule)
-    return x_0 if threshold is None else threshold(x_0)

@@ -2,24 +2,25 @@
 
 What they share is an *estimate*, `estimate(x_t, t) -> (eps, v)`: a model's view of the noise in x_t, with
 v = None where the variance is not learned. Guidance makes one from a model; anagrams and hybrids make one from
-several; the loop consumes it, one *step* after another: `ddpm_step`, `ddim_step` or `dpm_solver_step`.
+several; the loop, `denoise_along`, consumes it, one *step* after another: `ddpm_step`, `ddim_step`, `dpm_solver_step`,
+or one of your own, `step(x_t, predicted, t, t_prev, schedule, noise) -> x_prev`.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ddpm.components import Component, gaussian_blur
-from ddpm.process import add_noise, ddpm_step, predict_x0
+from ddpm.process import Prediction, Threshold, add_noise, ddpm_step, predict_x0
 from ddpm.schedule import CLEAN, Schedule
 from ddpm.views import View
 
 Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v side by side
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-Step = Callable[..., tuple[Tensor, Tensor]]  # `ddpm_step` and its like: options are bound with functools.partial
+Step = Callable[[Tensor, Prediction, int, int, Schedule, Tensor], Tensor]  # options are bound with functools.partial
 Noise = Callable[[], Tensor]  # a fresh z [B, C, H, W] at each call, see `noise_source`
 ALWAYS = (-math.inf, math.inf)  # the interval of t with guidance, unless it is limited
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), after each step
@@ -101,51 +102,62 @@ def one_step_denoise(estimate: Estimate, x_t: Tensor, t: int, schedule: Schedule
 
 
 @torch.no_grad()
-def iterative_denoise(
+def denoise_along(
+    path: Iterable[tuple[int, int]],
     estimate: Estimate,
     x_t: Tensor,
-    timesteps: Sequence[int],
     schedule: Schedule,
     *,
     noise: Noise,
     step: Step = ddpm_step,
+    threshold: Threshold | None = None,
+    correct: Callable[[Tensor, int], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Denoise x_t [B, C, H, W] from timesteps[0] through the list and on to the clean image, which is returned.
+    """The loop of every algorithm: from x_t [B, C, H, W] along a path of steps (t, t') to the clean image, t' = -1.
 
-    `sample` starts it from pure noise, `sdedit` from a picture
-    timesteps: strictly falling; noise(): a fresh z for each step, see `noise_source`
-    step: `ddpm_step`, `ddim_step` or `dpm_solver_step`, its options bound by functools.partial
+    noise(): a fresh z for each step, see `noise_source`
+    step: `ddpm_step`, `ddim_step`, `dpm_solver_step` or another, its options bound by functools.partial
+    threshold: applied to x̂_0, such as `dynamic_threshold`
+    correct(x_{t'}, t'): what each step's result becomes before the next one, as inpainting does; nothing when None
     callback(step, t, x_t, x̂_0): after each step, with the x_t it started from, see `Trajectory`
-    Source: DDPM Algorithm 2, arXiv 2006.11239.
+    Where the path goes up, t' > t, x_t is noised back, as RePaint does. Source: DDPM Algorithm 2, arXiv 2006.11239.
     """
-    history = None
-    for i, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], CLEAN], strict=True)):
+    before = None
+    for i, (t, t_prev) in enumerate(path):
+        if t_prev > t:
+            alpha = schedule.alpha_cumprod(t_prev) / schedule.alpha_cumprod(t)
+            x_t, before = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise(), None
+            continue
         eps, v = estimate(x_t, t)
-        z = noise() if t_prev != CLEAN else None
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=z, v=v, history=history)
+        x_0 = predict_x0(x_t, eps, t, schedule)
+        x_0 = x_0 if threshold is None else threshold(x_0)
+        x_prev = x_0 if t_prev == CLEAN else step(x_t, Prediction(x_0, v, before), t, t_prev, schedule, noise())
         if callback is not None:
             callback(i, t, x_t, x_0)
-        x_t, history = x_prev, history_of(estimate, t, x_0)
+        x_t = x_prev if correct is None else correct(x_prev, t_prev)
+        before = None if getattr(estimate, "alternates", False) else (t, x_0)  # of the same function of (x_t, t)
     return x_t
 
 
-def history_of(estimate: Estimate, t: int, x_0: Tensor) -> tuple[int, Tensor] | None:
-    """What a multistep solver may extrapolate from; nothing where the next estimate is another function of (x_t, t)."""
-    return None if getattr(estimate, "alternates", False) else (t, x_0)
-
-
-def sample(
-    estimate: Estimate,
-    timesteps: Sequence[int],
-    schedule: Schedule,
-    *,
-    noise: Noise,
-    step: Step = ddpm_step,
-    callback: Callback | None = None,
+def iterative_denoise(
+    estimate: Estimate, x_t: Tensor, timesteps: Sequence[int], schedule: Schedule, *, noise: Noise, **loop
 ) -> Tensor:
-    """A picture from nothing: pure noise, denoised from the first of the timesteps, which should be the noisiest."""
-    return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, step=step, callback=callback)
+    """Denoise x_t [B, C, H, W] from timesteps[0] through the list and on to the clean image, which is returned.
+
+    `sample` starts it from pure noise, `sdedit` from an image
+    timesteps: strictly falling
+    noise, loop: `denoise_along`'s noise, step, threshold, correct and callback
+    """
+    if any(t_prev >= t for t, t_prev in itertools.pairwise(timesteps)):
+        raise ValueError("timesteps must fall strictly, from the noisiest on")
+    path = itertools.pairwise([*timesteps, CLEAN])
+    return denoise_along(path, estimate, x_t, schedule, noise=noise, **loop)
+
+
+def sample(estimate: Estimate, timesteps: Sequence[int], schedule: Schedule, *, noise: Noise, **loop) -> Tensor:
+    """An image from nothing: pure noise, denoised from the first of the timesteps, which should be the noisiest."""
+    return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, **loop)
 
 
 class Trajectory(list):
@@ -168,8 +180,7 @@ def sdedit(
     schedule: Schedule,
     *,
     noise: Noise,
-    step: Step = ddpm_step,
-    callback: Callback | None = None,
+    **loop,
 ) -> Tensor:
     """Image to image: noise x_0 [B, C, H, W] to timesteps[i_start] and denoise it from there.
 
@@ -181,10 +192,9 @@ def sdedit(
         raise ValueError(f"i_start must be from 0 to {len(timesteps) - 1}, the last index of the steps, not {i_start}")
     timesteps = timesteps[i_start:]
     x_t = add_noise(x_0, noise(), timesteps[0], schedule)
-    return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, step=step, callback=callback)
+    return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, **loop)
 
 
-@torch.no_grad()
 def inpaint(
     estimate: Estimate,
     x_orig: Tensor,
@@ -195,8 +205,7 @@ def inpaint(
     noise: Noise,
     jump_length: int = 1,
     num_resamples: int = 1,
-    step: Step = ddpm_step,
-    callback: Callback | None = None,
+    **loop,
 ) -> Tensor:
     """Fill the hole where mask [B or 1, 1, H, W] is 1; where it is 0, the pixels of x_orig [B, C, H, W] stay.
 
@@ -209,19 +218,17 @@ def inpaint(
     standard deviation √(1-ᾱ) is meant.
     Source: RePaint Algorithm 1, arXiv 2201.09865.
     """
-    x_t, history = noise(), None
-    for i, (t, t_prev) in enumerate(resampling_path(timesteps, jump_length, num_resamples)):
-        if t_prev > t:  # back up, by the forward process from t to t_prev
-            alpha = schedule.alpha_cumprod(t_prev) / schedule.alpha_cumprod(t)
-            x_t, history = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise(), None
-            continue
-        eps, v = estimate(x_t, t)
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, history=history)
-        if callback is not None:
-            callback(i, t, x_t, x_0)
-        known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, history = torch.where(mask > 0, x_prev, known), history_of(estimate, t, x_0)
-    return x_t
+
+    def put_back(x_prev: Tensor, t_prev: int) -> Tensor:
+        return torch.where(mask > 0, x_prev, noised_to(x_orig, t_prev, schedule, noise))
+
+    path = resampling_path(timesteps, jump_length, num_resamples)
+    return denoise_along(path, estimate, noise(), schedule, noise=noise, correct=put_back, **loop)
+
+
+def noised_to(x_orig: Tensor, t: int, schedule: Schedule, noise: Noise) -> Tensor:
+    """A known image as it would be at timestep t, itself at t = -1."""
+    return x_orig if t == CLEAN else add_noise(x_orig, noise(), t, schedule)
 
 
 def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: int) -> Iterator[tuple[int, int]]:
@@ -293,7 +300,6 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).mean(0)
 
 
-@torch.no_grad()
 def inpaint_component(
     estimate: Estimate,
     x_orig: Tensor,
@@ -302,21 +308,16 @@ def inpaint_component(
     schedule: Schedule,
     *,
     noise: Noise,
-    step: Step = ddpm_step,
-    callback: Callback | None = None,
+    **loop,
 ) -> Tensor:
-    """Keep one component of a picture x_orig [B, C, H, W], such as its greys or its low pass, and make up the others.
+    """Keep one component of an image x_orig [B, C, H, W], such as its greys or its low pass, and make up the others.
 
     After every step, the component of x_t is that of x_orig noised to the timestep just reached. For a projection,
     such as the greys, the result's component is exactly that of x_orig; for a blur it is near.
     The rest as in `iterative_denoise`. Source: Factorized Diffusion §3.5, arXiv 2404.11615.
     """
-    x_t, history = noise(), None
-    for i, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], CLEAN], strict=True)):
-        eps, v = estimate(x_t, t)
-        x_prev, x_0 = step(x_t, eps, t, t_prev, schedule, noise=noise(), v=v, history=history)
-        if callback is not None:
-            callback(i, t, x_t, x_0)
-        known = x_orig if t_prev == CLEAN else add_noise(x_orig, noise(), t_prev, schedule)
-        x_t, history = x_prev + keep.of(known - x_prev), history_of(estimate, t, x_0)
-    return x_t
+
+    def put_back(x_prev: Tensor, t_prev: int) -> Tensor:
+        return x_prev + keep.of(noised_to(x_orig, t_prev, schedule, noise) - x_prev)
+
+    return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, correct=put_back, **loop)

@@ -69,7 +69,7 @@ KINDS = {
 }
 
 # IF's way to sample: each field of scheduler_config.json that would change the picture, with the values that
-# `ifmodel.cascade` implements
+# `ifmodel.stage` implements
 SCHEDULER_FIXED = {
     "_class_name": ("DDPMScheduler",),
     "beta_schedule": ("squaredcos_cap_v2",),
@@ -260,7 +260,7 @@ def check_scheduler(config: dict, file: str) -> tuple[float, float, str]:
     """The percentile and the maximum of dynamic thresholding, and `ddpm_step`'s variance, by a scheduler_config.json.
 
     file: what the file is called when a field is refused
-    Raises ValueError for a field that `ifmodel.cascade` does not implement.
+    Raises ValueError for a field that `ifmodel.stage` does not implement.
     """
     _check_fixed(file, config, SCHEDULER_FIXED, SCHEDULER_ASSUMED, "the sampler")
     percentile = config.get("dynamic_thresholding_ratio", 0.995)  # diffusers' defaults, not IF's

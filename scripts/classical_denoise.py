@@ -6,7 +6,7 @@ Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise 
 """
 
 from ddpm.sampling import classical_denoise
-from ifmodel.cascade import SCHEDULE
+from ifmodel.stage import SCHEDULE
 from shared.figures import save_table
 from shared.noisy import add_noisy_options, noisy_pictures
 from shared.options import parser, positive, run

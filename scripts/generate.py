@@ -14,10 +14,11 @@ loaded.
 """
 
 from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import SCHEDULE
+from ifmodel.cascade import Job
+from ifmodel.stage import SCHEDULE
 from shared.figures import save_image, save_table
 from shared.options import parser, positive, run
-from shared.stages import Cascade, Cell, add_cascade_options
+from shared.stages import add_cascade_options, open_cascade, prompts_of, settings_of
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 
@@ -32,15 +33,17 @@ def main():
     if args.steps_grid:
         return draw_steps_grid(args)
 
-    cascade = Cascade(args, args.prompt or (None if args.embeds else A0_PROMPTS))
+    cascade = open_cascade(args)
+    prompts = prompts_of(args, cascade, A0_PROMPTS)
     seeds = range(args.seed, args.seed + args.num_images)
-    rows = cascade.draw([Cell(cascade.plain(prompt), seeds) for prompt in cascade.prompts])
+    jobs = [Job(prompt, seeds, timesteps=args.visited) for prompt in prompts]
+    rows = cascade.draw_all(jobs, **settings_of(args))
     if len(rows) == len(seeds) == 1:
         save_image(args.out, rows[0][0] / 2 + 0.5, args.seed)
         print(args.out)
     else:
         columns = [f"seed {seed}" for seed in seeds]
-        save_table(args.out, rows, row_labels=cascade.prompts, column_labels=columns, seed=args.seed)
+        save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
 
 
 def draw_steps_grid(args):
@@ -49,16 +52,15 @@ def draw_steps_grid(args):
         raise ValueError(
             "--steps-grid gives the steps, with a picture of each: leave --steps, --stride and --num-images"
         )
-    cascade = Cascade(args, args.prompt or (None if args.embeds else A0_PROMPTS))
-    cells = []
-    for num_steps in args.steps_grid:
-        timesteps = leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-        cells += [Cell(cascade.plain(prompt), [args.seed], timesteps=timesteps) for prompt in cascade.prompts]
-    pictures = [drawn[0] for drawn in cascade.draw(cells)]
-    columns = len(cascade.prompts)
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    cascade = open_cascade(args)
+    prompts = prompts_of(args, cascade, A0_PROMPTS)
+    jobs = [
+        Job(prompts, [args.seed] * len(prompts), timesteps=leading_timesteps(SCHEDULE.num_timesteps, num_steps))
+        for num_steps in args.steps_grid
+    ]
+    rows = cascade.draw_all(jobs, **settings_of(args))
     labels = [f"{num_steps} steps" for num_steps in args.steps_grid]
-    save_table(args.out, rows, row_labels=labels, column_labels=cascade.prompts, seed=args.seed)
+    save_table(args.out, rows, row_labels=labels, column_labels=prompts, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
 from ddpm.sampling import hybrid, inpaint_component
+from ifmodel.cascade import Job, Stage
 from shared.animation import recede
 from shared.figures import save_gif, save_table
 from shared.images import read_picture
 from shared.options import parser, positive, positive_number, run
-from shared.stages import MODEL, Cascade, Cell, add_cascade_options, grouped
+from shared.stages import MODEL, add_cascade_options, grouped, open_cascade, settings_of
 
 PAIRS = [  # the assignment's
     ("a lithograph of a skull", "a lithograph of waterfalls"),
@@ -58,24 +59,24 @@ def main():
     if any(len(group) != needed for group in groups):
         names = ", ".join(component.name for component in components)
         raise ValueError(f"give {needed} --prompt for the components {names}, not {len(args.prompt or groups[0])}")
-    cascade = Cascade(args, [prompt for group in groups for prompt in group])
-    for size in (cascade.size, cascade.final_size):
+    cascade = open_cascade(args)
+    for size in cascade.sizes:
         check_components(components, (3, *size))
+    seeds = range(args.seed, args.seed + args.num_images)
 
-    def cell(prompts: tuple[str, ...]) -> Cell:
-        def estimate(n, low_res):
-            return hybrid([cascade.estimate(prompt, n, low_res) for prompt in prompts], components)
+    def job(prompts: tuple[str, ...]) -> Job:
+        def mixed(stage: Stage):
+            return hybrid([stage.estimate(prompt) for prompt in prompts], components)
 
-        seeds = range(args.seed, args.seed + args.num_images)
         if not args.keep:
-            return Cell(estimate, seeds)
-        kept = [
+            return Job(mixed, seeds, timesteps=args.visited)
+        small, final = (
             partial(inpaint_component, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
-            for size in (cascade.size, cascade.final_size)
-        ]
-        return Cell(cascade.plain(prompts[0]), seeds, kept[0], upscale=kept[1])
+            for size in (cascade.sizes[0], cascade.sizes[-1])
+        )
+        return Job(prompts[0], seeds, small, args.visited, upscale=final)
 
-    drawn = cascade.draw([cell(prompts) for prompts in groups])
+    drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
     rows = [row for pictures in drawn for row in (pictures, *(component.of(pictures) for component in components))]
     labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
     columns = [f"seed {args.seed + k}" for k in range(args.num_images)]

@@ -15,11 +15,12 @@ from functools import partial
 import torch
 
 from ddpm.sampling import inpaint, resampling_path
+from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
 from shared.options import parser, positive, run
-from shared.stages import MODEL, Cascade, Cell, add_cascade_options
+from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 
@@ -43,9 +44,9 @@ def main():
     for option, given in (("--mask", masks), ("--prompt", prompts)):
         if len(given) != len(images):
             raise ValueError(f"give one {option}, or one for each of the {len(images)} images, not {len(given)}")
-    cascade = Cascade(args, list(dict.fromkeys(prompts)))
+    cascade = open_cascade(args)
     resampling = {"jump_length": args.jump_length, "num_resamples": args.resamples}
-    path = list(resampling_path(cascade.timesteps, **resampling))
+    path = list(resampling_path(args.visited, **resampling))
     num_steps = sum(t_prev < t for t, t_prev in path)
 
     def at(size):
@@ -55,20 +56,14 @@ def main():
     def filling(x_orig, mask, **options):
         return partial(inpaint, x_orig=x_orig.to(cascade.device), mask=mask.to(cascade.device), **options)
 
-    small, final = at(cascade.size), at(cascade.final_size)
-    cells = [
-        Cell(
-            cascade.plain(prompt),
-            [args.seed],
-            filling(*pair, **resampling),
-            num_steps=num_steps,
-            upscale=filling(*final_pair),
-        )
+    small, final = at(cascade.sizes[0]), at(cascade.sizes[-1])
+    jobs = [
+        Job(prompt, [args.seed], filling(*pair, **resampling), args.visited, filling(*final_pair), num_steps)
         for prompt, pair, final_pair in zip(prompts, small, final, strict=True)
     ]
     rows = [
         [x_orig[0], (2 * mask - 1).expand(1, 3, -1, -1)[0], torch.where(mask > 0, 0.0, x_orig)[0], result[0]]
-        for (x_orig, mask), result in zip(final, cascade.draw(cells), strict=True)
+        for (x_orig, mask), result in zip(final, cascade.draw_all(jobs, **settings_of(args)), strict=True)
     ]
     columns = ["original", "mask", "hole to fill", "result"]
     labels = {"title": prompts[0]} if len(set(prompts)) == 1 else {"row_labels": prompts}

@@ -8,12 +8,11 @@ step and all steps make of the same noisy picture.
 
 from ddpm.process import add_noise
 from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
-from ifmodel.cascade import SCHEDULE
 from shared.figures import save_table
 from shared.images import read_picture
 from shared.noisy import add_image_option
 from shared.options import parser, positive, run
-from shared.stages import Cascade, add_cascade_options, watch
+from shared.stages import add_cascade_options, from_index, open_cascade, settings_of
 
 
 def main():
@@ -25,26 +24,27 @@ def main():
     options.add_argument("--every", type=positive, default=5, help="show every so many steps (default: 5)")
     add_cascade_options(options, out="out/iterative_denoise.png", stride=30, guidance=1.0)
     args = options.parse_args()
-    cascade = Cascade(args, [args.prompt], single_stage=True)
-    default = min(10, len(cascade.timesteps) // 3)
-    timesteps = cascade.from_index(default if args.i_start is None else args.i_start)
-    x_0 = read_picture(args.image, cascade.size).to(cascade.device)
+    cascade = open_cascade(args, single_stage=True)
+    default = min(10, len(args.visited) // 3)
+    timesteps = from_index(args.visited, default if args.i_start is None else args.i_start)
+    x_0 = read_picture(args.image, cascade.sizes[0])
+    frames, once = Trajectory(args.every), {}
 
-    cascade.load(1, 1)
-    noise, frames = cascade.noise([args.seed]), Trajectory(args.every)
-    x_t = add_noise(x_0, noise(), timesteps[0], SCHEDULE)
-    with watch(cascade.unet, len(timesteps) + 1, "A4") as callback:
-        estimate = cascade.estimate(args.prompt)
-        one_step = one_step_denoise(estimate, x_t, timesteps[0], SCHEDULE)
-        callback()
+    def three_ways(estimate, timesteps, schedule, *, noise, callback, **loop):
+        x_t = add_noise(x_0.to(cascade.device), noise(), timesteps[0], schedule)
+        once["noisy"] = x_t.cpu()
+        once["blur"] = classical_denoise(x_t, timesteps[0], schedule).cpu()
+        once["one step"] = one_step_denoise(estimate, x_t, timesteps[0], schedule).cpu()
 
         def report(*step):
             frames(*step)
-            callback()
+            callback(*step)
 
-        result = iterative_denoise(estimate, x_t, timesteps, SCHEDULE, noise=noise, step=cascade.step, callback=report)
+        return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, callback=report, **loop)
+
+    result = cascade.draw(args.prompt, three_ways, seeds=[args.seed], timesteps=timesteps, **settings_of(args))
     first = [frame[2][0] for frame in frames] + [result[0]]
-    second = [x_0[0], x_t[0], classical_denoise(x_t, timesteps[0], SCHEDULE)[0], one_step[0], result[0]]
+    second = [image[0] for image in (x_0, *once.values(), result)]
     labels = [f"t = {frame[1]}" for frame in frames] + ["result"]
     names = ["original", f"noisy, t = {timesteps[0]}", "blur", "one step", "iterative"]
     save_table(args.out, [first], column_labels=labels, title="iterative denoising", seed=args.seed)

@@ -6,11 +6,11 @@ Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate 
 """
 
 from ddpm.sampling import one_step_denoise
-from ifmodel.cascade import SCHEDULE
+from ifmodel.cascade import Job
 from shared.figures import save_table
 from shared.noisy import add_noisy_options, batch, noisy_pictures
 from shared.options import parser, run
-from shared.stages import Cascade, add_cascade_options, watch
+from shared.stages import add_cascade_options, open_cascade, settings_of
 
 
 def main():
@@ -19,16 +19,17 @@ def main():
     add_noisy_options(options)
     add_cascade_options(options, out="out/one_step_denoise.png", guidance=1.0)
     args = options.parse_args()
-    cascade = Cascade(args, [args.prompt], single_stage=True)
-    noisy, labels = noisy_pictures(args, cascade.size)
-
-    cascade.load(1, 1)
+    cascade = open_cascade(args, single_stage=True)
+    noisy, labels = noisy_pictures(args, cascade.sizes[0])
     denoised = []
-    with watch(cascade.unet, len(noisy), "A3") as callback:
-        estimate = cascade.estimate(args.prompt)
+
+    def each_once(estimate, schedule, callback, **_):
         for x_t, t in zip(batch(noisy, cascade.device), args.timesteps, strict=True):
-            denoised.append(one_step_denoise(estimate, x_t, t, SCHEDULE)[0])
+            denoised.append(one_step_denoise(estimate, x_t, t, schedule)[0].cpu())
             callback()
+        return denoised[-1][None]
+
+    cascade.draw_all([Job(args.prompt, [args.seed], each_once, num_steps=len(noisy))], **settings_of(args))
     rows = {"noisy": noisy, "one step": denoised}
     save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)
 

@@ -5,10 +5,11 @@
 Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
+from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.options import parser, positive, run
-from shared.stages import MODEL, Cascade, Cell, add_cascade_options
+from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
 
 TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 
@@ -21,11 +22,16 @@ def main():
     add_cascade_options(options, out="out/sample.png", stride=30)
     args = options.parse_args()
     prompts = args.prompt or ([TINY_PROMPT, ANYTHING] if args.model == MODEL else [ANYTHING])
-    cascade = Cascade(args, prompts)
+    cascade = open_cascade(args)
     seeds = range(args.seed, args.seed + args.num_images)
-    lines = [(prompt, guidance) for prompt in prompts for guidance in (1.0, args.guidance)]
-    rows = cascade.draw([Cell(cascade.plain(*line), seeds) for line in lines])
-    labels = [f"γ = {guidance:g}" + (f":\n{prompt}" if len(prompts) > 1 else "") for prompt, guidance in lines]
+    guidance = cascade.stages[0].settings["guidance_scale"] if args.guidance is None else args.guidance
+    lines = [(prompt, scale) for prompt in prompts for scale in (1.0, guidance)]
+
+    def job(prompt: str, scale: float) -> Job:
+        return Job(lambda stage: stage.estimate(prompt, guidance_scale=scale), seeds, timesteps=args.visited)
+
+    rows = cascade.draw_all([job(*line) for line in lines], **settings_of(args))
+    labels = [f"γ = {scale:g}" + (f":\n{prompt}" if len(prompts) > 1 else "") for prompt, scale in lines]
     title = prompts[0] if len(prompts) == 1 else ""
     columns = [f"seed {seed}" for seed in seeds]
     save_table(args.out, rows, row_labels=labels, column_labels=columns, title=title, seed=args.seed)

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from ddpm.sampling import sdedit
+from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
 from shared.options import parser, run
-from shared.stages import MODEL, Cascade, Cell, add_cascade_options
+from shared.stages import MODEL, add_cascade_options, from_index, open_cascade, settings_of
 
 
 def main():
@@ -32,17 +33,18 @@ def main():
     lines = [(image, prompt) for image in images for prompt in prompts]
     if args.model == MODEL and not args.prompt:
         lines = [(image, DRAWING_PROMPTS[image]) for image in images if image in DRAWING_PROMPTS] + lines
-    cascade = Cascade(args, [prompt for _, prompt in lines])
-    args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(cascade.timesteps)] or [0]
-    counts = {i_start: len(cascade.from_index(i_start)) for i_start in args.i_start}
-    pictures = {image: read_picture(image, cascade.size).to(cascade.device) for image in images}
+    cascade = open_cascade(args)
+    args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(args.visited)] or [0]
+    counts = {i_start: len(from_index(args.visited, i_start)) for i_start in args.i_start}
+    pictures = {image: read_picture(image, cascade.sizes[0]).to(cascade.device) for image in images}
 
-    def cell(image: str, prompt: str, i_start: int) -> Cell:
+    def job(image: str, prompt: str, i_start: int) -> Job:
         algorithm = partial(sdedit, x_0=pictures[image], i_start=i_start)
-        return Cell(cascade.plain(prompt), [args.seed], algorithm, num_steps=counts[i_start])
+        return Job(prompt, [args.seed], algorithm, args.visited, num_steps=counts[i_start])
 
-    drawn = iter(cascade.draw([cell(*line, i_start) for line in lines for i_start in args.i_start]))
-    originals = {image: read_picture(image, cascade.final_size)[0] for image in images}
+    jobs = [job(*line, i_start) for line in lines for i_start in args.i_start]
+    drawn = iter(cascade.draw_all(jobs, **settings_of(args)))
+    originals = {image: read_picture(image, cascade.sizes[-1])[0] for image in images}
     rows = [[*(next(drawn)[0] for _ in args.i_start), originals[image]] for image, _ in lines]
     row_labels = [f"{Path(image).name}:\n{prompt}" if len(images) > 1 else prompt for image, prompt in lines]
     column_labels = [*(f"i_start = {i_start}" for i_start in args.i_start), "original"]

@@ -38,7 +38,7 @@ from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist.training import step_seed, stop_signal
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, upscale
+from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, upscale
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import CaptionedImages, curated, held_out, load_captioned
 from ifmodel.tiny.export import save_stage_1, save_stage_2, stage_1_config, stage_2_config
@@ -216,7 +216,8 @@ class Stage1:
         estimate = guided(unet, text[list(range(len(prompts)))], text[[len(prompts)] * len(prompts)], 4.0)
         noise = noise_source([args.seed] * len(prompts), (3, args.size, args.size), device)
         timesteps = leading_timesteps(SCHEDULE.num_timesteps, 25)
-        pictures = sample(estimate, timesteps, SCHEDULE, noise=noise, step=STAGE_1_STEP)
+        loop = {"step": LEARNED, "threshold": STAGE_1_THRESHOLD}
+        pictures = sample(estimate, timesteps, SCHEDULE, noise=noise, **loop)
         labels = {"row_labels": [template.format("…") for template in SHEET], "column_labels": SUBJECTS}
         rows, zoom = (pictures / 2 + 0.5).split(len(SUBJECTS)), max(1, 128 // args.size)
         title = f"step {step}, γ = 4, 25 steps"

@@ -11,10 +11,11 @@ vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, 
 
 from ddpm.sampling import anagram
 from ddpm.views import VIEWS, check_view, pixels
+from ifmodel.cascade import Job, Stage
 from shared.animation import turn
 from shared.figures import save_gif, save_table
 from shared.options import parser, positive, run
-from shared.stages import MODEL, Cascade, Cell, add_cascade_options, grouped
+from shared.stages import MODEL, add_cascade_options, grouped, open_cascade, settings_of
 
 PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
@@ -46,22 +47,22 @@ def main():
         raise ValueError(f"give a --prompt for each --view: there are {count} prompts for {', '.join(names)}")
     if args.model == MODEL and args.guidance is None:
         args.guidance = 2.0  # more of it, and each view overrules the others
-    cascade = Cascade(args, [prompt for group in groups for prompt in group])
-    views = [pixels(cascade.size[0]) if name == "pixels" else VIEWS[name]() for name in names]
+    cascade = open_cascade(args)
+    views = [pixels(cascade.sizes[0][0]) if name == "pixels" else VIEWS[name]() for name in names]
     for view in views:
-        for size in (cascade.size, cascade.final_size):
+        for size in cascade.sizes:
             check_view(view, (3, *size))
 
-    def estimate_of(prompts):
-        def estimate(n, low_res):
-            seen = [None if low_res is None else view.view(low_res) for view in views]
-            parts = [cascade.estimate(prompt, n, small) for prompt, small in zip(prompts, seen, strict=True)]
-            return anagram(parts, views, args.reduction)
-
-        return estimate
-
     seeds = range(args.seed, args.seed + args.num_images)
-    drawn = cascade.draw([Cell(estimate_of(prompts), seeds) for prompts in groups])
+
+    def job(prompts: tuple[str, ...]) -> Job:
+        def illusion(stage: Stage):
+            seen = zip(prompts, views, strict=True)
+            return anagram([stage.estimate(prompt, view=view) for prompt, view in seen], views, args.reduction)
+
+        return Job(illusion, seeds, timesteps=args.visited)
+
+    drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
     rows = [list(view.view(pictures)) for pictures in drawn for view in views]
     labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
     save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm.losses import variational_bound
 from ddpm.process import add_noise, predict_x0
-from ifmodel.cascade import SCHEDULE, noised_upscaled
+from ifmodel.stage import SCHEDULE, noised_upscaled
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import STYLES, CaptionedImages
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import generate, upscale
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
+from ifmodel.stage import generate, upscale
 from ifmodel.text import load_embeds, save_embeds
 from ifmodel.weights import SHIPPED
 from shared.figures import save_figure

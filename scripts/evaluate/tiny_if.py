@@ -38,7 +38,7 @@ from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
 from ddpm.schedule import leading_timesteps, linspace_timesteps
 from ddpm.views import View, identity, vertical_flip
 from ifmodel import load_unet
-from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, check_stage, stage_1, upscale
+from ifmodel.stage import SCHEDULE, STAGE_1_THRESHOLD, check_stage, stage_1, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.tiny.captions import STYLES, CaptionedImages, curated, held_out, load_captioned
 from ifmodel.tiny.judge import ImageJudge, features_of, high_passed, nearest, train_picture_judge
@@ -262,13 +262,13 @@ class SmallIF:
             return load_tensors(path)[0]["pictures"]
         count = len(prompts)
         step, spaced = STEPS[sampler]
-        step, timesteps = partial(step, threshold=STAGE_1_THRESHOLD), spaced(SCHEDULE.num_timesteps, steps)
+        timesteps, loop = spaced(SCHEDULE.num_timesteps, steps), {"step": step, "threshold": STAGE_1_THRESHOLD}
         side, pictures = self.args.small, []
         for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
             rows = slice(start, min(start + self.args.batch_size, count))
             seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
             noise = noise_source(seeds, (3, side, side), self.device)
-            pictures.append(sample(estimate_of(rows), timesteps, SCHEDULE, noise=noise, step=step).cpu())
+            pictures.append(sample(estimate_of(rows), timesteps, SCHEDULE, noise=noise, **loop).cpu())
         drawn = torch.cat(pictures).clamp(-1, 1)
         save_tensors(path, {"pictures": drawn}, {"name": name})
         return drawn

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source
-from ifmodel.cascade import SCHEDULE
+from ifmodel.stage import SCHEDULE
 from shared.images import DRAWINGS, read_picture
 from shared.options import SEED, check_writable, seed_number
 

@@ -247,11 +247,11 @@ def test_ddim_without_eta_takes_no_noise():
 # ---- against diffusers' schedulers, step by step
 
 
-def trajectory(timesteps, step, estimate, x_T, seed=1):
+def trajectory(timesteps, step, estimate, x_T, seed=1, **loop):
     """Every x_t passed through, and the result."""
     seen = Trajectory()
     noise = gaussians(len(x_T), x_T.shape[1:], seed)
-    x_0 = iterative_denoise(estimate, x_T, timesteps, COSINE, noise=noise, step=step, callback=seen)
+    x_0 = iterative_denoise(estimate, x_T, timesteps, COSINE, noise=noise, step=step, callback=seen, **loop)
     return torch.stack([*(x_t for _, _, x_t, _ in seen), x_0])
 
 
@@ -278,8 +278,8 @@ def test_ddim_trajectories_equal_diffusers(num_steps, eta, threshold):
     options = {"eta": eta, "generator": torch.Generator().manual_seed(1), "use_clipped_model_output": True}
     # where the next is the clean image diffusers too has no variance, and adds none of its noise
     theirs = diffusers_trajectory(scheduler, TWO_MODES.estimate, x_T, **options)
-    step = partial(ddim_step, eta=eta, threshold=threshold)
-    ours = trajectory(leading_timesteps(1000, num_steps), step, TWO_MODES.estimate, x_T)
+    step = partial(ddim_step, eta=eta)
+    ours = trajectory(leading_timesteps(1000, num_steps), step, TWO_MODES.estimate, x_T, threshold=threshold)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 

@@ -64,13 +64,13 @@ def test_a_multistep_solver_does_not_extrapolate_across_alternating_views():
     estimate = anagram([wants(target), wants(target)], [identity(), vertical_flip()], "alternate")
     steps, histories = linspace_timesteps(1000, 10), []
 
-    def step(*args, history_seen=histories, **options):
-        history_seen.append(options["history"])
-        return dpm_solver_step(*args, **options)
+    def step(x_t, predicted, *others):
+        histories.append(predicted.before)
+        return dpm_solver_step(x_t, predicted, *others)
 
     noise = noise_source([0], (3, 8, 8))
     sample(estimate, steps, schedule, noise=noise, step=step)
-    assert histories == [None] * 10
+    assert histories == [None] * 9
     histories.clear()
     sample(wants(target), steps, schedule, noise=noise, step=partial(step))
     assert histories[0] is None and all(history is not None for history in histories[1:])

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.process import add_noise, ddpm_step, dynamic_threshold, predict_x0, static_threshold
+from ddpm.process import Prediction, add_noise, ddpm_step, dynamic_threshold, predict_x0, static_threshold
 from ddpm.sampling import iterative_denoise
 from ddpm.schedule import cosine_schedule, leading_timesteps, linear_schedule
 
@@ -47,7 +47,8 @@ def our_trajectory(x_T, channels, num_steps, variance, threshold):
         leading_timesteps(1000, num_steps),
         cosine_schedule(),
         noise=lambda: torch.randn(x_T.shape, generator=generator),
-        step=partial(ddpm_step, variance=variance, threshold=threshold),
+        step=partial(ddpm_step, variance=variance),
+        threshold=threshold,
         callback=lambda step, t, x_t, x_0: frames.append(x_t),
     )
     return torch.stack([*frames, x_0])
@@ -139,9 +140,10 @@ def test_the_mean_for_a_perfect_eps_is_that_of_the_true_posterior(step, seed):
     expected = (prior * math.sqrt(alpha_cumprod_prev) * x_0 + likelihood * x_t / math.sqrt(alpha)) / (
         prior + likelihood
     )
-    x_prev, x_0_hat = ddpm_step(x_t, eps, t, t_prev, schedule, noise=torch.zeros_like(x_t))
-    torch.testing.assert_close(x_prev, expected, atol=1e-6, rtol=1e-6)
+    x_0_hat = predict_x0(x_t, eps, t, schedule)
     torch.testing.assert_close(x_0_hat, x_0, atol=1e-6, rtol=1e-6)
+    x_prev = ddpm_step(x_t, Prediction(x_0_hat), t, t_prev, schedule, torch.zeros_like(x_t))
+    torch.testing.assert_close(x_prev, expected, atol=1e-6, rtol=1e-6)
 
 
 @settings(deadline=None)
@@ -153,7 +155,8 @@ def test_a_perfect_step_keeps_the_marginal(step):
 
     def coefficient(x_0, eps, z):
         x_t = add_noise(x_0, eps, t, schedule)
-        return ddpm_step(x_t, eps, t, t_prev, schedule, noise=z, variance="beta_tilde")[0].item()
+        predicted = Prediction(predict_x0(x_t, eps, t, schedule))
+        return ddpm_step(x_t, predicted, t, t_prev, schedule, z, variance="beta_tilde").item()
 
     alpha_cumprod_prev = schedule.alpha_cumprod(t_prev)
     assert coefficient(one, zero, zero) == pytest.approx(math.sqrt(alpha_cumprod_prev), rel=1e-6)
@@ -167,11 +170,11 @@ def test_the_step_to_the_clean_image_returns_x0_without_noise(name, data, varian
     """The papers' t' = 0, -1 here."""
     schedule = SCHEDULES[name]
     t = data.draw(st.integers(0, schedule.num_timesteps - 1))
-    x_t, eps, noise = images(t, 3)
+    x_t, eps = images(t, 2)
     v = images(t + 1, 1)[0] if variance == "learned_range" else None
-    x_prev, x_0 = ddpm_step(x_t, eps, t, -1, schedule, noise=noise, variance=variance, v=v)
-    assert torch.equal(x_prev, x_0)
-    assert torch.equal(x_0, predict_x0(x_t, eps, t, schedule))
+    options = {"noise": lambda: pytest.fail("noise was drawn"), "step": partial(ddpm_step, variance=variance)}
+    x = iterative_denoise(lambda *_: (eps, v), x_t, [t], schedule, **options)
+    assert torch.equal(x, predict_x0(x_t, eps, t, schedule))
 
 
 @settings(deadline=None)
@@ -181,7 +184,7 @@ def test_learned_range_lies_between_the_two_fixed_variances(step, v):
     zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
     def sigma(variance, v=None):
-        return ddpm_step(zero, zero, t, t_prev, schedule, noise=one, variance=variance, v=v)[0].item()
+        return ddpm_step(zero, Prediction(zero, v), t, t_prev, schedule, one, variance=variance).item()
 
     small, large = sigma("beta_tilde"), sigma("beta")
     assert small <= large
@@ -194,15 +197,18 @@ def test_timesteps_out_of_order_are_refused(t, later):
     later = max(t, later)
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match=f"not from {t} to {later}"):
-        ddpm_step(x, x, t, later, linear_schedule(), noise=x)
+        ddpm_step(x, Prediction(x), t, later, linear_schedule(), x)
 
 
 def test_variance_and_v_must_go_together():
     x = torch.zeros(1, 1, 2, 2)
-    step = partial(ddpm_step, x, x, 5, 3, linear_schedule(), noise=x)
+
+    def step(v=None, **variance):
+        return ddpm_step(x, Prediction(x, v), 5, 3, linear_schedule(), x, **variance)
+
     with pytest.raises(ValueError, match="must be one of"):
         step(variance="gamma")
     with pytest.raises(ValueError, match="needs v"):
         step(variance="learned_range")
     for variance in ("beta", "beta_tilde"):  # which do not use it
-        assert torch.equal(step(variance=variance, v=x)[0], step(variance=variance)[0])
+        assert torch.equal(step(variance=variance, v=x), step(variance=variance))

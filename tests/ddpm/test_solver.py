@@ -11,7 +11,7 @@ from ddpm.process import dpm_solver_step, dynamic_threshold
 from ddpm.sampling import noise_source, sample
 from ddpm.schedule import cosine_schedule, linear_schedule, log_snr_timesteps
 from ifmodel import load_unet
-from ifmodel.cascade import SCHEDULE, stage_1
+from ifmodel.stage import SCHEDULE, stage_1
 from ifmodel.text import embed_prompts
 
 
@@ -37,10 +37,10 @@ def test_it_is_nearer_to_the_converged_image_than_diffusers_spacings():
     prompts = torch.stack([embeds["a photo of a dog"], embeds["a rocket ship"]])
     estimate = stage_1(unet, prompts, embeds[""][None], 4.0)
     x_T = noise_source([1, 2], (3, 32, 32))()
-    step = partial(dpm_solver_step, threshold=partial(dynamic_threshold, maximum=1.5))
+    loop = {"step": dpm_solver_step, "threshold": partial(dynamic_threshold, maximum=1.5)}
 
     def ours(num_steps: int) -> torch.Tensor:
-        return sample(estimate, log_snr_timesteps(SCHEDULE, num_steps), SCHEDULE, noise=lambda: x_T, step=step)
+        return sample(estimate, log_snr_timesteps(SCHEDULE, num_steps), SCHEDULE, noise=lambda: x_T, **loop)
 
     def theirs(num_steps: int, spacing: str) -> torch.Tensor:
         scheduler = DPMSolverMultistepScheduler(

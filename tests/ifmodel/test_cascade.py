@@ -93,7 +93,7 @@ def test_the_model_may_be_stage_1_alone():
 
 
 def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("ifmodel.cascade.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+    monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     tiny = Cascade("tiny-if")
     for told, arguments in (
         ("one for each of the 2 seeds, not 1", {"recipe": ["a dog"], "seeds": [1, 2]}),

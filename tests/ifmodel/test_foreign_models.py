@@ -13,8 +13,8 @@ from transformers import T5EncoderModel
 
 from ddpm.files import load_tensors
 from ifmodel import load_unet
-from ifmodel.cascade import find_stage, find_variant, generate, stage_threshold, stage_variance
 from ifmodel.config import UNetConfig
+from ifmodel.stage import find_stage, find_variant, generate, stage_threshold, stage_variance
 from ifmodel.text import Tokenizer, embed_prompts
 from ifmodel.tiny.captions import read_metadata
 from ifmodel.weights import SHIPPED

@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet
 from safetensors.torch import load_file, save_file
 
 from ifmodel import UNet, UNetConfig, load_unet, weights
-from ifmodel.cascade import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
 from ifmodel.config import published_config
 from ifmodel.cpu import PackedConv2d, can_pack, pack_convolutions
+from ifmodel.stage import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
 from ifmodel.unet import GroupNorm, attend
 
 STAGE_1 = {

@@ -190,7 +190,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # refused before anything is computed
         patch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
-        patch.setattr("ifmodel.cascade.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+        patch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
         assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
         assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
         assert "steps must be from 1 to 1000" in said("--model", one, "--upscaler", two, "--upscaler-steps", 1001)
@@ -236,7 +236,7 @@ def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, num
 def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade, tmp_path, monkeypatch):
     folder, out = cascade[0], tmp_path / "out.png"
     monkeypatch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
-    monkeypatch.setattr("ifmodel.cascade.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+    monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     two = shutil.copytree(folder / "stage_2", tmp_path / "two")
 
     def said(*more):

@@ -10,11 +10,13 @@ from ddpm.process import add_noise
 from ddpm.sampling import inpaint, sdedit
 from ddpm.schedule import leading_timesteps
 from ifmodel import load_unet
-from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, stage_1
+from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
 STEPS, GUIDANCE = 10, 6.0
+
+LOOP = {"step": LEARNED, "threshold": STAGE_1_THRESHOLD}
 
 
 def random(*shape, seed):
@@ -61,11 +63,20 @@ def test_sdedit_is_diffusers_image_to_image(pair, strength):
     (image_to_image, _), picture, estimate = pair
     theirs = image_to_image(4, strength=strength)
     timesteps, i_start = leading_timesteps(1000, STEPS), STEPS - int(STEPS * strength)
-    ours = sdedit(estimate, picture, i_start, timesteps, SCHEDULE, noise=drawing(4), step=STAGE_1_STEP)
+    ours = sdedit(estimate, picture, i_start, timesteps, SCHEDULE, noise=drawing(4), **LOOP)
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     if i_start < STEPS - 1:  # neighbouring starts are other pictures, so the comparison can tell
-        other = sdedit(estimate, picture, i_start + 1, timesteps, SCHEDULE, noise=drawing(4), step=STAGE_1_STEP)
+        other = sdedit(
+            estimate,
+            picture,
+            i_start + 1,
+            timesteps,
+            SCHEDULE,
+            noise=drawing(4),
+            step=LEARNED,
+            threshold=STAGE_1_THRESHOLD,
+        )
         assert (other - theirs).abs().max() > 1e-2
 
 
@@ -83,7 +94,16 @@ def test_inpainting_is_diffusers_where_nothing_is_known(pair):
     mask, timesteps = torch.ones(1, 1, 16, 16), leading_timesteps(1000, STEPS)
     theirs = inpainting(5, mask_image=mask, strength=1.0)
     noise = as_diffusers_draws(picture, timesteps, 5)
-    ours = inpaint(estimate, picture, mask, timesteps, SCHEDULE, noise=lambda: next(noise), step=STAGE_1_STEP)
+    ours = inpaint(
+        estimate,
+        picture,
+        mask,
+        timesteps,
+        SCHEDULE,
+        noise=lambda: next(noise),
+        step=LEARNED,
+        threshold=STAGE_1_THRESHOLD,
+    )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -102,7 +122,8 @@ def test_diffusers_inpainting_shows_the_model_known_pixels_without_noise_and_our
         timesteps,
         SCHEDULE,
         noise=noise,
-        step=STAGE_1_STEP,
+        step=LEARNED,
+        threshold=STAGE_1_THRESHOLD,
         callback=lambda i, t, x_t, x_0: ours_seen.append(x_t),
     )
     assert len(seen) == len(ours_seen) == STEPS

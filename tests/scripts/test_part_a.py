@@ -12,7 +12,7 @@ from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
 from ddpm.schedule import leading_timesteps, log_snr_timesteps
 from ifmodel import load_unet
-from ifmodel.cascade import SCHEDULE, STAGE_1_STEP, STAGE_1_THRESHOLD, stage_1
+from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_prompts
 from shared.figures import save_grid, text_size, wrapped
 from shared.images import read_mask, read_picture
@@ -146,11 +146,11 @@ def test_guidance_in_an_interval(run_script, tmp_path, model):
 
 
 STEPS = {
-    "ddpm": STAGE_1_STEP,
-    "ddim": partial(ddim_step, threshold=STAGE_1_THRESHOLD),
-    "ddim with noise": partial(ddim_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
-    "dpm++": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD),
-    "dpm++ with noise": partial(dpm_solver_step, threshold=STAGE_1_THRESHOLD, eta=1.0),
+    "ddpm": LEARNED,
+    "ddim": ddim_step,
+    "ddim with noise": partial(ddim_step, eta=1.0),
+    "dpm++": dpm_solver_step,
+    "dpm++ with noise": partial(dpm_solver_step, eta=1.0),
 }
 
 
@@ -168,7 +168,8 @@ def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade)
         timesteps = leading_timesteps(1000, 3)
         if sampler == "dpm++":
             timesteps = [999, 500, 0] if noisy else log_snr_timesteps(SCHEDULE, 3)
-        x = iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, step=step)
+        loop = {"step": step, "threshold": STAGE_1_THRESHOLD}
+        x = iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, **loop)
         drawn[name] = (x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
         assert abs(cells["1_0"] - drawn[name]).max() <= 1, name
     for one, other in combinations(drawn, 2):

@@ -3,7 +3,6 @@
 import errno
 import json
 from argparse import Namespace
-from functools import partial
 
 import numpy
 import pytest
@@ -17,7 +16,7 @@ from ddpm.files import load_tensors
 from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
 from ifmodel import UNet, UNetConfig, load_unet
-from ifmodel.cascade import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
+from ifmodel.stage import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.tiny import export, training
 from ifmodel.tiny.captions import CaptionedImages, load_captioned
@@ -100,7 +99,7 @@ def test_it_draws_the_assignments_prompts():
     estimate = stage_1(load_unet("tiny-if/I"), torch.stack([embeds[one] for one in prompts]), embeds[""][None], 4.0)
     step, spaced = tiny_if.STEPS["sde-dpm++"]
     noise = noise_source(range(8), (3, 32, 32), torch.device("cpu"))
-    drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=partial(step, threshold=STAGE_1_THRESHOLD))
+    drawn = sample(estimate, spaced(1000, 20), SCHEDULE, noise=noise, step=step, threshold=STAGE_1_THRESHOLD)
     found = torch.cat([likest(part, data.pictures[:, style]) for style, part in enumerate(drawn.chunk(2))])
     assert (found == torch.tensor([one.name for one in asked])).sum() >= 7
 
