@@ -19,6 +19,7 @@ from ddpm.views import View
 from ifmodel.stage import (
     SAMPLERS,
     SCHEDULE,
+    SETTINGS,
     find_stage,
     find_variant,
     load_stage,
@@ -231,9 +232,10 @@ class Cascade:
                 "noise_level": noise_level,
             },
         }
+        theirs = SETTINGS | {number: files.settings for number, files in enumerate(self.stages, start=1)}
         settings = {
-            number: files.settings | {name: value for name, value in given[number].items() if value is not None}
-            for number, files in enumerate(self.stages, start=1)
+            number: own | {name: value for name, value in given[number].items() if value is not None}
+            for number, own in theirs.items()
         }
         timesteps = self._check_settings(settings, sampler, eta, guidance_interval)
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
@@ -246,8 +248,8 @@ class Cascade:
         self._embed(prompts)
 
         images: list[Tensor] = []
-        for number, own in settings.items():
-            files, size = self.stages[number - 1], self.sizes[number - 1]
+        for number, files in enumerate(self.stages, start=1):
+            own, size = settings[number], self.sizes[number - 1]
             self._load(number)
             self._check_sizes(largest, [number])  # again, beside the weights
             visited = [(number == 1 and batch.timesteps) or timesteps[number] for batch in batches]
@@ -266,7 +268,7 @@ class Cascade:
                         own["guidance_scale"],
                         guidance_interval,
                         negative_prompt,
-                        own.get("noise_level", 0),
+                        settings[2]["noise_level"],
                     )
                     if number == 2:
                         stage.low_res, noise = seen_by_stage_2(images[k], size, stage.noise_level, noise)
@@ -289,13 +291,13 @@ class Cascade:
         if interval[0] > interval[1]:
             told = f"{interval[1]} {interval[0]}, not {interval[0]} {interval[1]}"
             raise ValueError(f"the guidance interval begins at the smaller t: {told}")
-        noise_level = settings[2]["noise_level"] if 2 in settings else 0
+        noise_level = settings[2]["noise_level"]
         if not 0 <= noise_level < SCHEDULE.num_timesteps:
             raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
-        timesteps = {1: spaced_timesteps(sampler, eta, settings[1]["num_steps"])}
-        if 2 in settings:
-            timesteps[2] = leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"])
-        return timesteps
+        return {
+            1: spaced_timesteps(sampler, eta, settings[1]["num_steps"]),
+            2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
+        }
 
     def _check_sizes(self, batch_size: int, stages: Sequence[int] = (1, 2)):
         """Refuse a height or width that a stage cannot halve often enough, or that the memory cannot hold."""

@@ -195,10 +195,10 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
         assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
         assert "steps must be from 1 to 1000" in said("--model", one, "--upscaler", two, "--upscaler-steps", 1001)
         assert "steps must be from 1 to 1000" in said("--model", one, "--steps", 1001)
-        assert "--noise-level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
+        assert "the noise level must be from 0 to 999, not 1000" in said("--model", one, "--noise-level", 1000)
         assert "multiples of 4, not 18 × 16" in said("--model", one, "--size", 18, 16)
         line = said("--model", one, "--size", 100_000, 100_000)
-        assert "a picture of 100000 × 100000 needs about " in line and "GB are free" in line
+        assert "an image of 100000 × 100000 needs about " in line and "GB are free" in line
         assert r"the prompt 'caf\udce9' is not valid UTF-8" in said("--model", one, "--prompt", "caf\udce9")
         assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "has no config.json" in said("--model", tmp_path)
@@ -218,7 +218,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
     tensors = load_file(weights)
     tensors["conv_out.bias"][0] = torch.inf  # which thresholding would hide
     save_file(tensors, weights)
-    assert "stage 1, step 0 (t = 500): not finite any more" in said("--model", tmp_path / "infinite")
+    assert "stage 1, t = 500: not finite any more" in said("--model", tmp_path / "infinite")
     assert not out.exists()
 
 
@@ -229,7 +229,7 @@ def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, num
     options = ["--model", folder / "stage_1", "--upscaler", folder / "stage_2", "--prompt", PROMPT, "--steps", 1]
     options += ["--upscaler-steps", 1, "--dtype", "float32", "--out", out]
     line = refused("generate", *options, "--guidance" if number == 1 else "--upscaler-guidance", 1e300)
-    assert f"stage {number}, t = 0, with guidance: not finite any more; try" in line and "less --guidance" in line
+    assert f"stage {number}, t = 0: not finite any more; try" in line and "less guidance" in line
     assert not out.exists()
 
 
@@ -250,11 +250,11 @@ def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade
     change("unet/config.json", sample_size=24)
     assert "multiples of 4, not 30 × 24" in said("--size", 20, 16)
     change("unet/config.json", sample_size=2**20)
-    assert "a picture of 1048576 × 1048576 needs about" in said()
+    assert "an image of 1048576 × 1048576 needs about" in said()
     change("unet/config.json", sample_size=256)
     with monkeypatch.context() as patch:
         patch.setattr("ifmodel.weights.free_memory", lambda device: 10**9)
-        assert "a batch of 8 pictures of 256 × 256 needs about" in said("--num-images", 20)
+        assert "a batch of 8 images of 256 × 256 needs about" in said("--num-images", 20)
     change("unet/config.json", encoder_hid_dim=48)
     save_embeds(tmp_path / "e.safetensors", {prompt: torch.zeros(77, 24) for prompt in (PROMPT, "")})
     assert f"embeddings are 24 wide, of another text encoder: {two} takes" in said(

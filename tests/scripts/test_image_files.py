@@ -122,7 +122,7 @@ def test_labels_take_a_font_that_has_the_character(unseen):
 
 
 def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, tmp_path, monkeypatch):
-    monkeypatch.setattr("figures.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
+    monkeypatch.setattr("shared.figures.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
     prompts = ["a photo of 一只狗", "🚀 雪山村庄 " * 20]
     image = torch.zeros(3, 8, 8)
     with warnings.catch_warnings(record=True) as warned:

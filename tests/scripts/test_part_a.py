@@ -488,9 +488,7 @@ def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, 
     def never(*_, **__):
         raise AssertionError("T5 was asked")
 
-    from shared import stages
-
-    monkeypatch.setattr(stages, "embed_prompts", never)
+    monkeypatch.setattr("ifmodel.cascade.embed_prompts", never)
     out = ["--out", tmp_path / "new" / "out.png"]
     assert "no picture at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
     assert "no picture at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)
