@@ -40,7 +40,8 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
 
         # the mean of q(x_t' | x_t, x̂_0), DDPM eq. 7, with the ratio of ᾱ to t', since steps are skipped
         alpha, beta = a_bar / a_bar_prev, 1 - a_bar / a_bar_prev
-        mean = math.sqrt(a_bar_prev) * beta / (1 - a_bar) * x_0 + math.sqrt(alpha) * (1 - a_bar_prev) / (1 - a_bar) * x_t
+        mean = math.sqrt(a_bar_prev) * beta * x_0 + math.sqrt(alpha) * (1 - a_bar_prev) * x_t
+        mean = mean / (1 - a_bar)
 
         # the variance between β̃ and β, where the model says (Improved DDPM eq. 15)
         beta_tilde = max((1 - a_bar_prev) / (1 - a_bar) * beta, 1e-20)
@@ -69,7 +70,7 @@ def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps
             return unet(x_t if low_res is None else torch.cat([x_t, low_res], dim=1), t, text, *told)
 
         text, null = (unet.encode_text(embeds[p][None]) for p in (prompt, ""))
-        timesteps = [round(1000 // steps * k) for k in range(steps)][::-1]
+        timesteps = [1000 // steps * k for k in range(steps)][::-1]
         return sample(model, text, null, guidance_scale, timesteps, maximum, x_T, draw)
 
     small = stage("tiny-if/I", 32, steps, 4.0, 1.5)
@@ -78,4 +79,6 @@ def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit('usage: python scripts/minimal.py "a photo of a dog" dog.png')
+    main(*sys.argv[1:])
