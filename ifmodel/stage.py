@@ -194,7 +194,8 @@ class StageFiles:
 
     def step(self, sampler: str, eta: float) -> Step:
         """One of SAMPLERS for this model."""
-        return partial(SAMPLERS[sampler], **({"variance": self.variance} if sampler == "ddpm" else {"eta": eta}))
+        options = {"variance": self.variance} if sampler == "ddpm" else {"eta": eta} if eta else {}
+        return partial(SAMPLERS[sampler], **options)
 
 
 def spaced_timesteps(sampler: str, eta: float, num_steps: int) -> list[int]:

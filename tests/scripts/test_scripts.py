@@ -48,10 +48,10 @@ def picture(path):
 
 
 def test_the_documents_are_finished():
-    for name in ("README.md", "weights.md"):
+    for name in ("README.md", "weights.md", "scripts/README.md"):
         text = (ROOT / name).read_text()
         assert not re.findall(r"TODO|FIXME|XXX|[A-Z0-9]{4,}TEXT", text)
-        for figure in re.findall(r"\]\((\.github/figures/[^)]+)\)", text):
+        for figure in re.findall(r"\]\((?:\.\./)?(\.github/figures/[^)]+)\)", text):
             assert (ROOT / figure).is_file(), figure
     for path in (ROOT / ".github" / "figures").glob("*.png"):
         with Image.open(path) as image:
