@@ -79,6 +79,8 @@ def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.exit(print(__doc__))
     if len(sys.argv) != 3:
         sys.exit('usage: python scripts/minimal.py "a photo of a dog" dog.png')
     main(*sys.argv[1:])

@@ -10,7 +10,7 @@ from ddpm.process import add_noise
 from ddpm.sampling import noise_source
 from ifmodel.stage import SCHEDULE
 from shared.images import DRAWINGS, read_picture
-from shared.options import SEED, check_writable, seed_number
+from shared.options import SEED, check_not_overwritten, check_writable, seed_number
 
 TIMESTEPS = list(range(0, 1000, 125))
 
@@ -32,6 +32,10 @@ def add_noisy_options(options: ArgumentParser, out: str | None = None):
 def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], list[str]]:
     """--image [3, H, W] in [-1, 1] at each of --timesteps, the noise always that of --seed, and labels."""
     check_writable(args.out, ".png")
+    check_not_overwritten(args)
+    for t in args.timesteps:
+        if not 0 <= t < SCHEDULE.num_timesteps:
+            raise ValueError(f"--timesteps must be from 0 to {SCHEDULE.num_timesteps - 1}, not {t}")
     x_0 = read_picture(args.image, size)
     noisy = []
     for t in args.timesteps:

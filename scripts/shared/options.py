@@ -168,6 +168,15 @@ def run(main: Callable[[], None]):
     sys.exit(2)
 
 
+def check_not_overwritten(args: argparse.Namespace):
+    """Refuse an --out that is an --image, --mask or --keep of the same command. Raises ValueError."""
+    for option in ("image", "mask", "keep"):
+        given = getattr(args, option, None)
+        for path in given if isinstance(given, list) else [given] if given else []:
+            if Path(path).is_file() and args.out.exists() and Path(path).samefile(args.out):
+                raise ValueError(f"--out {args.out} would overwrite --{option}: name another file")
+
+
 def check_writable(path: Path, suffix: str | None = None):
     """Refuse an output file early: before the work, not after it. Raises ValueError."""
     if suffix is not None and path.suffix != suffix:

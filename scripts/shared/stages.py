@@ -12,6 +12,7 @@ from ifmodel.text import normalised
 from shared.options import (
     SEED,
     add_device_options,
+    check_not_overwritten,
     check_writable,
     number,
     pick_device,
@@ -98,6 +99,11 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
     """
     if single_stage and args.upscaler not in (None, "none"):
         raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
+    if args.upscaler == "":
+        raise ValueError("--upscaler is empty: name a stage-2 model, or none")
+    if args.eta and args.sampler == "ddpm":
+        raise ValueError("--eta is of ddim and dpm++: ddpm has the variance that its model learned")
+    check_not_overwritten(args)
     shipped = args.upscaler == "tiny-if" or (args.upscaler is None and args.model == MODEL)
     upscaler = UPSCALER if shipped else args.upscaler
     check_writable(args.out, ".png")

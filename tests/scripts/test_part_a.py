@@ -456,7 +456,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     (tmp_path / "text.png").write_text("not a picture")
     assert "cannot be read as a picture" in said("forward_process", "--image", tmp_path / "text.png")
     assert "no picture at" in said("forward_process", "--image", tmp_path / "nowhere.png")
-    assert "outside this schedule" in said("forward_process", "--timesteps", 1000)
+    assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
     assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)
     assert "a circle is 3 numbers" in said("inpaint", *model, "--image", photo, "--mask", "circle:1,2")
     assert "has no hole" in said("inpaint", *model, "--image", photo, "--mask", "rectangle:0,0,0,0")
@@ -497,6 +497,26 @@ def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, 
     assert "leave --steps" in refused("generate", *model, "--steps-grid", 2, *out)
     assert "4000000000" in refused("sample", *model, "--seed", 2**63, *out)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_would_be_taken_silently_is_refused(refused, tmp_path, model):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "own.png")
+    out, own = ["--out", tmp_path / "out.png"], tmp_path / "own.png"
+    assert "--eta is of ddim and dpm++" in refused("sample", *model, "--eta", 0.5, *out)
+    assert "--upscaler is empty" in refused("sample", *model, "--upscaler", "", *out)
+    for timestep in (-1, 1000):
+        assert f"from 0 to 999, not {timestep}" in refused("forward_process", "--timesteps", timestep, *out)
+        assert f"from 0 to 999, not {timestep}" in refused("one_step_denoise", *model, "--timesteps", timestep, *out)
+    before = own.read_bytes()
+    for script, options in (
+        ("sdedit", model),
+        ("inpaint", model),
+        ("one_step_denoise", model),
+        ("forward_process", []),
+    ):
+        assert "would overwrite --image" in refused(script, *options, "--image", own, "--out", own)
+    assert "would overwrite --keep" in refused("hybrid_image", *model, "--keep", own, "--prompt", "x", "--out", own)
+    assert own.read_bytes() == before
 
 
 def test_fewer_steps_than_the_default_starts(run_script, tmp_path, model, photo):
