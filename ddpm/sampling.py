@@ -136,8 +136,13 @@ def denoise_along(
         if callback is not None:
             callback(i, t, x_t, x_0)
         x_t = x_prev if correct is None else correct(x_prev, t_prev)
-        before = None if getattr(estimate, "alternates", False) else (t, x_0)  # of the same function of (x_t, t)
+        before = None if alternates(estimate) else (t, x_0)
     return x_t
+
+
+def alternates(estimate: Estimate) -> bool:
+    """Whether it is another function of (x_t, t) at each step, so that a multistep solver must not extrapolate."""
+    return getattr(estimate, "alternates", False)
 
 
 def iterative_denoise(
@@ -149,10 +154,15 @@ def iterative_denoise(
     timesteps: strictly falling
     noise, loop: `denoise_along`'s noise, step, threshold, correct and callback
     """
-    if any(t_prev >= t for t, t_prev in itertools.pairwise(timesteps)):
-        raise ValueError("timesteps must fall strictly, from the noisiest on")
+    check_falling(timesteps)
     path = itertools.pairwise([*timesteps, CLEAN])
     return denoise_along(path, estimate, x_t, schedule, noise=noise, **loop)
+
+
+def check_falling(timesteps: Sequence[int]):
+    """Raises ValueError unless they fall strictly: a path that rises would noise the image, without a word."""
+    if any(t_prev >= t for t, t_prev in itertools.pairwise(timesteps)):
+        raise ValueError("timesteps must fall strictly, from the noisiest on")
 
 
 def sample(estimate: Estimate, timesteps: Sequence[int], schedule: Schedule, *, noise: Noise, **loop) -> Tensor:
@@ -237,6 +247,7 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
         raise ValueError(f"jump_length and num_resamples must be at least 1, not {jump_length} and {num_resamples}")
     if not timesteps:
         raise ValueError("there are no timesteps to visit")
+    check_falling(timesteps)
     stops = [*timesteps, CLEAN]
     for first in range(0, len(timesteps), jump_length):
         last = min(first + jump_length, len(timesteps))
@@ -273,7 +284,7 @@ def anagram(estimates: Sequence[Estimate], views: Sequence[View], reduction: str
         eps, v = zip(*(seen(k, x_t, t) for k in asked), strict=True)
         return mean(eps), None if v[0] is None else mean(v)
 
-    estimate.alternates = reduction == "alternate"
+    estimate.alternates = reduction == "alternate" or any(map(alternates, estimates))
     return estimate
 
 
@@ -292,6 +303,7 @@ def hybrid(estimates: Sequence[Estimate], components: Sequence[Component]) -> Es
         parts = [component.of(part) for component, part in zip(components, eps, strict=True)]
         return torch.stack(parts).sum(0), None if v[0] is None else mean(v)
 
+    estimate.alternates = any(map(alternates, estimates))
     return estimate
 
 

@@ -139,6 +139,7 @@ class Job:
             yield Job(recipe, self.seeds[k : k + size], self.algorithm, self.timesteps, self.upscale, self.num_steps)
 
     def estimate(self, stage: Stage) -> Estimate:
+        """What the recipe makes of a stage at work on these images."""
         return self.recipe(stage) if callable(self.recipe) else stage.estimate(self.recipe)
 
 
@@ -224,19 +225,10 @@ class Cascade:
         An image depends on its own seed and prompt alone, up to the rounding of another batch size.
         Raises ValueError, before anything is computed, for what does not fit.
         """
-        given = {
-            1: {"num_steps": num_steps, "guidance_scale": guidance_scale},
-            2: {
-                "num_steps": upscaler_steps,
-                "guidance_scale": upscaler_guidance_scale,
-                "noise_level": noise_level,
-            },
-        }
-        theirs = SETTINGS | {number: files.settings for number, files in enumerate(self.stages, start=1)}
-        settings = {
-            number: own | {name: value for name, value in given[number].items() if value is not None}
-            for number, own in theirs.items()
-        }
+        settings = self._settings(
+            {"num_steps": num_steps, "guidance_scale": guidance_scale},
+            {"num_steps": upscaler_steps, "guidance_scale": upscaler_guidance_scale, "noise_level": noise_level},
+        )
         timesteps = self._check_settings(settings, sampler, eta, guidance_interval)
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
         self._check_known(prompts)
@@ -249,38 +241,37 @@ class Cascade:
 
         images: list[Tensor] = []
         for number, files in enumerate(self.stages, start=1):
-            own, size = settings[number], self.sizes[number - 1]
             self._load(number)
             self._check_sizes(largest, [number])  # again, beside the weights
+            told = settings[number]["guidance_scale"], guidance_interval, negative_prompt, settings[2]["noise_level"]
+            loop = {"step": files.step(sampler, eta), "threshold": files.threshold}
             visited = [(number == 1 and batch.timesteps) or timesteps[number] for batch in batches]
-            counts = [
-                (number == 1 and batch.num_steps) or len(steps) for batch, steps in zip(batches, visited, strict=True)
-            ]
+            steps = sum((number == 1 and job.num_steps) or len(t) for job, t in zip(batches, visited, strict=True))
             drawn = []
-            with progress_bar(sum(counts), f"stage {number}", progress) as callback:
+            with progress_bar(steps, f"stage {number}", progress) as callback:
                 for k, batch in enumerate(batches):
-                    noise = noise_source(batch.seeds, (3, *size), self.device)
-                    stage = Stage(
-                        number,
-                        self._unet,
-                        self._embedded,
-                        len(batch.seeds),
-                        own["guidance_scale"],
-                        guidance_interval,
-                        negative_prompt,
-                        settings[2]["noise_level"],
-                    )
-                    if number == 2:
-                        stage.low_res, noise = seen_by_stage_2(images[k], size, stage.noise_level, noise)
-                    algorithm = batch.algorithm if number == 1 else batch.upscale
-                    loop = {"step": files.step(sampler, eta), "threshold": files.threshold, "callback": callback}
-                    image = algorithm(
-                        estimate=batch.estimate(stage), timesteps=visited[k], schedule=SCHEDULE, noise=noise, **loop
-                    )
-                    check_finite(f"stage {number}, the image", image)
-                    drawn.append(image)
+                    stage = Stage(number, self._unet, self._embedded, len(batch.seeds), *told)
+                    small = images[k] if number == 2 else None
+                    drawn.append(self._draw(batch, stage, small, timesteps=visited[k], callback=callback, **loop))
             images = drawn
         return list(torch.cat(images).cpu().split([len(job.seeds) for job in jobs]))
+
+    def _draw(self, batch: Job, stage: Stage, small: Tensor | None, **loop) -> Tensor:
+        """A batch of images of one stage, in stage 2 beside the small ones; loop: what the algorithm takes besides."""
+        size = self.sizes[stage.number - 1]
+        noise = noise_source(batch.seeds, (3, *size), self.device)
+        if stage.number == 2:
+            stage.low_res, noise = seen_by_stage_2(small, size, stage.noise_level, noise)
+        algorithm = batch.algorithm if stage.number == 1 else batch.upscale
+        image = algorithm(estimate=batch.estimate(stage), schedule=SCHEDULE, noise=noise, **loop)
+        check_finite(f"stage {stage.number}, the image", image)
+        return image
+
+    def _settings(self, *given: dict[str, float | None]) -> dict[int, dict[str, float]]:
+        """Those of stage 1 and 2: what is given, else the model's own, else IF's."""
+        theirs = SETTINGS | {number: files.settings for number, files in enumerate(self.stages, start=1)}
+        chosen = [{name: value for name, value in own.items() if value is not None} for own in given]
+        return {number: theirs[number] | chosen[number - 1] for number in theirs}
 
     def _check_settings(self, settings: dict[int, dict], sampler: str, eta: float, interval) -> dict[int, list[int]]:
         """The timesteps of each stage. Raises ValueError for a setting that is out of its range."""
@@ -342,12 +333,13 @@ class Cascade:
     def _load(self, number: int):
         """Stage 1 or 2; the other one is freed first."""
         if self._loaded != number:
-            self._unet, files = None, self.stages[number - 1]
+            self._unet, self._loaded, files = None, None, self.stages[number - 1]
             variant = find_variant(files, self.dtype)
             self._unet, self._loaded = load_stage(files, variant, self.dtype, self.device, self.compiled), number
 
 
 def check_finite(where: str, *tensors: Tensor):
+    """Raises ValueError, saying where, when one of the tensors is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError(f"{where}: not finite any more; try float32 (--dtype), or less guidance")
 
@@ -357,3 +349,4 @@ def progress_bar(steps: int, description: str, shown: bool = True) -> Iterator[C
     """A progress bar for a sampler, whose callback it gives."""
     with tqdm(total=steps, desc=description, unit="step", disable=not shown) as bar:
         yield lambda *_: bar.update()
+        bar.total = bar.n  # an algorithm may take fewer steps than there are timesteps

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from ddpm.components import low_pass
+from ddpm.components import Component, low_pass
 from ddpm.mnist.training import step_seed
 from ddpm.process import dpm_solver_step
-from ddpm.sampling import anagram, noise_source, sample
+from ddpm.sampling import anagram, hybrid, inpaint, noise_source, sample
 from ddpm.schedule import cosine_schedule, linspace_timesteps
 from ddpm.views import identity, vertical_flip
 
@@ -72,5 +72,18 @@ def test_a_multistep_solver_does_not_extrapolate_across_alternating_views():
     sample(estimate, steps, schedule, noise=noise, step=step)
     assert histories == [None] * 9
     histories.clear()
+    sample(hybrid([estimate], [Component("all", lambda x: x)]), steps, schedule, noise=noise, step=step)
+    assert histories == [None] * 9  # nor where another estimate is made of it
+    histories.clear()
     sample(wants(target), steps, schedule, noise=noise, step=partial(step))
     assert histories[0] is None and all(history is not None for history in histories[1:])
+
+
+def test_rising_timesteps_are_refused_rather_than_noised():
+    x_orig, mask, noise = torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8), noise_source([0], (3, 8, 8))
+    estimate = lambda x_t, t: (x_t, None)  # noqa: E731
+    for timesteps in ([0, 30, 60], [60, 60, 0], [60, 30, 40]):
+        with pytest.raises(ValueError, match="must fall strictly"):
+            sample(estimate, timesteps, cosine_schedule(), noise=noise)
+        with pytest.raises(ValueError, match="must fall strictly"):
+            inpaint(estimate, x_orig, mask, timesteps, cosine_schedule(), noise=noise)
