@@ -26,7 +26,7 @@ def main():
     args = options.parse_args()
 
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, float16=True)
     check_writable(args.out, ".safetensors")
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:

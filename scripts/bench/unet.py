@@ -67,7 +67,7 @@ def main():
     add_device_options(options, ("float32", "bfloat16", "float16"))
     args = options.parse_args()
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, float16=True)
     check_writable(args.out, ".json")
     torch.manual_seed(SEED)
     work = Work(args, device, dtype)

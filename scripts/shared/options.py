@@ -35,12 +35,9 @@ def add_device_options(
     options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16"), default: str = "auto"
 ):
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    options.add_argument(
-        "--dtype",
-        default=default,
-        choices=["auto", *dtypes],
-        help=f"auto: bfloat16 where the hardware has it, else float32 (default: {default})",
-    )
+    otherwise = "else float16 on CUDA, and float32" if "float16" in dtypes else "else float32"
+    told = f"auto: bfloat16 where the hardware has it, {otherwise} (default: {default})"
+    options.add_argument("--dtype", default=default, choices=["auto", *dtypes], help=told)
 
 
 def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int]):
@@ -137,16 +134,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower."""
+def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.dtype:
+    """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower.
+
+    float16: what auto is on a GPU without bfloat16, such as a T4; training, which has no loss scaling, takes float32
+    """
     if name == "float16" and device.type == "cpu":
         raise ValueError("float16 is for GPUs: on the CPU, use --dtype float32, or bfloat16 where it is native")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; all that AMD's report is above it
+        return torch.bfloat16 if native else torch.float16 if float16 else torch.float32
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
 
 

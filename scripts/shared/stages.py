@@ -116,7 +116,7 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
         upscaler_revision=args.upscaler_revision,
         embeds=args.embeds,
         size=args.size,
-        dtype=pick_dtype(args.dtype, device),
+        dtype=pick_dtype(args.dtype, device, float16=True),
         device=device,
         compiled=args.compile,
     )

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from ddpm.components import low_high_pass
+from ddpm.process import ddpm_step
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
 from ifmodel.cascade import Stage
+from ifmodel.stage import SAMPLERS
 
 FEW = {"num_steps": 3, "upscaler_steps": 2}
 
@@ -86,6 +88,22 @@ def test_a_view_of_the_recipe_turns_what_stage_2_sees(tiny, drawn):
     alone = Cascade("tiny-if/I").draw(upside_down, seeds=[1], num_steps=20)
     assert (small(turned, 4) - alone).abs().mean() < 0.5 * (small(turned.flip(2), 4) - alone).abs().mean()
     assert not torch.allclose(turned, upright, atol=0.1)
+
+
+def test_in_float16_the_schedule_and_thresholding_stay_in_float32(monkeypatch):
+    """Only the UNet computes in it: everything between its steps is float32, as is the image."""
+    seen = set()
+
+    def watched_step(x_t, predicted, t, t_prev, schedule, noise):
+        seen.update({x_t.dtype, predicted.x_0.dtype, predicted.v.dtype, noise.dtype})
+        return ddpm_step(x_t, predicted, t, t_prev, schedule, noise, variance="learned_range")
+
+    monkeypatch.setitem(SAMPLERS, "watched", watched_step)
+    half, full = (Cascade("tiny-if/I", size=(16, 16), dtype=dtype) for dtype in (torch.float16, torch.float32))
+    image = half.draw("a photo of a dog", seeds=[1], sampler="watched", num_steps=3)
+    assert {parameter.dtype for parameter in half._unet.parameters()} == {torch.float16}
+    assert seen == {torch.float32} and image.dtype == torch.float32
+    assert (image - full.draw("a photo of a dog", seeds=[1], num_steps=3)).abs().mean() < 0.02
 
 
 def test_the_model_may_be_stage_1_alone():
