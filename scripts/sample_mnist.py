@@ -2,6 +2,7 @@
 
     python scripts/sample_mnist.py
     python scripts/sample_mnist.py --per-class 10 --guidance 2 --steps 50 --out out/fast.png
+    python scripts/sample_mnist.py --weights ddpm_time  # the shipped time-conditioned one (B4)
 
 Columns are the digits 0 to 9; row k starts from seed + k, the same noise for every digit. A sample depends on
 its own seed and label alone, so drawing more of them changes none.

@@ -1,5 +1,6 @@
-"""What README says of models, views and samplers of one's own, run as it is printed there."""
+"""README's Python and the notebook, run as they are printed."""
 
+import json
 import re
 
 import pytest
@@ -8,16 +9,22 @@ from diffusers import UNet2DConditionModel
 
 from ddpm.process import ddim_step
 from ddpm.schedule import linear_schedule
-from ddpm.views import check_view
+from ddpm.views import check_view, vertical_flip
 from ifmodel import Cascade
 from ifmodel.stage import SAMPLERS
 from tests.conftest import ROOT
 
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
 
 @pytest.fixture(scope="module")
 def printed():
-    section = (ROOT / "README.md").read_text().split("## Your own")[1].split("\n## ")[0]
-    blocks, names = re.findall(r"```python\n(.*?)```", section, re.DOTALL), {}
+    section = README.split("## Your own")[1].split("\n## ")[0]
+    blocks, names = python_blocks(section), {}
     assert len(blocks) == 3 and all(block.count("\n") <= 16 for block in blocks)
     registered = dict(SAMPLERS)
     for block in blocks:
@@ -25,6 +32,38 @@ def printed():
     yield names
     SAMPLERS.clear()
     SAMPLERS.update(registered)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Every drawing as it is printed, but in few steps."""
+    draw = Cascade.draw
+    few = {"num_steps": 6, "upscaler_steps": 2, "progress": False}
+    monkeypatch.setattr(Cascade, "draw", lambda self, *asked, **options: draw(self, *asked, **options | few))
+
+
+def test_the_first_python_draws_and_so_does_the_next(few_steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = python_blocks(README.split("## Your own")[0])
+    names: dict = {}
+    exec(first, names)
+    assert names["images"].shape == (4, 3, 128, 128) and (tmp_path / "dogs.png").is_file()
+    exec(second, names)
+    assert names["bulb_or_pear"].shape == names["edited"].shape == (1, 3, 128, 128)
+    assert names["digits"].shape == (4, 1, 28, 28)
+
+
+def test_the_notebook_makes_an_anagram(few_steps):
+    cells = json.loads((ROOT / "scripts" / "anagram.ipynb").read_text())["cells"]
+    install, *others = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    printed = re.search(r"^REPOSITORY.*?(?=^```)", README, re.MULTILINE | re.DOTALL)[0]
+    assert [line.strip() for line in install.splitlines()[-4:]] == printed.splitlines()
+    names: dict = {}
+    for source in [re.sub(r"(?m)^( *)[!%].*", r"\1raise AssertionError('it is installed')", install), *others]:
+        exec(source, names)
+    images = names["images"]
+    assert images.shape == (4, 3, 128, 128) and not torch.allclose(images[0], images[1])
+    assert torch.equal(names["both"][4:], vertical_flip().view(images))
 
 
 def test_an_anagram_with_any_unet_of_diffusers(printed):

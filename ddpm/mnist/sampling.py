@@ -31,6 +31,10 @@ def sample_digits(
         the noisy digits of the batch before it
     Each image depends on its own seed and label alone, up to the rounding of another batch size.
     Raises ValueError when num_steps is not from 1 to T.
+
+    Digits are in [0, 1] in training, too: after 300 linear steps ᾱ_T is still 0.048, so x_T keeps 22 % of the image. In
+    [-1, 1], where digits have the mean -0.74, x_T would have the mean -0.16, 4.5 standard errors from the N(0, I) that
+    sampling starts from; in [0, 1] it is 0.03, less than one.
     """
     device = next(model.parameters()).device
     timesteps = linspace_timesteps(schedule.num_timesteps, schedule.num_timesteps if num_steps is None else num_steps)
