@@ -3,12 +3,12 @@
     python scripts/iterative_denoise.py --image photo.jpg
 
 First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
-step and all steps make of the same noisy picture.
+step and all steps make of the same noisy picture. x_t and x̂_0 of every step lie beside them, OUT_steps_ROW_STEP.png.
 """
 
 from ddpm.process import add_noise
 from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
-from shared.figures import save_table
+from shared.figures import save_cells, save_table
 from shared.images import read_picture
 from shared.noisy import add_image_option
 from shared.options import parser, positive, run
@@ -28,7 +28,7 @@ def main():
     default = min(10, len(args.visited) // 3)
     timesteps = from_index(args.visited, default if args.i_start is None else args.i_start)
     x_0 = read_picture(args.image, cascade.sizes[0])
-    frames, once = Trajectory(args.every), {}
+    frames, once = Trajectory(), {}
 
     def three_ways(estimate, timesteps, schedule, *, noise, callback, **loop):
         x_t = add_noise(x_0.to(cascade.device), noise(), timesteps[0], schedule)
@@ -43,9 +43,13 @@ def main():
         return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, callback=report, **loop)
 
     result = cascade.draw(args.prompt, three_ways, seeds=[args.seed], timesteps=timesteps, **settings_of(args))
-    first = [frame[2][0] for frame in frames] + [result[0]]
+    labels, x_t, x_0_hat = zip(*((f"t = {t}", x_t[0], x_0[0]) for _, t, x_t, x_0 in frames), strict=True)
+    steps = args.out.with_stem(f"{args.out.stem}_steps")
+    rows = [[image / 2 + 0.5 for image in row] for row in (x_t, x_0_hat)]
+    save_cells(steps, rows, row_labels=["x_t", "x̂_0"], column_labels=labels, seed=args.seed)
+    first = [*x_t[:: args.every], result[0]]
     second = [image[0] for image in (x_0, *once.values(), result)]
-    labels = [f"t = {frame[1]}" for frame in frames] + ["result"]
+    labels = [*labels[:: args.every], "result"]
     names = ["original", f"noisy, t = {timesteps[0]}", "blur", "one step", "iterative"]
     save_table(args.out, [first], column_labels=labels, title="iterative denoising", seed=args.seed)
     compared = args.out.with_stem(f"{args.out.stem}_compared")

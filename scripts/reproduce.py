@@ -29,7 +29,7 @@ from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 from shared.experiments import EXPERIMENTS, Experiment, Made
 from shared.options import SEED, check_writable, parser, run, seed_number
-from shared.page import write_page
+from shared.page import LivePage
 from shared.stages import model_name
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +39,21 @@ FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "de
 def main():
     args = arguments()
     check_writable(args.out / "index.html")
-    chosen = choose(args.only)
+    chosen = sorted(choose(args.only), key=lambda one: len(one.takes))  # first those without a model: seconds each
     made = {experiment.key: before for experiment in EXPERIMENTS if (before := made_before(experiment, args.out))}
-    try:
-        for number, experiment in enumerate(chosen, start=1):
-            print(f"[{number}/{len(chosen)}] {experiment.key}: {experiment.title}", flush=True)
-            made[experiment.key] = make(experiment, args)
-            write_page(args.out, made)  # so that there is something to look at from the first one on
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on here", file=sys.stderr)
-        raise
+    with LivePage(args.out) as page:
+        try:
+            for number, experiment in enumerate(chosen):
+                made.pop(experiment.key, None)
+                page.show(made, chosen[number:])
+                told = "" if number else f"\nopen {args.out / 'index.html'}: it fills as they are made"
+                print(f"[{number + 1}/{len(chosen)}] {experiment.key}: {experiment.title}{told}", flush=True)
+                made[experiment.key] = make(experiment, args)
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on here", file=sys.stderr)
+            raise
+        finally:
+            page.show(made)
     failed = [experiment.key for experiment in chosen if made[experiment.key].failure]
     seconds = sum(made[experiment.key].seconds for experiment in chosen)
     print(

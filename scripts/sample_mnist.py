@@ -19,7 +19,7 @@ from ddpm.files import save_tensors
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from shared.figures import save_gif, save_grid
+from shared.figures import save_cells, save_gif, save_grid
 from shared.options import (
     SEED,
     add_device_options,
@@ -48,7 +48,7 @@ def arguments() -> Namespace:
         "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"
     )
     options.add_argument(
-        "--animate", action="store_true", help="also --out as a .gif: how they came to be, at most 100"
+        "--animate", action="store_true", help="also how they came to be, at most 100: --out as a .gif, and its frames"
     )
     options.add_argument("--save", type=Path, metavar="FILE.safetensors", help="images [N, 1, 28, 28], labels [N]")
     add_device_options(options, default="float32")  # so that every machine draws the same digits
@@ -76,11 +76,11 @@ def main():
     # without classes there is nothing to tell the rows apart but their noise
     seeds = [args.seed + (k % args.per_class if by_class else k) for k in range(len(labels))]
 
-    total, frames = len(labels) * steps, []
+    total, frames, every = len(labels) * steps, [], max(1, steps // 20)
 
     def report(done: int, x_t: Tensor):
         bar.update(done - bar.n)
-        if args.animate and (done // len(labels) - 1) % max(1, steps // 20) == 0:
+        if args.animate and (done // len(labels) - 1) % every == 0:
             frames.append(x_t.float().cpu().clamp(0, 1))
 
     with (
@@ -101,8 +101,10 @@ def main():
     if args.per_class > MOST_ROWS:
         title += f", the first {MOST_ROWS} of {args.per_class}"
     if args.animate:
-        times = [80] * len(frames) + [3000]
-        save_gif(args.out.with_suffix(".gif"), [tiled(x, args.per_class) for x in [*frames, images]], times)
+        shown = [tiled(x, args.per_class) for x in [*frames, images]]
+        save_gif(args.out.with_suffix(".gif"), shown, [80] * len(frames) + [3000])
+        names = [*(f"after {k * every} steps" for k in range(len(frames))), f"after {steps} steps"]
+        save_cells(args.out.with_stem(f"{args.out.stem}_steps"), [shown], column_labels=names, seed=args.seed)
     rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MOST_ROWS]
     names = [str(digit) for digit in range(10)] if by_class else []
     save_grid(args.out, rows, column_labels=names, title=title, seed=args.seed)

@@ -24,15 +24,32 @@ STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}
 
 
 @dataclass(frozen=True)
+class Play:
+    """Images of a table under a slider, see PLAY in page.py.
+
+    kind: "turn" or "away", of the first image of each of the rows, which the row below it is seen as at the slider's
+        end; or "scrub", through the columns of all these rows at once
+    table: the stem of the table's file
+    """
+
+    kind: str
+    table: str
+    rows: tuple[int, ...]
+    says: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One part of the page.
 
     keys: the assignment's numbers; says: a sentence or two; equation: in TeX, as far as matplotlib sets it
     functions: those that do it, whose source is shown
     script, options: what is run; out: its --out, a file or "" for the folder; fast: more options, with --fast
-    figures: files that it makes, and what they show; none for what takes too long for a page
+    figures: files that it makes, and what they show, .gif where there is no JavaScript for `plays`; none for what takes
+        too long for a page
     takes: which of reproduce.py's own options the script is given
     trained: figures of the training of the shipped weights, taken from .github/figures
+    plays: what answers to the hand
     """
 
     keys: tuple[str, ...]
@@ -47,6 +64,7 @@ class Experiment:
     takes: frozenset[str]
     fast: tuple[str, ...] = ()
     trained: tuple[tuple[str, str], ...] = ()
+    plays: tuple[Play, ...] = ()
 
     @property
     def key(self) -> str:
@@ -107,6 +125,7 @@ EXPERIMENTS = [
         "forward.png",
         (("forward.png", "One picture at eight timesteps."),),
         frozenset(),
+        plays=(Play("scrub", "forward", (0,), "Through t."),),
     ),
     Experiment(
         ("A2",),
@@ -132,6 +151,7 @@ EXPERIMENTS = [
         "one_step.png",
         (("one_step.png", "Noisy above, the estimate below."),),
         STAGE_1,
+        plays=(Play("scrub", "one_step", (0, 1), "Noisy, and the estimate."),),
     ),
     Experiment(
         ("A4",),
@@ -147,6 +167,7 @@ EXPERIMENTS = [
             ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy picture."),
         ),
         STAGE_1,
+        plays=(Play("scrub", "iterative_steps", (0, 1), "At each step: the noisy picture, and the estimate."),),
     ),
     Experiment(
         ("A5", "A6"),
@@ -243,6 +264,7 @@ EXPERIMENTS = [
         ),
         CASCADE,
         (*QUICK, "--num-images", "2"),
+        plays=(Play("turn", "anagrams", (0, 2, 4), "turned over"),),
     ),
     Experiment(
         ("A11",),
@@ -263,6 +285,7 @@ EXPERIMENTS = [
         ),
         CASCADE,
         (*QUICK, "--num-images", "2"),
+        plays=(Play("away", "hybrids", (0, 3, 6), "from afar"),),
     ),
     Experiment(
         ("B1", "B3"),
@@ -328,5 +351,6 @@ EXPERIMENTS = [
         frozenset({"device", "dtype"}),
         ("--steps", "25"),
         (("b5_epoch05.png", "After epoch 5 of the training."), ("loss_ddpm_class.png", "The loss of every step.")),
+        (Play("scrub", "digits_steps", (0,), "How they came to be."),),
     ),
 ]

@@ -157,15 +157,27 @@ def save_table(
     title: str = "",
     seed: int = SEED,
 ):
-    """Write pictures [3, H, W] in [-1, 1] as a labelled grid, and each beside it, PATH_ROW_COLUMN.png; say where."""
+    """Write pictures [3, H, W] in [-1, 1] as a labelled grid, and each beside it as `save_cells` does; say where."""
     rows = [[picture.detach().float().cpu() / 2 + 0.5 for picture in row] for row in rows]
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            save_image(path.with_stem(f"{path.stem}_{i}_{j}"), picture, seed)
-    zoom = max(1, 128 // rows[0][0].shape[-1])
-    labels = {"row_labels": row_labels, "column_labels": column_labels}
-    save_grid(path, rows, **labels, title=title, zoom=zoom, seed=seed)
+    labels = {"row_labels": row_labels, "column_labels": column_labels, "seed": seed}
+    save_cells(path, rows, **labels)
+    save_grid(path, rows, **labels, title=title, zoom=max(1, 128 // rows[0][0].shape[-1]))
     print(path)
+
+
+def save_cells(
+    path: Path,
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    seed: int,
+):
+    """Write images [3, H, W] in [0, 1], each as PATH_ROW_COLUMN.png, with its row's and its column's label in it."""
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            labels = [*row_labels[i : i + 1], *column_labels[j : j + 1]]
+            save_image(path.with_stem(f"{path.stem}_{i}_{j}"), image, seed, labels)
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], milliseconds: Sequence[int]):
@@ -205,13 +217,13 @@ def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
     write_atomically(path, buffer.getvalue())
 
 
-def save_image(path: Path, picture: Tensor, seed: int):
+def save_image(path: Path, picture: Tensor, seed: int, labels: Sequence[str] = ()):
     """Write one picture [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     metadata, buffer = PngInfo(), io.BytesIO()
-    for key, value in figure_metadata(seed).items():
+    for key, value in figure_metadata(seed, labels).items():
         metadata.add_itxt(key, value)
     Image.fromarray(to_bytes(picture)).save(buffer, format="png", pnginfo=metadata)
     write_atomically(path, buffer.getvalue())

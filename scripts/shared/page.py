@@ -1,21 +1,28 @@
-"""The page of scripts/reproduce.py: plain HTML and CSS in one file, with its figures beside it."""
+"""The page of scripts/reproduce.py: plain HTML, CSS and JavaScript in one file, with its figures beside it."""
 
 import html
 import inspect
 import io
 import itertools
+import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from matplotlib.font_manager import FontProperties
+from PIL import Image
 
 from ddpm.files import write_atomically
-from shared.experiments import EXPERIMENTS, Made
+from shared.experiments import EXPERIMENTS, Experiment, Made, Play
 
+BEAT = 2  # seconds
+SCRIPT = Path(__file__).with_suffix(".js").read_text()
 INK = "#010203"  # replaced by the colour of the text
 
 STYLE = """
@@ -37,17 +44,50 @@ figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .
 .figures figure { max-width: 100% }
 img { display: block; max-width: 100%; height: auto; background: white; border-radius: .3rem }
 .pixels { image-rendering: pixelated }
+.play div { display: flex; gap: .5rem } .play img { height: min(16rem, 60vw); width: auto } .play input { width: 14rem }
 pre { margin: .6rem 0; padding: .7rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto;
   font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace }
 summary { cursor: pointer } .failed { color: #c0392b }
 """
 
 
-def write_page(out: Path, made: Mapping[str, Made]):
+class LivePage:
+    """out/index.html while it is being made: a thread keeps out/alive.js changing, which an open page watches."""
+
+    def __init__(self, out: Path):
+        self.out, self.version, self.ended = out, "", threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "LivePage":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+    def show(self, made: Mapping[str, Made], making: Sequence[Experiment] = ()):
+        """Write the page of what is made; `making` are what is being made, and what is to come."""
+        self.version = str(time.time_ns())
+        write_page(self.out, made, making, self.version)
+
+    def _beat(self):
+        for count in itertools.count():
+            last = self.ended.wait(BEAT if count else 0)
+            write_atomically(self.out / "alive.js", f'alive("{self.version}", {count})'.encode())
+            if last:
+                return
+
+
+def write_page(out: Path, made: Mapping[str, Made], making: Sequence[Experiment] = (), version: str = ""):
     """Write out/index.html: a section for each experiment that is made, and a word on those that are not yet."""
-    done, waiting = ([e for e in EXPERIMENTS if (e.key in made) == there] for there in (True, False))
+    done = [e for e in EXPERIMENTS if e.key in made]
     entries = "".join(f'<a href="#{e.folder}">{e.key} {html.escape(e.title)}</a>' for e in done)
-    waiting = f'<p class="quiet">Not made yet: {", ".join(e.key for e in waiting)}.</p>' if waiting else ""
+    waiting = ", ".join(e.key for e in EXPERIMENTS if e.key not in made and e not in making[:1])
+    waiting = f"Not made yet: {waiting}." if waiting else ""
+    if making:
+        now = f"{making[0].key} {html.escape(making[0].title)}"
+        waiting = f"Being made now: {now}. {waiting} This page fills by itself."
     sections = "".join(section(made[e.key], out) for e in done)
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     page = f"""<!doctype html>
@@ -64,8 +104,10 @@ def write_page(out: Path, made: Mapping[str, Made]):
 equation, its figure, the command that made it, and the function that did it, as it is in the repository.</p>
 <p class="quiet">{versions}. Each figure has its command, seed and versions in its metadata too.</p>
 <nav>{entries}</nav>
-{waiting}
+<p class="quiet" id="making">{waiting}</p>
 {sections}
+<script>const VERSION = "{version if making else ""}"
+{SCRIPT}</script>
 </body>
 </html>
 """
@@ -78,10 +120,13 @@ def section(made: Made, out: Path) -> str:
     body = f'<p class="failed">This failed: {html.escape(made.failure)}.</p>' if made.failure else ""
     for name, says in (*experiment.figures, *experiment.trained):
         if (out / experiment.folder / name).is_file():
-            source, kind = f"{experiment.folder}/{name}", ' class="pixels"' if name.endswith(".gif") else ""
-            alt = html.escape(f"{experiment.key}: {says}")
-            image = f'<a href="{source}"><img{kind} src="{source}" alt="{alt}" loading="lazy"></a>'
-            body += f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
+            source, alt = f"{experiment.folder}/{name}", html.escape(f"{experiment.key}: {says}")
+            width, height = Image.open(out / source).size
+            size = f'width="{width}" height="{height}" loading="lazy"'  # so that nothing moves as it loads
+            image = f'<a href="{source}"><img src="{source}" {size} alt="{alt}"></a>'
+            figure = f"<figure>{image}<figcaption>{html.escape(says)}</figcaption></figure>\n"
+            body += f"<noscript>{figure}</noscript>" if name.endswith(".gif") else figure
+    body += "".join(played(one, out, experiment.folder) for one in experiment.plays)
     sources = "".join(source_of(function, out) for function in experiment.functions)
     return f"""<section id="{experiment.folder}">
 <h2>{experiment.key} · {html.escape(experiment.title)}</h2>
@@ -95,6 +140,42 @@ def section(made: Made, out: Path) -> str:
 """
 
 
+def played(play: Play, out: Path, folder: str) -> str:
+    """Images and the slider that they answer to; nothing where there are no such images."""
+    table = {}
+    for path in (out / folder).glob(f"{play.table}_*_*.png"):
+        row, column = path.stem.removeprefix(f"{play.table}_").split("_")
+        table[int(row), int(column)] = path.relative_to(out).as_posix()
+    if not all((row, 0) in table for row in play.rows):
+        return ""
+    if play.kind == "scrub":
+        columns = sorted(column for row, column in table if row == play.rows[0])
+        labels = [label_of(out / table[play.rows[0], column])[-1] for column in columns]
+        frames = [[table[row, column] for column in columns] for row in play.rows]
+        return slider(play, frames, labels, play.says, f'max="{len(columns) - 1}"')
+    prompts = {row: [label_of(out / table[r, 0])[1] for r in (row, row + 1)] for row in play.rows}
+    says = {row: f"{first}; {play.says}, {second}" for row, (first, second) in prompts.items()}
+    return "".join(slider(play, [[table[row, 0]]], [], says[row], 'max="1" step="any"') for row in play.rows)
+
+
+def label_of(image: Path) -> list[str]:
+    """The labels in the metadata of one image of a table, its row's before its column's, line by line."""
+    return Image.open(image).text["Description"].splitlines()
+
+
+def slider(play: Play, frames: Sequence[Sequence[str]], labels: Sequence[str], says: str, steps: str) -> str:
+    """A figure of as many images as there are lists of frames, and a slider for all of them."""
+    says, told = html.escape(says), html.escape(json.dumps(labels))
+    images = "".join(
+        f'<img class="pixels" src="{own[0]}" data-frames="{html.escape(json.dumps(own))}" alt="{says}">'
+        for own in frames
+    )
+    return f"""<figure class="play" data-play="{play.kind}" data-labels="{told}"><div>{images}</div>
+<input type="range" value="0" {steps} aria-label="{says}" hidden> <output></output>
+<figcaption>{says}</figcaption></figure>
+"""
+
+
 def circumstances(made: Made) -> str:
     """With which seed and model, and for how long, an experiment ran."""
     if not made.experiment.figures:
@@ -105,6 +186,7 @@ def circumstances(made: Made) -> str:
     return f"{model}Seed {given['--seed']}. Took {max(made.seconds, 1):.0f} s."
 
 
+@cache
 def typeset(tex: str) -> str:
     """An equation as SVG, in the colour of the text around it."""
     from matplotlib import rc_context

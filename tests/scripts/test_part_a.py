@@ -60,7 +60,7 @@ def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16)
     assert str(out) in printed
     assert read(out).std() > 10
     found = {path.stem.removeprefix(f"{name}_"): read(path) for path in out.parent.glob(f"{name}_*.png")}
-    assert sorted(cell for cell in found if "compared" not in cell) == sorted(cells)
+    assert sorted(cell for cell in found if cell[0].isdigit()) == sorted(cells)
     assert all(found[cell].shape == (size, size, 3) for cell in cells)
     return found
 
@@ -121,6 +121,9 @@ def test_a4_frames_and_the_comparison(run_script, tmp_path, model, photo):
     assert len([cell for cell in cells if cell.startswith("compared_")]) == 5
     assert (cells["compared_0_4"] == cells["0_3"]).all()
     assert (cells["compared_0_1"] == cells["0_0"]).all()
+    steps = sorted(cell for cell in cells if cell.startswith("steps_"))
+    assert steps == [f"steps_{row}_{step}" for row in range(2) for step in range(8)]
+    assert (cells["steps_0_3"] == cells["0_1"]).all() and (cells["steps_1_7"] == cells["0_3"]).all()
 
 
 def test_a5_a6_without_and_with_guidance(run_script, tmp_path, model):

@@ -34,7 +34,7 @@ class Page(HTMLParser):
             self.images.append(attributes["src"])
         elif tag == "a":
             self.links.append(attributes["href"])
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -79,7 +79,7 @@ def test_what_only_leaves_out_stays_on_the_page(run_script, tmp_path):
     run_script("reproduce", "--only", "A1", "--out", tmp_path)
     run_script("reproduce", "--only", "A2", "--out", tmp_path)
     page = Page(tmp_path / "index.html")
-    assert page.images == ["A1/forward.png", "A2/blurred.png"]
+    assert page.images == ["A1/forward.png", "A1/forward_0_0.png", "A2/blurred.png"]
     assert "Not made yet: A0, A3" in page.text
 
 
