@@ -219,7 +219,8 @@ class Cascade:
     ) -> list[Tensor]:
         """Images [len(seeds), 3, H, W] in [-1, 1] of every job, on the CPU: all of stage 1, then all of stage 2.
 
-        sampler, eta: one of SAMPLERS; how much fresh noise ddim and dpm++ add
+        sampler, eta: of stage 1, one of SAMPLERS; how much fresh noise ddim and dpm++ add. Stage 2 samples with ddpm,
+            the nearest to the original of them in few steps, see weights.md
         guidance_interval: the first and last t with guidance in stage 1
         num_steps, guidance_scale, upscaler_steps, upscaler_guidance_scale, noise_level: the model's own when None
         An image depends on its own seed and prompt alone, up to the rounding of another batch size.
@@ -244,7 +245,8 @@ class Cascade:
             self._load(number)
             self._check_sizes(largest, [number])  # again, beside the weights
             told = settings[number]["guidance_scale"], guidance_interval, negative_prompt, settings[2]["noise_level"]
-            loop = {"step": files.step(sampler, eta), "threshold": files.threshold}
+            step = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
+            loop = {"step": step, "threshold": files.threshold}
             visited = [(number == 1 and batch.timesteps) or timesteps[number] for batch in batches]
             steps = sum((number == 1 and job.num_steps) or len(t) for job, t in zip(batches, visited, strict=True))
             drawn = []

@@ -51,7 +51,7 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
 
 
 @torch.no_grad()
-def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps: int = 20, noise_level: int = 50):
+def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps: int = 6, noise_level: int = 50):
     embeds = embed_prompts("tiny-if/I", [prompt, ""])
 
     def stage(name, size, steps, guidance_scale, maximum, beside=None):

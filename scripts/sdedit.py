@@ -12,6 +12,8 @@ photo" unless said otherwise; with tiny-if our drawings come with prompts of the
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ddpm.sampling import sdedit
 from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
@@ -36,16 +38,19 @@ def main():
     cascade = open_cascade(args)
     args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(args.visited)] or [0]
     counts = {i_start: len(from_index(args.visited, i_start)) for i_start in args.i_start}
-    pictures = {image: read_picture(image, cascade.sizes[0]).to(cascade.device) for image in images}
+    small, originals = (
+        torch.cat([read_picture(image, size) for image, _ in lines]) for size in (cascade.sizes[0], cascade.sizes[-1])
+    )
 
-    def job(image: str, prompt: str, i_start: int) -> Job:
-        algorithm = partial(sdedit, x_0=pictures[image], i_start=i_start)
-        return Job(prompt, [args.seed], algorithm, args.visited, num_steps=counts[i_start])
+    def job(rows: slice, i_start: int) -> Job:
+        algorithm = partial(sdedit, x_0=small[rows].to(cascade.device), i_start=i_start)
+        prompts = [prompt for _, prompt in lines[rows]]
+        return Job(prompts, [args.seed] * len(prompts), algorithm, args.visited, num_steps=counts[i_start])
 
-    jobs = [job(*line, i_start) for line in lines for i_start in args.i_start]
-    drawn = iter(cascade.draw_all(jobs, **settings_of(args)))
-    originals = {image: read_picture(image, cascade.sizes[-1])[0] for image in images}
-    rows = [[*(next(drawn)[0] for _ in args.i_start), originals[image]] for image, _ in lines]
+    parts = [slice(first, first + args.batch_size) for first in range(0, len(lines), args.batch_size)]
+    drawn = cascade.draw_all([job(rows, i_start) for i_start in args.i_start for rows in parts], **settings_of(args))
+    columns = torch.cat(drawn).unflatten(0, (len(args.i_start), len(lines)))
+    rows = [[*row, original] for row, original in zip(columns.transpose(0, 1), originals, strict=True)]
     row_labels = [f"{Path(image).name}:\n{prompt}" if len(images) > 1 else prompt for image, prompt in lines]
     column_labels = [*(f"i_start = {i_start}" for i_start in args.i_start), "original"]
     save_table(args.out, rows, row_labels=row_labels, column_labels=column_labels, seed=args.seed)

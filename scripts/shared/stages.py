@@ -67,7 +67,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     default = "instead of --steps" if stride is None else f"default: {stride}"
     visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
     options.set_defaults(default_stride=stride)
-    options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm")
+    options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
     options.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
     told = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
     options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({told})")

@@ -90,6 +90,18 @@ def test_a_view_of_the_recipe_turns_what_stage_2_sees(tiny, drawn):
     assert not torch.allclose(turned, upright, atol=0.1)
 
 
+def test_the_sampler_is_that_of_stage_1(tiny, monkeypatch):
+    sides = []
+
+    def watched_step(x_t, *rest):
+        sides.append(x_t.shape[-1])
+        return ddpm_step(x_t, *rest)
+
+    monkeypatch.setitem(SAMPLERS, "watched", watched_step)
+    assert tiny.draw("a photo of a dog", seeds=[1], sampler="watched", **FEW).shape[-1] == 128
+    assert sides == [32, 32]  # the third step is to the clean image
+
+
 def test_in_float16_the_schedule_and_thresholding_stay_in_float32(monkeypatch):
     """Only the UNet computes in it: everything between its steps is float32, as is the image."""
     seen = set()
