@@ -3,11 +3,17 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # that weights may be stored in
+LARGEST_TEXT = 100_000_000  # bytes of a text or JSON file
 
 
 def write_atomically(path: str | Path, content: bytes):
@@ -43,16 +49,59 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            described = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it may be cut short, or of another kind"
-        ) from None
+    with reading(path, "whole safetensors file"), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = file.metadata() or {}
     what = f"{path} was not written by this project's training scripts: its metadata"
     return tensors, {key: parse_json(value, what) for key, value in described.items() if key != "format"}
+
+
+def check_tensors(misfit: str, expected: dict[str, Tensor], found: dict[str, Tensor]):
+    """Refuse tensors of other names, shapes or kinds of number, naming at most five of each. Raises ValueError.
+
+    misfit: the sentence that the names end, such as "these weights do not fit their config"
+    Any of FLOATS will do for another.
+    """
+    misfits: dict[str, list[str]] = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [],
+        "of another type": [],
+    }
+    for name in sorted(expected.keys() & found.keys()):
+        wanted, given = expected[name], found[name]
+        if wanted.shape != given.shape:
+            misfits["of another shape"].append(f"{name} {list(given.shape)} instead of {list(wanted.shape)}")
+        elif given.dtype != wanted.dtype and not {given.dtype, wanted.dtype} <= FLOATS:
+            misfits["of another type"].append(f"{name} {given.dtype} instead of {wanted.dtype}")
+    told = [
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+        for kind, names in misfits.items()
+        if names
+    ]
+    if told:
+        raise ValueError(f"{misfit}: {'; '.join(told)}")
+
+
+@contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Within it, all that a damaged file makes its reader raise, of a dozen kinds, becomes one sentence, a ValueError.
+
+    kind: what the file should be, such as "whole safetensors file"
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no {kind}, or is damaged: {first_line(error)}") from None
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a text or JSON file. Raises ValueError for one that is too large to be one of ours."""
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"{path} has {path.stat().st_size / 1e9:,.1f} GB, too much for text or JSON")
+    return path.read_bytes()
 
 
 def parse_json(text: str | bytes, what: str | Path):

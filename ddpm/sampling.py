@@ -22,6 +22,7 @@ Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v sid
 Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 Step = Callable[[Tensor, Prediction, int, int, Schedule, Tensor], Tensor]  # options are bound with functools.partial
 Noise = Callable[[], Tensor]  # a fresh z [B, C, H, W] at each call, see `noise_source`
+MOST_STEPS = 1_000_000  # of one image
 ALWAYS = (-math.inf, math.inf)  # the interval of t with guidance, unless it is limited
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), after each step
 
@@ -137,7 +138,14 @@ def denoise_along(
             callback(i, t, x_t, x_0)
         x_t = x_prev if correct is None else correct(x_prev, t_prev)
         before = None if alternates(estimate) else (t, x_0)
+    check_finite("the image", x_t)
     return x_t
+
+
+def check_finite(where: str, *tensors: Tensor):
+    """Raises ValueError, saying where, when one of the tensors is not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{where}: not finite any more; try float32 (--dtype), or less guidance")
 
 
 def alternates(estimate: Estimate) -> bool:
@@ -247,6 +255,8 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
         raise ValueError(f"jump_length and num_resamples must be at least 1, not {jump_length} and {num_resamples}")
     if not timesteps:
         raise ValueError("there are no timesteps to visit")
+    if len(timesteps) * num_resamples > MOST_STEPS:
+        raise ValueError(f"{num_resamples} times {len(timesteps)} steps are too many, at most {MOST_STEPS}")
     check_falling(timesteps)
     stops = [*timesteps, CLEAN]
     for first in range(0, len(timesteps), jump_length):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CLEAN = -1  # the timestep of the clean image
+MOST_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Schedule:
 
 def linear_schedule(num_timesteps: int = 300, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β grows linearly from beta_start to beta_end. MNIST uses T = 300. Source: DDPM §4, arXiv 2006.11239."""
-    _check_count(num_timesteps)
+    check_num_timesteps(num_timesteps)
     return Schedule.from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
 
@@ -55,7 +56,7 @@ def cosine_schedule(num_timesteps: int = 1000, offset: float = 0.008, max_beta: 
 
     Source: Improved DDPM eq. 17, arXiv 2102.09672.
     """
-    _check_count(num_timesteps)
+    check_num_timesteps(num_timesteps)
     t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return Schedule.from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
@@ -63,7 +64,7 @@ def cosine_schedule(num_timesteps: int = 1000, offset: float = 0.008, max_beta: 
 
 def strided_timesteps(num_timesteps: int = 1000, stride: int = 30) -> list[int]:
     """Every stride-th timestep, noisiest first, down to 0: (1000, 30) -> [990, 960, …, 30, 0] (Part A)."""
-    _check_count(num_timesteps)
+    check_num_timesteps(num_timesteps)
     if not 1 <= stride < num_timesteps:
         raise ValueError(f"stride must be from 1 to {num_timesteps - 1}, not {stride}")
     return list(range(0, num_timesteps, stride))[::-1]
@@ -134,12 +135,13 @@ def log_snr_timesteps(schedule: Schedule, num_steps: int) -> list[int]:
     return [min(t, schedule.num_timesteps - 1 - k) for k, t in enumerate(timesteps)]
 
 
-def _check_count(num_timesteps: int):
-    if num_timesteps < 1:
-        raise ValueError(f"a schedule needs at least 1 timestep, not {num_timesteps}")
+def check_num_timesteps(num_timesteps: int, least: int = 1):
+    """Raises ValueError for a T that no schedule has."""
+    if type(num_timesteps) is not int or not least <= num_timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"a schedule needs from {least} to {MOST_TIMESTEPS} timesteps, not {num_timesteps!r}")
 
 
 def _check_steps(num_steps: int, num_timesteps: int):
-    _check_count(num_timesteps)
+    check_num_timesteps(num_timesteps)
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"steps must be from 1 to {num_timesteps}, the timesteps of the schedule, not {num_steps}")

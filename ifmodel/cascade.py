@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.sampling import ALWAYS, Callback, Estimate, noise_source, sample
+from ddpm.memory import check_memory
+from ddpm.sampling import ALWAYS, Callback, Estimate, check_finite, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.views import View
 from ifmodel.stage import (
@@ -30,7 +31,6 @@ from ifmodel.stage import (
 )
 from ifmodel.text import embed_prompts, load_embeds, normalised
 from ifmodel.unet import UNet
-from ifmodel.weights import check_memory
 
 
 @dataclass
@@ -233,6 +233,8 @@ class Cascade:
         timesteps = self._check_settings(settings, sampler, eta, guidance_interval)
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
         self._check_known(prompts)
+        count, (h, w) = sum(len(job.seeds) for job in jobs), self.sizes[-1]
+        check_memory(2 * 3 * 4 * count * h * w, f"{count} images of {h} × {w}")
         batches = [batch for job in jobs for batch in job.batches(batch_size)]
         largest = max(len(batch.seeds) for batch in batches)
         self._check_sizes(largest)
@@ -265,9 +267,7 @@ class Cascade:
         if stage.number == 2:
             stage.low_res, noise = seen_by_stage_2(small, size, stage.noise_level, noise)
         algorithm = batch.algorithm if stage.number == 1 else batch.upscale
-        image = algorithm(estimate=batch.estimate(stage), schedule=SCHEDULE, noise=noise, **loop)
-        check_finite(f"stage {stage.number}, the image", image)
-        return image
+        return algorithm(estimate=batch.estimate(stage), schedule=SCHEDULE, noise=noise, **loop)
 
     def _settings(self, *given: dict[str, float | None]) -> dict[int, dict[str, float]]:
         """Those of stage 1 and 2: what is given, else the model's own, else IF's."""
@@ -338,12 +338,6 @@ class Cascade:
             self._unet, self._loaded, files = None, None, self.stages[number - 1]
             variant = find_variant(files, self.dtype)
             self._unet, self._loaded = load_stage(files, variant, self.dtype, self.device, self.compiled), number
-
-
-def check_finite(where: str, *tensors: Tensor):
-    """Raises ValueError, saying where, when one of the tensors is not finite."""
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError(f"{where}: not finite any more; try float32 (--dtype), or less guidance")
 
 
 @contextmanager

@@ -6,13 +6,13 @@ not known here, is refused by name, so that no model is built that is not the on
 `check_scheduler` refuses a scheduler_config.json whose pictures would be others than the sampler's.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import get_args
 
 RESNET_BLOCKS = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 ATTENTION_BLOCKS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
 ACTIVATIONS = ("gelu", "silu", "swish")
+MOST_LAYERS = 1000  # whose modules take their time even without memory
 TEXT_GROUPS = 32  # of the GroupNorm that each attention layer has for the text
 
 # What IF's models have in common: each field with the values that the UNet implements
@@ -64,8 +64,8 @@ IGNORED = (
 # What the values of the other fields must be, by their type in UNetConfig
 KINDS = {
     bool: (lambda value: type(value) is bool, "true or false"),
-    int: (lambda value: type(value) is int and value >= 1, "one whole number of at least 1"),
-    float: (lambda value: type(value) in (int, float) and 0 < value < math.inf, "one positive number"),
+    int: (lambda value: type(value) is int and 1 <= value <= 10**6, "one whole number from 1 to 1000000"),
+    float: (lambda value: type(value) in (int, float) and 0 < value < 10**6, "one positive number"),
 }
 
 # IF's way to sample: each field of scheduler_config.json that would change the picture, with the values that
@@ -240,6 +240,8 @@ class UNetConfig:
                     _check_kind("config.json", field.name, part, kind, "this UNet")
 
     def _check_divisibility(self):
+        if sum(self.layers_per_block) > MOST_LAYERS:
+            raise ValueError(f"config.json has {sum(self.layers_per_block)} layers, this UNet at most {MOST_LAYERS}")
         if self.encoder_hid_dim % self.addition_embed_type_num_heads:
             dim, heads = self.encoder_hid_dim, self.addition_embed_type_num_heads
             raise ValueError(f"config.json has an encoder_hid_dim of {dim}, which does not divide into {heads} heads")

@@ -233,7 +233,8 @@ def stage_settings(source: str, stage: int, revision: str | None = None) -> dict
     path, own = read_json(source, "", "sampling_config.json", revision)
     for name, value in (own or {}).items():
         known = SETTINGS[stage].get(name)
-        if known is None or isinstance(value, bool) or not isinstance(value, (int, type(known))):
+        number = isinstance(value, (int, type(known))) and not isinstance(value, bool) and abs(value) <= 1e6
+        if known is None or not number:
             raise ValueError(f"{path} has {name} = {value!r}: it may give numbers for {', '.join(SETTINGS[stage])}")
     return {**SETTINGS[stage], **(own or {})}
 

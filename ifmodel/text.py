@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddpm.files import first_line, write_atomically
-from ifmodel.weights import VARIANTS, check_memory, fetch, index_names, shards_of, weight_patterns
+from ddpm.files import first_line, read_small, reading, write_atomically
+from ddpm.memory import check_memory
+from ifmodel.config import MOST_LAYERS
+from ifmodel.weights import VARIANTS, fetch, index_names, shards_of, weight_patterns
 
 CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
 NUM_TOKENS = 77
@@ -41,19 +43,15 @@ class Tokenizer:
         if (folder / "spiece.model").is_file():
             from sentencepiece import SentencePieceProcessor
 
-            try:
+            with reading(folder / "spiece.model", "sentencepiece model"):
                 model = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-            except (RuntimeError, OSError) as error:
-                raise ValueError(f"{folder / 'spiece.model'} is not a sentencepiece model: {error}") from None
             self._encode, self._decode = model.encode, model.decode
             self.vocab_size = model.get_piece_size()
         elif (folder / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
 
-            try:
+            with reading(folder / "tokenizer.json", "tokenizer"):
                 model = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-            except Exception as error:  # the tokenizers package raises no other kind
-                raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer: {first_line(error)}") from None
             self._encode, self._decode = lambda text: model.encode(text, add_special_tokens=False), model.decode
             self.vocab_size = len(model)
         else:
@@ -94,7 +92,7 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no embeddings file at {path}")
-    try:
+    with reading(path, "file of prompt embeddings"):
         if path.suffix in (".pth", ".pt"):
             embeds = torch.load(path, weights_only=True, map_location="cpu")
         elif path.suffix == ".npz":  # which numpy does not unpickle unless told to
@@ -102,8 +100,6 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
                 embeds = {prompt: torch.from_numpy(array) for prompt, array in arrays.items()}
         else:
             embeds = load_file(path)
-    except Exception as error:  # of a dozen kinds, from safetensors, zip and torch
-        raise ValueError(f"{path} is no file of prompt embeddings, or is cut short: {first_line(error)}") from None
     if not isinstance(embeds, dict):
         raise ValueError(
             f"{path} is no file of prompt embeddings: it holds a {type(embeds).__name__}, not {EMBEDS_LAYOUT}"
@@ -146,7 +142,7 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompts at {path}")
-    content = path.read_bytes()
+    content = read_small(path)
     encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = content.decode(encoding)
@@ -205,8 +201,6 @@ def embed_prompts(
 @torch.no_grad()
 def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]:
     """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
-    from transformers import T5EncoderModel
-
     for variant in VARIANTS[dtype]:
         folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
         named = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
@@ -215,26 +209,45 @@ def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]
             break
     else:
         raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
-    stored = 2 if variant else 4
-    needed = sum(file.stat().st_size for file in files) * dtype.itemsize // stored
-    check_memory(needed, f"T5 in {str(dtype).removeprefix('torch.')}", device)
-    try:
-        for name in index_names("model", variant):
-            if (folder / name).is_file():
-                shards_of(folder / name)  # since transformers reads whatever it names
-        encoder, loading = T5EncoderModel.from_pretrained(
-            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # of a dozen kinds, from safetensors, json and transformers
-        raise ValueError(f"T5 in {folder} cannot be loaded: {first_line(error)}") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"T5 in {folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-    encoder = encoder.to(device).eval()
+    encoder = load_encoder(folder, tokenizer, dtype, device, variant)
     outputs = []
     for prompt in prompts:
         tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
         outputs.append(encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous())
     return outputs
+
+
+def load_encoder(
+    folder: Path,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+):
+    """The T5 encoder of a text_encoder/, transformers' own, in evaluation mode.
+
+    Raises ValueError when it is damaged, does not fit in memory, or knows fewer tokens than the tokenizer.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    with reading(folder, "T5 encoder"):
+        config = T5Config.from_pretrained(folder)
+        if not 1 <= config.num_layers <= MOST_LAYERS:
+            raise ValueError(f"config.json has {config.num_layers} layers")
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
+        for name in index_names("model", variant):
+            if (folder / name).is_file():
+                shards_of(folder / name)  # since transformers reads whatever it names
+    check_memory(size * dtype.itemsize, f"T5 in {str(dtype).removeprefix('torch.')}", device)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, T5 in {folder} only {config.vocab_size}")
+    with reading(folder, "T5 encoder"):
+        options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+        encoder, loading = T5EncoderModel.from_pretrained(folder, **options)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    return encoder.to(device).eval()
 
 
 def _cached(file: Path) -> Tensor | None:

@@ -1,19 +1,18 @@
 """From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
 
 import contextlib
-import gc
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ddpm.files import first_line, parse_json, write_atomically
+from ddpm.files import FLOATS, check_tensors, first_line, parse_json, read_small, reading, write_atomically
+from ddpm.memory import check_memory
 from ifmodel.config import UNetConfig
 from ifmodel.cpu import can_pack, pack_convolutions, plain_convolutions
 from ifmodel.unet import UNet
@@ -27,7 +26,6 @@ VARIANTS = {
 }
 SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny" / "weights" / stage for stage in ("I", "II")}
 CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
-MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
 
 
 def load_unet(
@@ -58,17 +56,18 @@ def load_unet(
     with torch.device("meta"):
         unet = UNet(config)
     held = list(unet.parameters())
-    if pack and stored_dtypes(files) == {dtype}:  # beside the file: a converted copy is given up for the packed one
+    stored = stored_dtypes(files)
+    if odd := stored - FLOATS:
+        raise ValueError(f"the weights in {folder} are {odd.pop()}, not floating-point numbers of 16 bits or more")
+    if pack and stored == {dtype}:  # beside the file: a converted copy is given up for the packed one
         held += [convolution.weight for _, _, convolution in plain_convolutions(unet)]
     needed = sum(parameter.numel() for parameter in held) * dtype.itemsize
     check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
-    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
-
     loaded: dict[str, Tensor] = {}
     for path in files:
         with _opened(path, device) as file:
             loaded |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-    _check_names(folder, expected, {name: tensor.shape for name, tensor in loaded.items()})
+    check_tensors(f"the weights in {folder} do not fit its config.json", unet.state_dict(), loaded)
     unet.load_state_dict(loaded, assign=True)
     if not on_cpu:
         unet.to(memory_format=torch.channels_last)
@@ -93,11 +92,8 @@ def stored_dtypes(files: Sequence[Path]) -> set[torch.dtype]:
 
 @contextlib.contextmanager
 def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+    with reading(path, "whole safetensors file"), safe_open(path, framework="pt", device=str(device)) as file:
+        yield file
 
 
 def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
@@ -115,32 +111,10 @@ def read_json(source: str | Path, subfolder: str, name: str, revision: str | Non
     path = fetch(source, subfolder, [name], revision) / name
     if not path.is_file():
         return path, None
-    config = parse_json(path.read_bytes(), path)
+    config = parse_json(read_small(path), path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the config of a model: it holds a {type(config).__name__}")
     return path, config
-
-
-def check_memory(needed: int, what: str, device: str | torch.device):
-    """Refuse what does not fit into a device's memory, saying what is needed and what there is. Raises ValueError."""
-    free = free_memory(torch.device(device))
-    if free is not None and needed > free:
-        raise ValueError(f"{what} needs about {needed / 1e9:,.1f} GB of memory, and {free / 1e9:.1f} GB are free")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device can still give; on macOS all that it has, and None where no one says."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()  # what the model before this one has left behind
-        return torch.cuda.mem_get_info(device)[0]
-    if MEMINFO.exists():
-        lines = MEMINFO.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
-        if pages in getattr(os, "sysconf_names", ()):
-            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -165,7 +139,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 def shards_of(index: Path) -> list[Path]:
     """The files that an index of weights names. Raises ValueError when it names none, or one that is not beside it."""
     try:
-        names = sorted({str(Path(name)) for name in parse_json(index.read_bytes(), index)["weight_map"].values()})
+        names = sorted({str(Path(name)) for name in parse_json(read_small(index), index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
     if outside := [name for name in names if Path(name).name != name]:
@@ -173,26 +147,6 @@ def shards_of(index: Path) -> list[Path]:
     if not names:
         raise ValueError(f"{index} names no files: download it again")
     return [index.with_name(name) for name in names]
-
-
-def _check_names(folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]):
-    """Refuse weights that are not exactly the config's, naming at most five tensors of each kind of misfit."""
-    misfits = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {list(found[name])} instead of {list(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ],
-    }
-    told = [
-        f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
-        for kind, names in misfits.items()
-        if names
-    ]
-    if told:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(told)}")
 
 
 def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision: str | None = None) -> Path:

@@ -14,6 +14,7 @@ from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import SIGMAS, noisy_digits
+from ddpm.sampling import check_finite
 from shared.figures import save_grid
 from shared.options import SEED, check_writable, parser, pick_device, run, seed_number
 
@@ -49,6 +50,7 @@ def main():
 
     with torch.no_grad():
         rows = [row for z in noisy.values() for row in (z, model(z))]
+    check_finite("the denoised digits", *rows)
     names = [label for name in names for label in (f"{name}, noisy", "denoised")]
     save_grid(
         args.out / "b3_denoised.png",

@@ -26,6 +26,7 @@ from ddpm.mnist import ClassUNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine
+from ddpm.mnist.unet import check_batch
 from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.views import identity, rotate_180
@@ -95,6 +96,7 @@ def main():
     args = options.parse_args()
     check_writable(args.out / "measures.json")
     digits = Digits(args)
+    check_batch(digits.model, 2 * args.samples)  # all at once, and guided
     real = load_mnist(args.data, "test") if {"inpaint", "sdedit"} & set(args.only) else None
     measures = {}
     for name in args.only:

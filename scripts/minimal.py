@@ -7,6 +7,7 @@ Equations: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), guidance (2207.1
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -83,4 +84,6 @@ if __name__ == "__main__":
         sys.exit(print(__doc__))
     if len(sys.argv) != 3:
         sys.exit('usage: python scripts/minimal.py "a photo of a dog" dog.png')
+    if not sys.argv[2].endswith(".png") or not Path(sys.argv[2]).parent.is_dir():
+        sys.exit(f"{sys.argv[2]} must be a .png in a folder that is there")
     main(*sys.argv[1:])

@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm.files import first_line, write_atomically
+from ddpm.files import first_line, reading, write_atomically
 from shared.options import check_writable, parser, positive, run
 
 SKIPPED = re.compile(
@@ -86,7 +86,7 @@ def find_renderer():
 
 def read_package(path: Path) -> tuple[str, dict]:
     """An icon package's name and its icons.json, from a .tgz or a folder. Raises ValueError for anything else."""
-    try:
+    with reading(path, "package of icons"):
         if path.is_dir():
             text = (path / "icons.json").read_bytes()
         else:
@@ -94,8 +94,6 @@ def read_package(path: Path) -> tuple[str, dict]:
                 text = archive.extractfile("package/icons.json").read()
         icons = json.loads(text)
         return icons["prefix"], {"aliases": {}, **icons, "icons": dict(icons["icons"])}
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is not a package of icons: {first_line(error)}") from None
 
 
 def things(artists: dict[str, dict], least: int):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.files import parse_json, write_atomically
+from ddpm.files import parse_json, read_small, write_atomically
 from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 from shared.experiments import EXPERIMENTS, Experiment, Made
@@ -118,20 +118,28 @@ def make(experiment: Experiment, args: Namespace) -> Made:
     if status or missing:
         failure = f"exit status {status}" if status else f"no {', '.join(missing)}"
         return Made(experiment, command, seconds, failure=failure)
-    write_atomically(note, json.dumps({"inputs": inputs, "seconds": seconds, "command": command}).encode())
+    described = {"inputs": inputs, "seconds": seconds, "command": command, "figures": digest_of(figures)}
+    write_atomically(note, json.dumps(described).encode())
     return Made(experiment, command, seconds, inputs)
 
 
 def made_before(experiment: Experiment, out: Path) -> Made | None:
-    """What an earlier run made of an experiment, if all its figures are there."""
+    """What an earlier run made of an experiment, if all its figures are there as it left them."""
     folder = out / experiment.folder
-    figures = [folder / figure for figure, _ in (*experiment.figures, *experiment.trained)]
+    figures = [folder / figure for figure, _ in experiment.figures]
     try:
-        note = parse_json((folder / "made.json").read_bytes(), "made.json")
+        note = parse_json(read_small(folder / "made.json"), "made.json")
         before = Made(experiment, note["command"], note["seconds"], note["inputs"])
+        if note["figures"] != digest_of(figures) or (type(before.command), type(before.seconds)) != (str, float):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return before if all(figure.is_file() for figure in figures) else None
+    return before if all((folder / figure).is_file() for figure, _ in experiment.trained) else None
+
+
+def digest_of(figures: Sequence[Path]) -> str:
+    """What tells figures from others that were put in their place."""
+    return hashlib.sha256(b"".join(hashlib.sha256(figure.read_bytes()).digest() for figure in figures)).hexdigest()
 
 
 def command_options(experiment: Experiment, args: Namespace, folder: Path) -> list[str]:

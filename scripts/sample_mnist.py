@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import save_tensors
+from ddpm.memory import check_memory
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.schedule import linear_schedule, linspace_timesteps
@@ -72,6 +73,7 @@ def main():
     by_class = isinstance(model, ClassUNet)
     if args.animate and args.per_class > 10:
         raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
+    check_memory(80 * 28**2 * args.per_class, f"ten times {args.per_class} digits")
     labels = [digit for digit in range(10) for _ in range(args.per_class)]
     # without classes there is nothing to tell the rows apart but their noise
     seeds = [args.seed + (k % args.per_class if by_class else k) for k in range(len(labels))]

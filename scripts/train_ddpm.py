@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.mnist.checkpoint import build
 from ddpm.mnist.training import DDPM, drop_classes, fit
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from shared.figures import save_grid, save_loss_curve
@@ -33,7 +34,8 @@ def main():
     if args.sample_steps is not None:
         linspace_timesteps(schedule.num_timesteps, args.sample_steps)  # refuses a wrong number now, not epochs later
     recipe, images, labels, dtype = start_training(args, DDPM)
-    model = (ClassUNet if by_class else TimeUNet)(args.width, schedule.num_timesteps)
+    kind = ClassUNet if by_class else TimeUNet
+    model = build(kind, width=args.width, num_timesteps=schedule.num_timesteps)
 
     def loss_of(model, x_0, labels, generator):
         conditioning = (drop_classes(labels, generator),) if by_class else ()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ddpm.mnist import UNet
+from ddpm.mnist.checkpoint import build
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import DENOISER, denoiser_loss, fit, noisy_digits
 from shared.figures import save_grid, save_loss_curve
@@ -27,7 +28,7 @@ def main():
     args = options.parse_args()
 
     recipe, images, labels, dtype = start_training(args, DENOISER)
-    model = UNet(args.width)
+    model = build(UNet, width=args.width)
     test_digits = load_mnist(args.data, "test", limit=10)[0].to(images.device) / 255
 
     def draw(epoch: int, losses: list[float]):

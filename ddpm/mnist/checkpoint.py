@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddpm.files import load_tensors, save_tensors
+from ddpm.files import check_tensors, first_line, load_tensors, save_tensors
+from ddpm.memory import check_memory
 from ddpm.mnist.judge import Judge
 from ddpm.mnist.unet import ClassUNet, TimeUNet, UNet
 
@@ -24,6 +25,14 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict):
     save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
 
 
+def build(kind: type[nn.Module], **config) -> nn.Module:
+    """An untrained MNIST model, if the memory holds it with its gradients and Adam's moments. Raises ValueError."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in kind(**config).parameters())
+    check_memory(4 * 4 * weights, f"training a {kind.__name__} of {config}")
+    return kind(**config)
+
+
 def load_model(
     path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -36,7 +45,7 @@ def load_model(
     path = SHIPPED.get(str(path), path)
     tensors, metadata = load_tensors(path)
     name = metadata.get("model")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(
             f"{path} holds no MNIST model (its metadata names {name!r}): expected one of {', '.join(MODELS)}"
         )
@@ -48,13 +57,15 @@ def load_model(
         for key, tensor in tensors.items()
         if not key.startswith(("optimizer.", "loss"))
     }
+    misfit = f"{path} does not fit the {name} that its metadata describes"
     try:
-        model = MODELS[name](**metadata["config"])
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not fit the {name} that its metadata describes: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        model = build(MODELS[name], **metadata["config"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{misfit}: {first_line(error)}") from None
+    check_tensors(misfit, model.state_dict(), tensors)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{path} has weights that are not finite: its training went wrong")
+    model.load_state_dict(tensors)
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -63,7 +74,7 @@ def load_start(path: str | Path, model: nn.Module) -> dict:
     loaded, metadata = load_model(path, type(model)), load_tensors(path)[1]
     if loaded.config != model.config:
         raise ValueError(f"{path} holds a model of {loaded.config}, not of {model.config}")
-    if not {"epochs", "seconds"} <= metadata.keys():
+    if not all(type(metadata.get(name)) in (int, float) and metadata[name] >= 0 for name in ("epochs", "seconds")):
         raise ValueError(f"{path} does not say how long it was trained")
     model.load_state_dict(loaded.state_dict())
     return metadata

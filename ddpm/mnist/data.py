@@ -1,10 +1,12 @@
 """MNIST, held in memory as two tensors."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from ddpm.files import first_line
+from ddpm.mnist.unet import NUM_CLASSES
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -18,17 +20,23 @@ def load_mnist(root: str | Path, split: str = "train", limit: int | None = None)
     from torchvision.datasets import MNIST  # here, since torchvision takes long to import
 
     raw = Path(root) / "MNIST" / "raw"
+    made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     complete = all((raw / name).is_file() for name in FILES)
     try:
         dataset = MNIST(root, train={"train": True, "test": False}[split], download=not complete)
         images, labels = dataset.data.unsqueeze(1), dataset.targets.long()
         if images.shape[1:] != (1, 28, 28) or len(images) != len(labels):
             raise ValueError(f"{len(images)} images of {tuple(images.shape[2:])}, {len(labels)} labels")
+        if labels.max() >= NUM_CLASSES:
+            raise ValueError(f"it has a label {labels.max()}")
     except Exception as error:  # torchvision raises what its parser stumbles over, of a dozen kinds
         reason = first_line(error)
         if complete:
             names = [name for name in FILES if name.startswith("t10k" if split == "test" else "train")]
             raise ValueError(f"MNIST in {raw} is damaged ({reason}): get {' and '.join(names)} again") from None
+        for folder in made:
+            with suppress(OSError):  # what has a file in it stays
+                folder.rmdir()
         raise FileNotFoundError(
             f"MNIST is not in {raw} and could not be downloaded ({reason}): put these four files there, "
             f"unpacked: {', '.join(FILES)}"

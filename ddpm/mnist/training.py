@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
+from ddpm.memory import check_memory
 from ddpm.mnist.checkpoint import load_start, load_state, save_state, save_weights
-from ddpm.mnist.unet import NUM_CLASSES
+from ddpm.mnist.unet import NUM_CLASSES, check_batch
 from ddpm.sampling import noise_source
 
 
@@ -125,6 +126,7 @@ class Run:
     ):
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.steps_per_epoch = math.ceil(digits / recipe.batch_size)
+        check_memory(8 * recipe.epochs * self.steps_per_epoch, f"a log of {recipe.epochs} epochs")
         self.losses = torch.zeros(recipe.epochs * self.steps_per_epoch, device=next(model.parameters()).device)
         self.described = {"recipe": asdict(recipe), "digits": digits, "dtype": str(dtype).removeprefix("torch.")}
         self.seconds_before, self.started = 0.0, time.monotonic()
@@ -195,6 +197,7 @@ def fit(
     """
     device = images.device
     model.to(device, memory_format=torch.channels_last)
+    check_batch(model, min(recipe.batch_size, len(images)), numbers=33)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
     run = Run(folder, model, optimizer, recipe, len(images), dtype)
     first_step = run.restore(resume, start)

@@ -12,6 +12,9 @@ the class. Conditioning enters at two places, after `g` and after `u1`.
 import torch
 from torch import Tensor, nn
 
+from ddpm.memory import check_memory
+from ddpm.schedule import check_num_timesteps
+
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
 
@@ -116,11 +119,18 @@ class UNet(nn.Module):
         return self.out(h)
 
 
+def check_batch(model: UNet, digits: int, numbers: int = 13):
+    """Refuse more digits at a time than fit in memory: 13 numbers a pixel and channel, 33 in training, measured."""
+    needed = 4 * numbers * model.config["width"] * IMAGE_SIZE**2 * digits
+    check_memory(needed, f"a batch of {digits} digits", next(model.parameters()).device)
+
+
 class TimeUNet(UNet):
     """Time-conditioned: x_t [B, 1, 28, 28] and t, an int, 0-d or [B], -> eps [B, 1, 28, 28] (B4)."""
 
     def __init__(self, width: int = 64, num_timesteps: int = 300):
         super().__init__(width)
+        check_num_timesteps(num_timesteps, least=2)
         self.config = {"width": width, "num_timesteps": num_timesteps}
         self.num_timesteps = num_timesteps
         self.t1 = FCBlock(1, 2 * width)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.memory import check_memory
 from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.mnist.data import load_mnist
@@ -53,6 +54,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out / "report.json")
+    check_memory(8 * 28**2 * args.samples, f"{args.samples} digits")
     ddpm, denoiser = load_model(args.weights, (ClassUNet, TimeUNet), device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))

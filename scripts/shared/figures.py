@@ -18,6 +18,7 @@ from shared.options import SEED
 
 DPI = 150
 FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula
+LONGEST_LABEL = 600  # characters, of any prompt; the PNG's metadata has all of it
 MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and pictures, of a row's label
 
 
@@ -80,7 +81,8 @@ def save_grid(
 
 
 def wrapped(text: str, width: int) -> str:
-    """A label in lines of at most `width` pixels, or of a single word; "x = 1" stays together."""
+    """A label in lines of at most `width` pixels, or of a single word; "x = 1" stays together. Its end may be cut."""
+    text = text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL]}…"
     lines: list[str] = []
     for line in text.replace(" = ", "\u00a0=\u00a0").splitlines():
         first, *words = line.split(" ")

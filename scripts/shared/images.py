@@ -10,7 +10,8 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 from torch import Tensor
 
-LARGEST = 500_000_000  # pixels; beyond, a small file may fill the memory
+from ddpm.files import reading
+from ddpm.memory import check_memory
 
 
 def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
@@ -30,16 +31,14 @@ def open_picture(path: str | Path, size: tuple[int, int]) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {path}; drawings of our own are {', '.join(DRAWINGS)}")
-    Image.MAX_IMAGE_PIXELS = None  # LARGEST is checked instead, in one line
-    try:
+    Image.MAX_IMAGE_PIXELS = None  # the memory is asked instead
+    with reading(path, "picture"):
         picture = Image.open(path)
-        if picture.size[0] * picture.size[1] > LARGEST:
-            raise ValueError(f"{picture.size[0]} × {picture.size[1]} pixels are too many, resize it")
         picture.draft("RGB", (4 * size[1], 4 * size[0]))  # a large JPEG is read at a fraction of its size
+        (w, h), copies = picture.size, 40 if picture.mode.startswith(("I", "F")) else 16  # bytes a pixel, of all copies
+        check_memory(copies * w * h, f"reading {w} × {h} pixels")
         picture.load()
         return ImageOps.exif_transpose(picture)
-    except Exception as error:  # PIL raises a dozen kinds, from struct's to its own
-        raise ValueError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
 
 
 def eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
@@ -130,6 +129,8 @@ def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
         top, left, bottom, right = fractions
         return (y >= top) & (y < bottom) & (x >= left) & (x < right)
     centre_y, centre_x, radius = fractions
+    if not radius > 0:
+        raise ValueError(f"a circle has a radius above 0, not {radius:g}")
     return ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddpm.memory import check_memory
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source
 from ifmodel.stage import SCHEDULE
@@ -36,6 +37,8 @@ def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor]
     for t in args.timesteps:
         if not 0 <= t < SCHEDULE.num_timesteps:
             raise ValueError(f"--timesteps must be from 0 to {SCHEDULE.num_timesteps - 1}, not {t}")
+    count, (h, w) = len(args.timesteps), size
+    check_memory(4 * 3 * 4 * count * h * w, f"{count} images of {h} × {w}")
     x_0 = read_picture(args.image, size)
     noisy = []
     for t in args.timesteps:

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -16,11 +18,19 @@ from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import Recipe
 
 SEED = 20040805
+LARGEST = 1_000_000  # of anything that is counted
+LONGEST_NAME = 200  # bytes of an output's name, of 255 that a file may have: it is written under a longer one first
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line; the usage is in --help."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # of which argparse makes an empty list
+                self.error(f"{argument} gives no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -88,10 +98,10 @@ def end_training(args: argparse.Namespace, complete: bool):
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    """An argparse type: a whole number from 1 to LARGEST."""
+    value = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to {LARGEST}")
     return value
 
 
@@ -153,13 +163,18 @@ def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.
 def run(main: Callable[[], None]):
     """Run a script: what the user can mend is told in one line, with exit status 2; so is a warning of ours."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as shared/__init__.py leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # γ, for a terminal that has only ASCII
     try:
         main()
         return
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: make fewer or smaller pictures at a time"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory: make fewer or smaller images at a time"
     except OSError as error:
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except ValueError as error:
@@ -183,6 +198,8 @@ def check_writable(path: Path, suffix: str | None = None):
         raise ValueError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ValueError(f"the name {path.name[:20]}… is too long: use at most {LONGEST_NAME} bytes")
     try:  # in the folder, or in the one where it would be made: what is refused later leaves no empty folders
         tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
     except OSError as error:

@@ -15,7 +15,8 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ifmodel import UNet, UNetConfig, load_unet, weights
+from ddpm import memory
+from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import published_config
 from ifmodel.cpu import PackedConv2d, can_pack, pack_convolutions
 from ifmodel.stage import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
@@ -351,7 +352,7 @@ def test_inputs_that_do_not_fit_are_refused():
         ({"block_out_channels": 32}, "block_out_channels = 32, not a list of widths"),
         ({"addition_embed_type_num_heads": 5}, "24, which does not divide into 5 heads"),
         ({"cross_attention_dim": 100}, "cross_attention_dim of 100, which does not divide into 32 groups"),
-        ({"norm_num_groups": None}, "norm_num_groups = None, this UNet implements one whole number of at least 1"),
+        ({"norm_num_groups": None}, "norm_num_groups = None, this UNet implements one whole number from 1 to 1000000"),
         ({"norm_num_groups": 0}, "norm_num_groups = 0"),
         ({"layers_per_block": 2.5}, "layers_per_block = 2.5, this UNet implements one whole number"),
         ({"layers_per_block": "abc"}, "layers_per_block = 'abc', this UNet implements one whole number"),
@@ -370,7 +371,10 @@ def test_inputs_that_do_not_fit_are_refused():
         ({"time_embedding_dim": "wide"}, "time_embedding_dim = 'wide'"),
         ({"down_block_types": 5}, "as many down_block_types as block_out_channels, 3"),
         ({"up_block_types": [[], [], []]}, "[] in up_block_types"),
-        ({"resnet_out_scale_factor": None}, "resnet_out_scale_factor = None, this UNet implements one positive number"),
+        (
+            {"resnet_out_scale_factor": None},
+            "resnet_out_scale_factor = None, this UNet implements one positive number",
+        ),
         ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor = nan"),
         ({"only_cross_attention": None}, "only_cross_attention = None, this UNet implements true or false"),
         ({"mid_block_only_cross_attention": 2}, "mid_block_only_cross_attention = 2"),
@@ -511,9 +515,9 @@ def test_weights_that_the_memory_cannot_hold_are_not_loaded(saved, monkeypatch, 
     convolutions = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d))
     twice = pack and can_pack() and dtype == torch.float32
     needed = (sum(parameter.numel() for parameter in unet.parameters()) + twice * convolutions) * dtype.itemsize
-    monkeypatch.setattr(weights, "free_memory", lambda device: needed)
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
     load_unet(saved, dtype, pack=pack)
-    monkeypatch.setattr(weights, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 1)
     monkeypatch.setattr(UNet, "load_state_dict", lambda *_, **__: pytest.fail("the weights were loaded"))
     with pytest.raises(ValueError, match=r"unet in .* needs about 0\.0 GB of memory, and 0\.0 GB are free"):
         load_unet(saved, dtype, pack=pack)
@@ -522,11 +526,11 @@ def test_weights_that_the_memory_cannot_hold_are_not_loaded(saved, monkeypatch, 
 def test_free_memory_is_known(monkeypatch):
     """From /proc/meminfo, and without it from the system's own figures, which are no less than that."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
-    monkeypatch.setattr(weights, "MEMINFO", Path("nowhere"))
-    assert 0 < weights.free_memory(torch.device("cpu")) <= physical
+    assert 0 < memory.free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(memory, "MEMINFO", Path("nowhere"))
+    assert 0 < memory.free_memory(torch.device("cpu")) <= physical
     monkeypatch.setattr(os, "sysconf_names", {"SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 85})  # as on macOS
-    assert weights.free_memory(torch.device("cpu")) == physical
+    assert memory.free_memory(torch.device("cpu")) == physical
 
 
 def test_weights_that_do_not_fit_are_named(saved, tmp_path):
@@ -551,7 +555,7 @@ def test_weights_that_do_not_fit_are_named(saved, tmp_path):
     with pytest.raises(ValueError, match=r"missing \(.*, …\); 1 unexpected \(extra\)"):
         load_unet(tmp_path)
     path.write_bytes((saved / "unet" / path.name).read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
         load_unet(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.fp16\.safetensors: it has diffusion"):
         load_unet(tmp_path, variant="fp16")

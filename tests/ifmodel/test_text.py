@@ -140,7 +140,7 @@ def test_a_prompt_that_is_no_unicode_is_refused(model_folder, tmp_path):
 
 def test_a_t5_that_the_memory_cannot_hold_is_not_loaded(model_folder, monkeypatch):
     size = (model_folder / "text_encoder" / "model.safetensors").stat().st_size
-    monkeypatch.setattr("ifmodel.weights.free_memory", lambda device: size // 2)
+    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: size // 2)
     embed_prompts(model_folder, ["a dog"], dtype=torch.bfloat16, cache=None)
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", lambda *_, **__: pytest.fail("T5 was loaded"))
     with pytest.raises(ValueError, match=r"T5 in float32 needs about 0\.0 GB of memory, and 0\.0 GB are free"):
@@ -213,7 +213,7 @@ def test_a_t5_that_is_damaged_is_refused_and_nothing_is_cached(model_folder, tmp
     weights, cache = tmp_path / "model" / "text_encoder" / "model.safetensors", tmp_path / "cache"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"T5 in .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"text_encoder is no T5 encoder"):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     tensors = load_file(model_folder / "text_encoder" / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if ".wi_0." not in name}, weights, {"format": "pt"})
@@ -222,7 +222,7 @@ def test_a_t5_that_is_damaged_is_refused_and_nothing_is_cached(model_folder, tmp
     weights.unlink()
     T5EncoderModel.from_pretrained(model_folder / "text_encoder").save_pretrained(weights.parent, max_shard_size="30KB")
     weights.with_name("model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"T5 in .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"text_encoder is no T5 encoder"):
         embed_prompts(tmp_path / "model", ["a dog"], cache=cache)
     for shard in weights.parent.glob("*.safetensors"):
         shard.unlink()
@@ -252,5 +252,5 @@ def test_a_folder_without_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither spiece\.model nor tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_text("not a model")
-    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+    with pytest.raises(ValueError, match="is no sentencepiece model"):
         Tokenizer(tmp_path)

@@ -253,7 +253,7 @@ def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade
     assert "an image of 1048576 × 1048576 needs about" in said()
     change("unet/config.json", sample_size=256)
     with monkeypatch.context() as patch:
-        patch.setattr("ifmodel.weights.free_memory", lambda device: 10**9)
+        patch.setattr("ddpm.memory.free_memory", lambda device: 10**9)
         assert "a batch of 8 images of 256 × 256 needs about" in said("--num-images", 20)
     change("unet/config.json", encoder_hid_dim=48)
     save_embeds(tmp_path / "e.safetensors", {prompt: torch.zeros(77, 24) for prompt in (PROMPT, "")})

@@ -26,5 +26,7 @@ def test_it_draws_the_image_of_generate(run_script, tmp_path):
 
 def test_it_is_short_and_says_how_it_is_called():
     assert len((ROOT / "scripts" / "minimal.py").read_text().splitlines()) <= 90
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "minimal.py"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "usage:" in done.stderr
+    for arguments, told in [([], "usage:"), (["a dog", "nowhere/dog.png"], "in a folder that is there")]:
+        command = [sys.executable, ROOT / "scripts" / "minimal.py", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and told in done.stderr

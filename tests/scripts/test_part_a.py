@@ -457,7 +457,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
         return line
 
     (tmp_path / "text.png").write_text("not a picture")
-    assert "cannot be read as a picture" in said("forward_process", "--image", tmp_path / "text.png")
+    assert "is no picture" in said("forward_process", "--image", tmp_path / "text.png")
     assert "no picture at" in said("forward_process", "--image", tmp_path / "nowhere.png")
     assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
     assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)

@@ -53,8 +53,8 @@ def test_things_drawn_by_enough_artists_become_one_folder(run_script, packages, 
 def test_bad_input_is_one_line(refused, packages, tmp_path):
     (tmp_path / "no.tgz").write_bytes(b"no archive")
     out = ("--out", tmp_path / "out")
-    assert "is not a package of icons" in refused("prepare_emoji", tmp_path / "no.tgz", *out)
-    assert "is not a package of icons" in refused("prepare_emoji", tmp_path / "nowhere", *out)
+    assert "is no package of icons" in refused("prepare_emoji", tmp_path / "no.tgz", *out)
+    assert "is no package of icons" in refused("prepare_emoji", tmp_path / "nowhere", *out)
     assert "--artists 6 is above the 3 packages" in refused("prepare_emoji", *packages, *out)
     assert "--size 4096 is above 1024" in refused("prepare_emoji", *packages, "--size", 4096, *out)
     assert not (tmp_path / "out").exists()

@@ -291,7 +291,7 @@ def test_impossible_steps(sample, steps):
     ("arguments", "said"),
     [
         (["--steps", "many"], "invalid int value: 'many'"),
-        (["--per-class", "0"], "'0' is not a whole number of at least 1"),
+        (["--per-class", "0"], "'0' is not a whole number from 1 to 1000000"),
         (["--guidance", "nan"], "'nan' is not a finite number"),
         (["--guidance", "high"], "'high' is not a finite number"),
         (["--device", "tpu"], "device 'tpu' is not on this machine: choose from auto"),
@@ -364,11 +364,11 @@ def test_weights_that_are_missing_damaged_or_of_another_model(sample, refused, w
     assert "no weights file at" in said(tmp_path / "nowhere.safetensors")
     path = tmp_path / "weights.safetensors"
     path.write_text("not safetensors at all")
-    assert "is not a whole safetensors file" in said(path)
+    assert "is no whole safetensors file" in said(path)
     whole = weights["ClassUNet"].read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert "is not a whole safetensors file" in said(path)
+        assert "is no whole safetensors file" in said(path)
     assert "holds a UNet, but a ClassUNet or TimeUNet is needed here" in said(weights["UNet"])
     assert "holds a Judge" in said(weights["Judge"])
     save_tensors(path, {"x": torch.zeros(1)}, {})

@@ -1,0 +1,141 @@
+"""How far DPM-Solver++ is from the converged image, here and in diffusers, with as many calls of the model.
+
+    python scripts/evaluate/solvers.py
+    python scripts/evaluate/solvers.py --eta 1 --steps 5 10 20 --num-images 8
+
+Stage 1 draws --num-images of each prompt along one path of noise, with 250 steps and with --steps of them; the number
+is the root mean square difference, in [-1, 1]. With --eta 1 the noise of a long step is made of that of the short ones
+within it, so that all go the same way. Ours is the spacing that is shipped; the others are diffusers' settings. Prints
+a table and writes it to --out as JSON. Needs `pip install -e ".[test]"`.
+"""
+
+import itertools
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from ddpm.files import write_atomically
+from ddpm.process import dpm_solver_step
+from ddpm.sampling import Estimate, iterative_denoise, noise_source
+from ifmodel import load_unet
+from ifmodel.stage import SCHEDULE, spaced_timesteps, stage_1, stage_threshold
+from ifmodel.text import embed_prompts
+from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.stages import MODEL, model_name
+
+PROMPTS = ["a photo of a dog", "a rocket ship"]
+CONVERGED = 250  # steps
+DIFFUSERS = {  # the settings that diffusers documents for this solver
+    "linspace": {"timestep_spacing": "linspace"},
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "lu lambdas": {"use_lu_lambdas": True},
+    "karras": {"use_karras_sigmas": True},
+}
+LOG_SNR = 0.5 * torch.logit(SCHEDULE.alphas_cumprod)  # λ_t of the papers
+
+
+class NoisePath:
+    """One path of noise: x_T, and what is added from each timestep to the next, [N, 3, H, W] each."""
+
+    def __init__(self, seeds: list[int], size: int):
+        noise = noise_source(seeds, (3, size, size))
+        self.x_T, self.noise = noise(), [noise() for _ in range(SCHEDULE.num_timesteps)]
+
+    def between(self, t: int, t_prev: int) -> Tensor:
+        """The noise of a step of SDE-DPM-Solver++ from t to t_prev, of variance 1."""
+        parts = [math.exp(LOG_SNR[k] - LOG_SNR[t_prev]) * unit(k + 1, k) * self.noise[k] for k in range(t_prev, t)]
+        return sum(parts) / unit(t, t_prev)
+
+    def start(self, t: int, eta: float) -> Tensor:
+        """x_t where all is noise still."""
+        last = SCHEDULE.num_timesteps - 1
+        if not eta or t == last:
+            return self.x_T
+        return math.exp(LOG_SNR[last] - LOG_SNR[t]) * self.x_T + unit(last, t) * self.between(last, t)
+
+
+def unit(t: int, t_prev: int) -> float:
+    """The standard deviation of the noise of a step, as a share of that at t_prev."""
+    return math.sqrt(-math.expm1(2 * (LOG_SNR[t] - LOG_SNR[t_prev])))
+
+
+def ours(estimate: Estimate, path: NoisePath, timesteps: list[int], threshold, eta: float) -> Tensor:
+    steps = itertools.pairwise(timesteps)  # the step to the clean image asks for no noise
+
+    def noise() -> Tensor:
+        return path.between(*next(steps)) if eta else path.x_T
+
+    loop = {"noise": noise, "step": partial(dpm_solver_step, eta=eta), "threshold": threshold}
+    return iterative_denoise(estimate, path.start(timesteps[0], eta), timesteps, SCHEDULE, **loop)
+
+
+@torch.no_grad()
+def theirs(estimate: Estimate, path: NoisePath, num_steps: int, setting: dict, threshold, eta: float) -> Tensor:
+    from diffusers import DPMSolverMultistepScheduler
+
+    told = threshold.keywords
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        thresholding=True,
+        dynamic_thresholding_ratio=told.get("percentile", 0.95),
+        sample_max_value=told["maximum"],
+        lambda_min_clipped=-5.1,  # as diffusers asks for with this schedule
+        algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        **setting,
+    )
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(0)
+    # the timestep of each σ of theirs, √((1-ᾱ) / ᾱ); the last is 0
+    visited = [int((LOG_SNR + math.log(sigma)).abs().argmin()) for sigma in scheduler.sigmas[:-1].tolist()]
+    x_t = path.start(visited[0], eta)
+    for k, t in enumerate(scheduler.timesteps):
+        last = k + 1 == len(visited) or visited[k] == visited[k + 1]
+        noise = torch.zeros_like(x_t) if last else path.between(visited[k], visited[k + 1])
+        eps = estimate(x_t, min(int(t), SCHEDULE.num_timesteps - 1))[0]
+        x_t = scheduler.step(eps, t, x_t, variance_noise=noise).prev_sample
+    return x_t
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER_OR_HUB_ID", help="a stage 1")
+    options.add_argument("--prompt", action="append", metavar="TEXT", help=f"default: {', '.join(PROMPTS)}")
+    options.add_argument("--num-images", type=positive, default=2, help="of each prompt (default: 2)")
+    options.add_argument("--steps", type=positive, nargs="+", default=[4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 50])
+    options.add_argument("--eta", type=number, nargs="+", default=[0.0, 1.0], help="default: 0 1")
+    options.add_argument("--guidance", type=number, default=4.0, help="γ (default: 4)")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path("out/solvers.json"), help="default: out/solvers.json")
+    args = options.parse_args()
+    check_writable(args.out, ".json")
+    unet, prompts = load_unet(args.model, pack=True), (args.prompt or PROMPTS) * args.num_images
+    embeds = embed_prompts(args.model, [*prompts, ""])
+    estimate = stage_1(unet, torch.stack([embeds[prompt] for prompt in prompts]), embeds[""][None], args.guidance)
+    seeds = [args.seed + k // len(args.prompt or PROMPTS) for k in range(len(prompts))]
+    path, threshold = NoisePath(seeds, unit_size := unet.config.sample_size), stage_threshold(args.model, 1)
+    report = {}
+    for eta in args.eta:
+        converged = ours(estimate, path, spaced_timesteps("dpm++", eta, CONVERGED), threshold, eta)
+        print(f"eta = {eta:g}, {len(prompts)} images of {unit_size} × {unit_size}: steps {args.steps}")
+        ways = {"ours": lambda n, eta=eta: ours(estimate, path, spaced_timesteps("dpm++", eta, n), threshold, eta)}
+        for name, setting in DIFFUSERS.items():
+            ways[name] = lambda n, eta=eta, setting=setting: theirs(estimate, path, n, setting, threshold, eta)
+        for name, draw in ways.items():
+            images = [draw(n) for n in tqdm(args.steps, desc=name, leave=False)]
+            distances = [(image - converged).square().mean().sqrt().item() for image in images]
+            report[f"{name}, eta = {eta:g}"] = dict(zip(args.steps, distances, strict=True))
+            print(f"{name:12}" + "".join(f"{distance:8.3f}" for distance in distances), flush=True)
+    write_atomically(args.out, json.dumps(report, indent=1).encode())
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run(main)
