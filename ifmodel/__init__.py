@@ -9,12 +9,13 @@
 
 Read in this order: `config` (which shapes a model has), `unet` (its layers, and how they are put together), `stage`
 (what each stage gives the algorithms), `cascade` (both stages). `weights` and `text` bring the UNets and the prompts
-there, `cpu` makes them faster on CPUs, and `tiny` is how the small model was made.
+there, `lora` changes them, `cpu` makes them faster on CPUs, and `tiny` is how the small model was made.
 """
 
 from ifmodel.cascade import Cascade
 from ifmodel.config import UNetConfig
+from ifmodel.lora import load_lora
 from ifmodel.unet import Text, UNet
 from ifmodel.weights import load_unet
 
-__all__ = ["Cascade", "Text", "UNet", "UNetConfig", "load_unet"]
+__all__ = ["Cascade", "Text", "UNet", "UNetConfig", "load_lora", "load_unet"]

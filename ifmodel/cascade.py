@@ -6,7 +6,7 @@ It draws along two axes: which estimate, a recipe that builds one from a stage, 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ddpm.memory import check_memory
 from ddpm.sampling import ALWAYS, Callback, Estimate, check_finite, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.views import View
+from ifmodel.lora import merge_lora, place_lora, read_lora
 from ifmodel.stage import (
     SAMPLERS,
     SCHEDULE,
@@ -162,6 +163,8 @@ class Cascade:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compiled: bool = False,
+        lora: str | Path | Sequence[str | Path] = (),
+        lora_scale: float | Sequence[float] = 1.0,
     ):
         """model: a stage-1 folder or Hub id, or "tiny-if", both stages of the small model that comes with the package.
 
@@ -170,6 +173,9 @@ class Cascade:
         embeds: a file of prompts with their embeddings, which spares T5, see `load_embeds`
         size: height and width of stage 1's images, the model's own when None
         compiled: torch.compile the UNets
+        lora, lora_scale: files, folders or Hub ids of LoRAs, see `load_lora`, and how strong all, or each, are. Each is
+            merged into the stage that it fits, and into T5 if it has something for it. LoRAs are trained on eps alone,
+            which leaves the learned variance astray, so ddpm draws that stage with the fixed β̃ (fixed_small)
         Raises FileNotFoundError or ValueError, in one line, for what cannot work together; the weights are not
         looked for until they are needed.
         """
@@ -181,6 +187,7 @@ class Cascade:
         self.stages = [find_stage(str(model), 1, revision)]
         if upscaler is not None:
             self.stages.append(find_stage(str(upscaler), 2, upscaler_revision))
+        self.loras = self._place_loras([lora] if isinstance(lora, str | Path) else lora, lora_scale)
         small = self.stages[0].config.sample_size
         size = tuple(size or (small, small))
         self.sizes = [tuple(round(side * stage.config.sample_size / small) for side in size) for stage in self.stages]
@@ -303,6 +310,21 @@ class Cascade:
             images = "an image" if batch_size == 1 else f"a batch of {batch_size} images"
             check_memory(needed, f"{images} of {h} × {w}", self.device)
 
+    def _place_loras(self, sources: Sequence[str | Path], scales: float | Sequence[float]) -> list[tuple]:
+        """Each LoRA, its scale and the number of its stage, whose variance is a fixed one from now on."""
+        scales = [scales] * len(sources) if isinstance(scales, int | float) else list(scales)
+        if len(scales) != len(sources):
+            raise ValueError(f"give one LoRA scale, or one for each of the {len(sources)} LoRAs, not {len(scales)}")
+        placed = []
+        for source, scale in zip(sources, scales, strict=True):
+            lora = read_lora(source)
+            number = place_lora(lora, [files.config for files in self.stages])
+            if lora.text_encoder and self._embeds_file:
+                raise ValueError(f"{source} changes T5, and {self._embeds_file} is of T5 without it: leave that out")
+            self.stages[number - 1] = replace(self.stages[number - 1], variance="beta_tilde")
+            placed.append((lora, scale, number))
+        return placed
+
     def _check_embeds(self):
         """Refuse embeddings that one of the stages cannot take."""
         for files in self.stages:
@@ -325,6 +347,7 @@ class Cascade:
             if self.device.type != "cpu":
                 self._unet, self._loaded = None, None
             t5 = {"dtype": self.dtype, "device": self.device, "revision": self.stages[0].revision}
+            t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras if lora.text_encoder]
             found = embed_prompts(self.stages[0].source, unknown, **t5)
             self.embeds |= {normalised(prompt): tensor for prompt, tensor in found.items()}
             self._check_embeds()
@@ -337,7 +360,11 @@ class Cascade:
         if self._loaded != number:
             self._unet, self._loaded, files = None, None, self.stages[number - 1]
             variant = find_variant(files, self.dtype)
-            self._unet, self._loaded = load_stage(files, variant, self.dtype, self.device, self.compiled), number
+            unet = load_stage(files, variant, self.dtype, self.device, self.compiled)
+            for lora, scale, fitting in self.loras:
+                if fitting == number:
+                    merge_lora(unet, lora, scale)
+            self._unet, self._loaded = unet, number
 
 
 @contextmanager

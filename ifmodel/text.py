@@ -21,6 +21,7 @@ from torch import Tensor
 from ddpm.files import first_line, read_small, reading, write_atomically
 from ddpm.memory import check_memory
 from ifmodel.config import MOST_LAYERS
+from ifmodel.lora import LoRA, merge_lora
 from ifmodel.weights import VARIANTS, fetch, index_names, shards_of, weight_patterns
 
 CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
@@ -167,13 +168,15 @@ def embed_prompts(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     cache: Path | None = CACHE,
+    loras: Sequence[tuple[LoRA, float]] = (),
 ) -> dict[str, Tensor]:
     """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is had and loaded only for those not in the cache.
 
     source: a folder or Hub id that holds tokenizer/ and text_encoder/
     dtype: float32 reads the full-precision files where there are some; bfloat16 and float16 their own. In
         float16, T5's `wo` layers stay in float32 because they overflow
-    cache: the folder that keeps embeddings, by model revision, dtype and prompt; None keeps nothing
+    cache: the folder that keeps embeddings, by model revision, dtype, LoRAs and prompt; None keeps nothing
+    loras: those that change T5, each with its scale
     T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
     damaged file in the cache, whose prompt is embedded again.
     Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
@@ -183,12 +186,12 @@ def embed_prompts(
         if lost := tokenizer.lost(prompt):
             warnings.warn(f"prompt cut at {NUM_TOKENS} tokens, lost: {lost!r}", stacklevel=2)
     model = fetch(source, "text_encoder", ["config.json"], revision)  # a Hub model's folder is named by its commit
-    files = {prompt: _cache_file(cache, model, dtype, prompt) for prompt in prompts} if cache else {}
+    files = {prompt: _cache_file(cache, model, dtype, prompt, loras) for prompt in prompts} if cache else {}
     known = {prompt: _cached(file) for prompt, file in files.items() if file.is_file()}
     embeds = {prompt: tensor for prompt, tensor in known.items() if tensor is not None}
     unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
     if unknown:
-        found = _encode(source, revision, tokenizer, unknown, dtype, device)
+        found = _encode(source, revision, tokenizer, unknown, dtype, device, loras)
         embeds |= dict(zip(unknown, found, strict=True))
         try:
             for prompt in unknown if cache else []:
@@ -199,7 +202,7 @@ def embed_prompts(
 
 
 @torch.no_grad()
-def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]:
+def _encode(source, revision, tokenizer, prompts, dtype, device, loras=()) -> list[Tensor]:
     """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
     for variant in VARIANTS[dtype]:
         folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
@@ -210,6 +213,8 @@ def _encode(source, revision, tokenizer, prompts, dtype, device) -> list[Tensor]
     else:
         raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
     encoder = load_encoder(folder, tokenizer, dtype, device, variant)
+    for lora, scale in loras:
+        merge_lora(encoder, lora, scale, part="text_encoder")
     outputs = []
     for prompt in prompts:
         tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
@@ -259,13 +264,16 @@ def _cached(file: Path) -> Tensor | None:
         return None
 
 
-def _cache_file(cache: Path, model: Path, dtype: torch.dtype, prompt: str) -> Path:
-    """Where the cache keeps a prompt: named by the model and its revision, the dtype and the prompt."""
+def _cache_file(
+    cache: Path, model: Path, dtype: torch.dtype, prompt: str, loras: Sequence[tuple[LoRA, float]] = ()
+) -> Path:
+    """Where the cache keeps a prompt: named by the model and its revision, the dtype, the prompt and the LoRAs."""
     model = model.absolute()
     if model.parent.parent.name == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit/text_encoder
         identity = (model.parents[2].name, model.parent.name)
     else:
         weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model.glob("*"))]
         identity = (str(model), weights)
-    key = repr((identity, str(dtype), normalised(prompt)))
+    changes = [(lora.fingerprint(), scale) for lora, scale in loras]
+    key = repr((identity, str(dtype), normalised(prompt), *changes))
     return cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

@@ -162,7 +162,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
+    wanted = [f"{subfolder}/{pattern}".lstrip("/") for pattern in patterns]  # "" is the repository's own folder
     licence = f"accept its licence at https://huggingface.co/{source}, then run `hf auth login` or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder

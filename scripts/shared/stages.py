@@ -85,6 +85,10 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
     options.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
     options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
+    lora = "a LoRA: a file, a folder or a Hub id; may be given several times"
+    options.add_argument("--lora", action="append", default=[], metavar="FILE_OR_HUB_ID", help=lora)
+    scale = "how strong it is, for all of --lora or given once for each (default: 1)"
+    options.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
     options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many pictures")
     options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
@@ -103,6 +107,9 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
         raise ValueError("--upscaler is empty: name a stage-2 model, or none")
     if args.eta and args.sampler == "ddpm":
         raise ValueError("--eta is of ddim and dpm++: ddpm has the variance that its model learned")
+    if args.lora_scale and not args.lora:
+        raise ValueError("--lora-scale is of --lora: give that, too")
+    scales = args.lora_scale or [1.0]
     check_not_overwritten(args)
     shipped = args.upscaler == "tiny-if" or (args.upscaler is None and args.model == MODEL)
     upscaler = UPSCALER if shipped else args.upscaler
@@ -119,6 +126,8 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
         dtype=pick_dtype(args.dtype, device, float16=True),
         device=device,
         compiled=args.compile,
+        lora=args.lora,
+        lora_scale=scales[0] if len(scales) == 1 else scales,
     )
 
 
