@@ -1,4 +1,4 @@
-"""Part B: small DDPMs on MNIST.
+"""Part B: small DDPMs and flows on MNIST.
 
     from ddpm.mnist import SHIPPED, load_model, sample_digits
 
@@ -7,7 +7,17 @@ and write files.
 """
 
 from ddpm.mnist.checkpoint import SHIPPED, load_model
-from ddpm.mnist.sampling import sample_digits
-from ddpm.mnist.unet import ClassUNet, TimeUNet, UNet
+from ddpm.mnist.sampling import sample_digits, sample_flow
+from ddpm.mnist.unet import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 
-__all__ = ["SHIPPED", "ClassUNet", "TimeUNet", "UNet", "load_model", "sample_digits"]
+__all__ = [
+    "SHIPPED",
+    "ClassFlow",
+    "ClassUNet",
+    "TimeFlow",
+    "TimeUNet",
+    "UNet",
+    "load_model",
+    "sample_digits",
+    "sample_flow",
+]

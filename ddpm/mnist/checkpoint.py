@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from ddpm.files import check_tensors, first_line, load_tensors, save_tensors
 from ddpm.memory import check_memory
 from ddpm.mnist.judge import Judge
-from ddpm.mnist.unet import ClassUNet, TimeUNet, UNet
+from ddpm.mnist.unet import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 
-MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, Judge)}
+MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, TimeFlow, ClassFlow, Judge)}
 SHIPPED = {
     name: Path(__file__).parent / "weights" / f"{name}.safetensors"
     for name in ("denoiser", "ddpm_time", "ddpm_class", "judge")

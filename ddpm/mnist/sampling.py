@@ -1,4 +1,4 @@
-"""Drawing digits with a `TimeUNet` or `ClassUNet`."""
+"""Drawing digits with a `TimeUNet` or `ClassUNet`, and with a `TimeFlow` or `ClassFlow`."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeUNet
+from ddpm.flow import euler_step, flow_times, integrate, velocity_of
+from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet
 from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
 from ddpm.schedule import Schedule, linspace_timesteps
 
@@ -45,7 +46,7 @@ def sample_digits(
         if labels is None:
             estimate = unguided(model)
         else:
-            c = F.one_hot(torch.tensor(labels[batch]), NUM_CLASSES).float().to(device)
+            c = one_hot(labels[batch], device)
             estimate = guided(model, c, torch.zeros_like(c), guidance_scale)
 
         def report(step: int, t: int, x_t: Tensor, _: Tensor, before: int = start * len(timesteps)):
@@ -54,3 +55,38 @@ def sample_digits(
         x_0 = iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, callback=report)
         images.append(x_0.clamp(0, 1).cpu())
     return torch.cat(images)
+
+
+def sample_flow(
+    model: TimeFlow,
+    labels: Sequence[int] | None,
+    seeds: Sequence[int],
+    *,
+    num_steps: int = 50,
+    guidance_scale: float = 5.0,
+    step: Callable = euler_step,
+    batch_size: int = 100,
+    callback: Callable[[int, Tensor], None] = lambda done, x_t: None,
+) -> Tensor:
+    """`sample_digits` for a flow, in steps of 1/num_steps from t = 0 to 1 (B6, B7).
+
+    step: `euler_step`, or `heun_step` for two evaluations a step and second order
+    """
+    device = next(model.parameters()).device
+    images = []
+    for start in range(0, len(seeds), batch_size):
+        batch = slice(start, start + batch_size)
+        x_0 = noise_source(seeds[batch], (1, IMAGE_SIZE, IMAGE_SIZE), device)()
+        c = None if labels is None else one_hot(labels[batch], device)
+
+        def report(i: int, t: float, x_t: Tensor, before: int = start * num_steps):
+            callback(before + (i + 1) * len(x_t), x_t)
+
+        velocity = velocity_of(model, c, guidance_scale)
+        x_1 = integrate(velocity, x_0, flow_times(num_steps), step=step, callback=report)
+        images.append(x_1.clamp(0, 1).cpu())
+    return torch.cat(images)
+
+
+def one_hot(labels: Sequence[int], device: torch.device) -> Tensor:
+    return F.one_hot(torch.tensor(labels), NUM_CLASSES).float().to(device)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
 from ddpm.mnist.checkpoint import load_start, load_state, save_state, save_weights
-from ddpm.mnist.unet import NUM_CLASSES, check_batch
+from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, check_batch
 from ddpm.sampling import noise_source
 
 
@@ -35,6 +35,8 @@ class Recipe:
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # the noise levels of B1; the denoiser is trained at 0.5
 DENOISER = Recipe(epochs=5, batch_size=256, learning_rate=1e-4)
 DDPM = Recipe(epochs=20, batch_size=128, learning_rate=1e-3, decay=0.1)
+FLOW = Recipe(epochs=10, batch_size=64, learning_rate=1e-2, decay=0.1)
+FLOW_FROM_DDPM = Recipe(epochs=4, batch_size=64, learning_rate=1e-3, decay=0.03)  # begun with a DDPM's weights
 
 
 def denoiser_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator, sigma: float = 0.5) -> Tensor:
@@ -56,6 +58,22 @@ def drop_classes(labels: Tensor, generator: torch.Generator, probability: float 
     """
     kept = torch.rand(len(labels), generator=generator, device=labels.device) >= probability
     return F.one_hot(labels, NUM_CLASSES).float() * kept.unsqueeze(1)
+
+
+@torch.no_grad()
+def flow_from_ddpm(ddpm: ClassUNet) -> ClassFlow:
+    """A class-conditioned flow that begins as a DDPM of the same network: turned clock, and u = -eps.
+
+    Where t is near 1, x_1 - x_0 is -eps but for the digit, so that little is left to learn.
+    """
+    flow = ClassFlow(ddpm.config["width"])
+    flow.load_state_dict(ddpm.state_dict())
+    for first, *_ in (flow.t1, flow.t2):  # w (1 - t) + b = -w t + (w + b)
+        first.bias += first.weight[:, 0]
+        first.weight.neg_()
+    flow.out.weight.neg_()
+    flow.out.bias.neg_()
+    return flow
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -1,4 +1,4 @@
-"""The three MNIST UNets of Part B and the eight operations they are built from.
+"""The MNIST UNets of Part B and the eight operations they are built from.
 
     x [B, 1, 28, 28] ── a ──────────────────────────────────────────── h ── out [B, 1, 28, 28]
                         └─ b [14×14] ───────────────────────── u2 ──┘
@@ -6,7 +6,8 @@
                               └─ f [1×1] ── g [7×7] ──┘
 
 `UNet` sees the picture alone (the one-step denoiser), `TimeUNet` also the timestep, `ClassUNet` also
-the class. Conditioning enters at two places, after `g` and after `u1`.
+the class. Conditioning enters at two places, after `g` and after `u1`. `TimeFlow` and `ClassFlow` predict a
+velocity, as in the assignment's newer editions.
 """
 
 import torch
@@ -125,6 +126,11 @@ def check_batch(model: UNet, digits: int, numbers: int = 13):
     check_memory(needed, f"a batch of {digits} digits", next(model.parameters()).device)
 
 
+def one_each(t: float | Tensor, x_t: Tensor) -> Tensor:
+    """A number, or a tensor 0-d or [B] -> [B, 1], one for each image of x_t [B, 1, 28, 28]."""
+    return torch.as_tensor(t, device=x_t.device).to(x_t.dtype).expand(len(x_t)).unsqueeze(1)
+
+
 class TimeUNet(UNet):
     """Time-conditioned: x_t [B, 1, 28, 28] and t, an int, 0-d or [B], -> eps [B, 1, 28, 28] (B4)."""
 
@@ -142,8 +148,7 @@ class TimeUNet(UNet):
 
     def normalise(self, t: int | Tensor, x_t: Tensor) -> Tensor:
         """Timesteps in 0 … T-1 -> [B, 1] in [0, 1], one for each image of x_t."""
-        t = torch.as_tensor(t, device=x_t.device).to(x_t.dtype)
-        return (t / (self.num_timesteps - 1)).expand(len(x_t)).unsqueeze(1)
+        return one_each(t, x_t) / (self.num_timesteps - 1)
 
 
 class ClassUNet(TimeUNet):
@@ -159,6 +164,36 @@ class ClassUNet(TimeUNet):
 
     def forward(self, x_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
         t = self.normalise(t, x_t)
+        return self.unet(
+            x_t,
+            lambda g: self.c1(c) * g + self.t1(t),
+            lambda u1: self.c2(c) * u1 + self.t2(t),
+        )
+
+
+class TimeFlow(UNet):
+    """The velocity of a flow: x_t [B, 1, 28, 28] and t from 0, noise, to 1, data, a float or [B] -> u (B6)."""
+
+    def __init__(self, width: int = 64):
+        super().__init__(width)
+        self.t1 = FCBlock(1, 2 * width)
+        self.t2 = FCBlock(1, width)
+
+    def forward(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        t = one_each(t, x_t)
+        return self.unet(x_t, lambda g: g * self.t1(t), lambda u1: u1 * self.t2(t))
+
+
+class ClassFlow(TimeFlow):
+    """… and of a class, one-hot c [B, 10], a row of zeros for none: the network of `ClassUNet` (B7)."""
+
+    def __init__(self, width: int = 64):
+        super().__init__(width)
+        self.c1 = FCBlock(NUM_CLASSES, 2 * width)
+        self.c2 = FCBlock(NUM_CLASSES, width)
+
+    def forward(self, x_t: Tensor, t: float | Tensor, c: Tensor) -> Tensor:
+        t = one_each(t, x_t)
         return self.unet(
             x_t,
             lambda g: self.c1(c) * g + self.t1(t),
