@@ -1,7 +1,8 @@
-"""Sample digits from pure noise with the shipped class-conditioned DDPM (B5), or another one.
+"""Sample digits from pure noise with the shipped class-conditioned DDPM (B5), another one, or a flow (B7).
 
     python scripts/sample_mnist.py
-    python scripts/sample_mnist.py --per-class 10 --guidance 2 --steps 50 --out out/fast.png
+    python scripts/sample_mnist.py --per-class 10 --guidance 2 --steps 20 --sampler dpm++ --out out/fast.png
+    python scripts/sample_mnist.py --weights flow_class
     python scripts/sample_mnist.py --weights ddpm_time  # the shipped time-conditioned one (B4)
 
 Columns are the digits 0 to 9; row k starts from seed + k, the same noise for every digit. A sample depends on
@@ -9,6 +10,8 @@ its own seed and label alone, so drawing more of them changes none.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import save_tensors
+from ddpm.flow import flow_times
 from ddpm.memory import check_memory
-from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
 from ddpm.mnist.checkpoint import SHIPPED, load_model
-from ddpm.schedule import linear_schedule, linspace_timesteps
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_step, visited_timesteps
+from ddpm.schedule import linear_schedule
 from shared.figures import save_cells, save_gif, save_grid
 from shared.options import (
     SEED,
@@ -40,11 +45,14 @@ MOST_ROWS = 40  # more are sampled and saved, but not drawn
 def arguments() -> Namespace:
     options = parser(__doc__)
     weights, out = SHIPPED["ddpm_class"], Path("out/digits.png")
-    options.add_argument("--weights", type=Path, default=weights, help="a DDPM (default: the shipped one)")
+    options.add_argument("--weights", type=Path, default=weights, help="a DDPM or flow (default: ddpm_class, shipped)")
     options.add_argument("--per-class", type=positive, default=4, metavar="N", help="of each digit (default: 4)")
     options.add_argument("--guidance", type=number, default=5.0, metavar="G", help="γ, 1 for none (default: 5)")
     options.add_argument("--seed", type=seed_number, default=SEED, metavar="S", help=f"default: {SEED}")
-    options.add_argument("--steps", type=int, metavar="N", help="timesteps to visit, evenly spaced (default: all 300)")
+    options.add_argument("--steps", type=int, metavar="N", help="default: all 300 timesteps; with a flow, 50")
+    samplers = [*SAMPLERS, *FLOW_SAMPLERS]
+    options.add_argument("--sampler", choices=samplers, help="default: ddpm; with a flow euler (or heun)")
+    options.add_argument("--eta", type=number, default=0.0, help="how much fresh noise ddim and dpm++ add (default: 0)")
     options.add_argument(
         "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"
     )
@@ -63,14 +71,9 @@ def main():
     check_writable(args.out, ".png")
     if args.save:
         check_writable(args.save, ".safetensors")
-    model = load_model(args.weights, (ClassUNet, TimeUNet), device)
-    schedule = linear_schedule(model.num_timesteps)
-    steps = (
-        len(linspace_timesteps(schedule.num_timesteps, args.steps))
-        if args.steps is not None
-        else schedule.num_timesteps
-    )
-    by_class = isinstance(model, ClassUNet)
+    model = load_model(args.weights, (ClassUNet, TimeUNet, ClassFlow, TimeFlow), device)
+    steps, draw = pick_sampling(model, args)
+    by_class = isinstance(model, (ClassUNet, ClassFlow))
     if args.animate and args.per_class > 10:
         raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
     check_memory(80 * 28**2 * args.per_class, f"ten times {args.per_class} digits")
@@ -89,15 +92,8 @@ def main():
         tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(labels)} digits, {steps} steps") as bar,
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
-        images = sample_digits(
-            model,
-            labels if by_class else None,
-            seeds,
-            schedule,
-            num_steps=steps,
-            guidance_scale=args.guidance,
-            callback=report,
-        )
+        asked = labels if by_class else None
+        images = draw(model, asked, seeds, num_steps=steps, guidance_scale=args.guidance, callback=report)
 
     title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
     if args.per_class > MOST_ROWS:
@@ -119,6 +115,19 @@ def main():
             {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name},
         )
         print(args.save)
+
+
+def pick_sampling(model: TimeUNet | TimeFlow, args: Namespace) -> tuple[int, Callable[..., Tensor]]:
+    """How many steps, and `sample_digits` or `sample_flow` with a sampler; refuses early what they would."""
+    if isinstance(model, TimeFlow):
+        steps, sampler = 50 if args.steps is None else args.steps, args.sampler or "euler"
+        pick_step(FLOW_SAMPLERS, sampler, args.eta)
+        flow_times(steps)
+        return steps, partial(sample_flow, sampler=sampler)
+    schedule, sampler = linear_schedule(model.num_timesteps), args.sampler or "ddpm"
+    pick_step(SAMPLERS, sampler, args.eta)
+    steps = len(visited_timesteps(schedule, args.steps, sampler, args.eta))
+    return steps, partial(sample_digits, schedule=schedule, sampler=sampler, eta=args.eta)
 
 
 def tiled(x: Tensor, rows: int) -> Tensor:

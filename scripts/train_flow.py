@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ddpm.flow import flow_loss
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, load_model, sample_flow
+from ddpm.mnist.checkpoint import build
 from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, fit, flow_from_ddpm
 from shared.figures import save_grid, save_loss_curve
 from shared.options import add_training_options, end_training, parser, positive, run, start_training
@@ -36,7 +37,7 @@ def main():
     if args.from_ddpm:
         model = flow_from_ddpm(load_model("ddpm_class", ClassUNet))
     else:
-        model = (ClassFlow if by_class else TimeFlow)(args.width)
+        model = build(ClassFlow if by_class else TimeFlow, width=args.width)
 
     def loss_of(model, x_1, labels, generator):
         return flow_loss(model, x_1, (drop_classes(labels, generator),) if by_class else (), generator)

@@ -30,8 +30,9 @@ def settled(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     x = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    conditioning = [torch.arange(20) * 15, torch.eye(10).repeat(2, 1)]
-    model.train()(x, *conditioning[: ["UNet", "TimeUNet", "ClassUNet"].index(type(model).__name__)])
+    name = type(model).__name__
+    conditioning = [torch.arange(20) * (0.05 if "Flow" in name else 15), torch.eye(10).repeat(2, 1)]
+    model.train()(x, *conditioning[: {"UNet": 0, "TimeUNet": 1, "TimeFlow": 1, "ClassUNet": 2, "ClassFlow": 2}[name]])
     return model.eval()
 
 

@@ -51,7 +51,9 @@ def load_model(
         )
     wanted = [cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,))]
     if kind is not nn.Module and name not in wanted:
-        raise ValueError(f"{path} holds a {name}, but a {' or '.join(wanted)} is needed here")
+        flow, flows = name.endswith("Flow"), [other.endswith("Flow") for other in wanted]
+        kind = " (a flow)" * (flow and not any(flows)) + " (not a flow)" * (not flow and all(flows))
+        raise ValueError(f"{path} holds a {name}{kind}, but a {' or '.join(wanted)} is needed here")
     tensors = {
         key.removeprefix("model."): tensor
         for key, tensor in tensors.items()

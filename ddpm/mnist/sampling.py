@@ -1,15 +1,20 @@
 """Drawing digits with a `TimeUNet` or `ClassUNet`, and with a `TimeFlow` or `ClassFlow`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.flow import euler_step, flow_times, integrate, velocity_of
-from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet
-from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
-from ddpm.schedule import Schedule, linspace_timesteps
+from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
+from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet, folded
+from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
+from ddpm.sampling import Model, guided, iterative_denoise, noise_source, unguided
+from ddpm.schedule import Schedule, linspace_timesteps, log_snr_timesteps
+
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
+FLOW_SAMPLERS = {"euler": euler_step, "heun": heun_step}
 
 
 def sample_digits(
@@ -20,6 +25,8 @@ def sample_digits(
     *,
     num_steps: int | None = None,
     guidance_scale: float = 5.0,
+    sampler: str = "ddpm",
+    eta: float = 0.0,
     batch_size: int = 100,
     callback: Callable[[int, Tensor], None] = lambda done, x_t: None,
 ) -> Tensor:
@@ -28,18 +35,20 @@ def sample_digits(
     labels: the digits to draw with a `ClassUNet`; None for a `TimeUNet`
     num_steps: how many of the schedule's timesteps to visit, all of them when None
     guidance_scale: γ of `guided`; without labels there is nothing to guide
+    sampler, eta: one of SAMPLERS; how much fresh noise ddim and dpm++ add
     callback(done, x_t): after each step: how many steps of how many digits are done, of N · num_steps in all, and
         the noisy digits of the batch before it
     Each image depends on its own seed and label alone, up to the rounding of another batch size.
-    Raises ValueError when num_steps is not from 1 to T.
+    Raises ValueError when num_steps is not from 1 to T, and for a sampler that there is not.
 
     Digits are in [0, 1] in training, too: after 300 linear steps ᾱ_T is still 0.048, so x_T keeps 22 % of the image. In
     [-1, 1], where digits have the mean -0.74, x_T would have the mean -0.16, 4.5 standard errors from the N(0, I) that
     sampling starts from; in [0, 1] it is 0.03, less than one.
     """
     device = next(model.parameters()).device
-    timesteps = linspace_timesteps(schedule.num_timesteps, schedule.num_timesteps if num_steps is None else num_steps)
-    images = []
+    step = pick_step(SAMPLERS, sampler, eta)
+    timesteps = visited_timesteps(schedule, num_steps, sampler, eta)
+    model, images = folded(model), []
     for start in range(0, len(seeds), batch_size):
         batch = slice(start, start + batch_size)
         noise = noise_source(seeds[batch], (1, IMAGE_SIZE, IMAGE_SIZE), device)
@@ -47,14 +56,32 @@ def sample_digits(
             estimate = unguided(model)
         else:
             c = one_hot(labels[batch], device)
-            estimate = guided(model, c, torch.zeros_like(c), guidance_scale)
+            estimate = guided(encoded_once(model, len(c)), c, torch.zeros_like(c), guidance_scale)
 
         def report(step: int, t: int, x_t: Tensor, _: Tensor, before: int = start * len(timesteps)):
             callback(before + (step + 1) * len(x_t), x_t)
 
-        x_0 = iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, callback=report)
+        x_0 = iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, step=step, callback=report)
         images.append(x_0.clamp(0, 1).cpu())
     return torch.cat(images)
+
+
+def visited_timesteps(schedule: Schedule, num_steps: int | None, sampler: str, eta: float = 0.0) -> list[int]:
+    """Noisiest first: evenly from T-1 to 0; for DPM-Solver++ without fresh noise, even in log SNR."""
+    num_steps = schedule.num_timesteps if num_steps is None else num_steps
+    if sampler == "dpm++" and not eta:
+        return log_snr_timesteps(schedule, num_steps)
+    return linspace_timesteps(schedule.num_timesteps, num_steps)
+
+
+def pick_step(samplers: dict[str, Callable], name: str, eta: float = 0.0) -> Callable:
+    """One of SAMPLERS or FLOW_SAMPLERS. Raises ValueError for another, or for an eta where there is none."""
+    if name not in samplers:
+        hint = ", which is for flows" if name in FLOW_SAMPLERS else ", which is for DDPMs" if name in SAMPLERS else ""
+        raise ValueError(f"the sampler must be one of {', '.join(samplers)}, not {name}{hint}")
+    if eta and name not in ("ddim", "dpm++"):
+        raise ValueError(f"eta is for ddim and dpm++: {name} has no such choice")
+    return partial(samplers[name], eta=eta) if eta else samplers[name]
 
 
 def sample_flow(
@@ -64,16 +91,17 @@ def sample_flow(
     *,
     num_steps: int = 50,
     guidance_scale: float = 5.0,
-    step: Callable = euler_step,
+    sampler: str = "euler",
     batch_size: int = 100,
     callback: Callable[[int, Tensor], None] = lambda done, x_t: None,
 ) -> Tensor:
     """`sample_digits` for a flow, in steps of 1/num_steps from t = 0 to 1 (B6, B7).
 
-    step: `euler_step`, or `heun_step` for two evaluations a step and second order
+    sampler: "euler", or "heun" for two evaluations a step and second order
     """
+    step = pick_step(FLOW_SAMPLERS, sampler)
     device = next(model.parameters()).device
-    images = []
+    model, images = folded(model), []
     for start in range(0, len(seeds), batch_size):
         batch = slice(start, start + batch_size)
         x_0 = noise_source(seeds[batch], (1, IMAGE_SIZE, IMAGE_SIZE), device)()
@@ -82,10 +110,15 @@ def sample_flow(
         def report(i: int, t: float, x_t: Tensor, before: int = start * num_steps):
             callback(before + (i + 1) * len(x_t), x_t)
 
-        velocity = velocity_of(model, c, guidance_scale)
+        velocity = velocity_of(model if c is None else encoded_once(model, len(c)), c, guidance_scale)
         x_1 = integrate(velocity, x_0, flow_times(num_steps), step=step, callback=report)
         images.append(x_1.clamp(0, 1).cpu())
     return torch.cat(images)
+
+
+def encoded_once(model: Model, count: int) -> Model:
+    """For guidance, which asks twice about the same `count` images: all before the class enters is computed once."""
+    return lambda x_t, t, c: model(x_t[:count], t, c)
 
 
 def one_hot(labels: Sequence[int], device: torch.device) -> Tensor:

@@ -10,8 +10,11 @@ the class. Conditioning enters at two places, after `g` and after `u1`. `TimeFlo
 velocity, as in the assignment's newer editions.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ddpm.memory import check_memory
 from ddpm.schedule import check_num_timesteps
@@ -108,13 +111,14 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.unet(x, lambda g: g, lambda u1: u1)
 
-    def unet(self, x: Tensor, condition_g, condition_u1) -> Tensor:
-        """The UNet, with what the subclasses do to `g` and `u1`."""
+    def unet(self, x: Tensor, condition_g, condition_u1, copies: int = 1) -> Tensor:
+        """The UNet, with what the subclasses do to `g` and `u1`; x [B, …] in as many copies from there on."""
         a = self.a(x)
         b = self.b(a)
         c = self.c(b)
-        g = condition_g(self.g(self.f(c)))
-        u1 = condition_u1(self.u1(torch.cat([g, c], dim=1)))
+        g = self.g(self.f(c))
+        a, b, c, g = (torch.cat([once] * copies) for once in (a, b, c, g)) if copies > 1 else (a, b, c, g)
+        u1 = condition_u1(self.u1(torch.cat([condition_g(g), c], dim=1)))
         u2 = self.u2(torch.cat([u1, b], dim=1))
         h = self.h(torch.cat([u2, a], dim=1))
         return self.out(h)
@@ -126,9 +130,9 @@ def check_batch(model: UNet, digits: int, numbers: int = 13):
     check_memory(needed, f"a batch of {digits} digits", next(model.parameters()).device)
 
 
-def one_each(t: float | Tensor, x_t: Tensor) -> Tensor:
-    """A number, or a tensor 0-d or [B] -> [B, 1], one for each image of x_t [B, 1, 28, 28]."""
-    return torch.as_tensor(t, device=x_t.device).to(x_t.dtype).expand(len(x_t)).unsqueeze(1)
+def one_each(t: float | Tensor, batch: Tensor) -> Tensor:
+    """A number, or a tensor 0-d or [B] -> [B, 1], one for each row of a batch [B, …]."""
+    return torch.as_tensor(t, device=batch.device).to(batch.dtype).expand(len(batch)).unsqueeze(1)
 
 
 class TimeUNet(UNet):
@@ -146,15 +150,16 @@ class TimeUNet(UNet):
         t = self.normalise(t, x_t)
         return self.unet(x_t, lambda g: g + self.t1(t), lambda u1: u1 + self.t2(t))
 
-    def normalise(self, t: int | Tensor, x_t: Tensor) -> Tensor:
-        """Timesteps in 0 … T-1 -> [B, 1] in [0, 1], one for each image of x_t."""
-        return one_each(t, x_t) / (self.num_timesteps - 1)
+    def normalise(self, t: int | Tensor, batch: Tensor) -> Tensor:
+        """Timesteps in 0 … T-1 -> [B, 1] in [0, 1], one for each row of a batch."""
+        return one_each(t, batch) / (self.num_timesteps - 1)
 
 
 class ClassUNet(TimeUNet):
     """Time- and class-conditioned: x_t [B, 1, 28, 28], t, one-hot c [B, 10] -> eps [B, 1, 28, 28] (B5).
 
-    A row of zeros in `c` is the null class of classifier-free guidance.
+    A row of zeros in `c` is the null class of classifier-free guidance. With n·B rows each image gets n answers
+    [n·B, 1, 28, 28], all for the first rows first, and what precedes the class is computed once.
     """
 
     def __init__(self, width: int = 64, num_timesteps: int = 300):
@@ -163,11 +168,12 @@ class ClassUNet(TimeUNet):
         self.c2 = FCBlock(NUM_CLASSES, width)
 
     def forward(self, x_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
-        t = self.normalise(t, x_t)
+        t = self.normalise(t, c)
         return self.unet(
             x_t,
             lambda g: self.c1(c) * g + self.t1(t),
             lambda u1: self.c2(c) * u1 + self.t2(t),
+            copies=len(c) // len(x_t),
         )
 
 
@@ -185,7 +191,7 @@ class TimeFlow(UNet):
 
 
 class ClassFlow(TimeFlow):
-    """… and of a class, one-hot c [B, 10], a row of zeros for none: the network of `ClassUNet` (B7)."""
+    """… and of a class, one-hot c [B or n·B, 10]: the network of `ClassUNet` (B7)."""
 
     def __init__(self, width: int = 64):
         super().__init__(width)
@@ -193,9 +199,25 @@ class ClassFlow(TimeFlow):
         self.c2 = FCBlock(NUM_CLASSES, width)
 
     def forward(self, x_t: Tensor, t: float | Tensor, c: Tensor) -> Tensor:
-        t = one_each(t, x_t)
+        t = one_each(t, c)
         return self.unet(
             x_t,
             lambda g: self.c1(c) * g + self.t1(t),
             lambda u1: self.c2(c) * u1 + self.t2(t),
+            copies=len(c) // len(x_t),
         )
+
+
+@torch.no_grad()
+def folded(model: UNet) -> UNet:
+    """A copy to evaluate, with each BatchNorm folded into the convolution before it.
+
+    γ (W x - μ) / √(σ² + ε) + β is a convolution with γ W / √(σ² + ε) and a bias: the same up to rounding, in one pass.
+    """
+    model = copy.deepcopy(model).eval()
+    for block in model.modules():
+        if isinstance(block, (Conv, DownConv, UpConv, Unflatten)):
+            convolution, norm, _ = block
+            block[0] = fuse_conv_bn_eval(convolution, norm, transpose=isinstance(convolution, nn.ConvTranspose2d))
+            block[1] = nn.Identity()
+    return model

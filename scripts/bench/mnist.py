@@ -5,12 +5,15 @@
 Training: the plain recipe (DataLoader over torchvision's MNIST with ToTensor, float32, contiguous, Adam) and
 ours (digits in memory, channels_last, fused Adam, bfloat16 where the hardware has it, --compile) take turns in
 this process, a few steps each, with the same initial weights, digits, timesteps and noise. Prints the median
-images/s of both, the ratio and both losses. Sampling: seconds for 100 digits with guidance, and the share
-of the time that is spent outside convolutions.
+images/s of both, the ratio and both losses. Sampling: a guided step of 100 digits by the UNet as it is written, and
+with what `sample_digits` does (BatchNorm folded, the encoder once for both halves of guidance), in turns; and the share
+of the time that is spent outside convolutions. --sampling: the latter alone.
 """
 
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,9 +28,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.losses import ddpm_loss
-from ddpm.mnist import ClassUNet, sample_digits
+from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
+from ddpm.mnist.sampling import encoded_once, one_hot
 from ddpm.mnist.training import DDPM, drop_classes, step_seed, train
+from ddpm.mnist.unet import IMAGE_SIZE, folded
+from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
 
@@ -74,13 +80,19 @@ def main():
     options.add_argument("--steps", type=positive, default=5, help="training steps in a turn (default: 5)")
     options.add_argument("--batch-size", type=positive, default=DDPM.batch_size)
     options.add_argument("--compile", action="store_true", help="torch.compile ours")
-    options.add_argument("--sample-steps", type=positive, default=300, help="timesteps of the sampling (default: 300)")
+    options.add_argument("--sampling", action="store_true", help="time the sampling alone")
     options.add_argument("--sample-digits", type=positive, default=100, help="digits to sample (default: 100)")
     add_device_options(options)
     args = options.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    linspace_timesteps(SCHEDULE.num_timesteps, args.sample_steps)  # refuses a wrong number now, not at the end
+    if not args.sampling:
+        bench_training(args, device, dtype)
+    bench_sampling(device, dtype, args.sample_digits, args.rounds)
+
+
+def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
+    """The plain recipe and ours in turns."""
     images, _ = load_mnist(args.data)
     if (args.rounds + 1) * args.steps * args.batch_size > len(images):
         raise ValueError(f"{args.rounds} rounds of {args.steps} steps need more than the {len(images)} training digits")
@@ -106,26 +118,41 @@ def main():
         print(f"  {name:5}  {median(values):8.1f} images/s ({spread}), loss {final:.5f} at step {len(losses[name])}")
     pairs = [b / a for a, b in zip(rates["plain"], rates["ours"], strict=True)]
     print(f"  ratio  {median(pairs):8.2f} (median over {len(pairs)} pairs, {min(pairs):.2f} to {max(pairs):.2f})")
-    bench_sampling(device, args.sample_digits, args.sample_steps)
 
 
-def bench_sampling(device: torch.device, count: int, steps: int):
-    """Guided digits in float32, all in one batch, and a profile of three steps of it."""
-    model = ClassUNet().to(device, memory_format=torch.channels_last).eval()
-    labels, seeds = [k % 10 for k in range(count)], range(count)
-    sample_digits(model, labels, seeds, SCHEDULE, num_steps=1)
-    started = time.perf_counter()
-    with tqdm(total=count * steps, desc="sampling", leave=False) as bar:
-        sample_digits(
-            model, labels, seeds, SCHEDULE, num_steps=steps, callback=lambda done, _: bar.update(done - bar.n)
-        )
-    print(f"sampling {count} digits, {steps} steps, γ = 5, float32: {time.perf_counter() - started:.1f} s")
+def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds: int):
+    """A guided step of digits, as the UNet is written and as `sample_digits` does it, in turns."""
+    model = load_model("ddpm_class", device=device)
+    c = one_hot([k % 10 for k in range(count)], device)
+    x_t = noise_source(range(count), (1, IMAGE_SIZE, IMAGE_SIZE), device)()
+    sides = {"written": model, "ours": encoded_once(folded(model), count)}
+    estimates = {name: guided(side, c, torch.zeros_like(c), 5.0) for name, side in sides.items()}
+    timesteps = linspace_timesteps(SCHEDULE.num_timesteps, rounds + 1)
+    times, difference = {name: [] for name in sides}, 0.0
+    print(f"sampling with a ClassUNet, {device.type}, {str(dtype).removeprefix('torch.')}")
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for t in tqdm(timesteps, desc="sampling steps, the first to warm up", leave=False):
+            eps = {}
+            for name, estimate in estimates.items():
+                started = time.perf_counter()
+                eps[name] = estimate(x_t, t)[0].cpu()
+                times[name].append(time.perf_counter() - started)
+            difference = max(difference, (eps["ours"] - eps["written"]).abs().max().item())
+        for name, seconds in times.items():
+            print(f"  {name:8} {median(seconds[1:]):.3f} s a step of {count} digits, γ = 5")
+        pairs = [a / b for a, b in zip(times["written"][1:], times["ours"][1:], strict=True)]
+        spread = f"median over {len(pairs)} pairs, {min(pairs):.2f} to {max(pairs):.2f}"
+        print(f"  ratio    {median(pairs):.2f} ({spread}); eps differ by {difference:.1e}")
+        show_profile(device, lambda: estimates["ours"](x_t, 0))
 
+
+def show_profile(device: torch.device, step: Callable):
+    """The share of a step's time beside the convolutions."""
     if device.type == "mps":
         return  # the profiler does not see it
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
-        sample_digits(model, labels, seeds, SCHEDULE, num_steps=3)
+        step()
     times = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in profiled.key_averages()

@@ -2,11 +2,13 @@
 
     python scripts/evaluate/mnist.py --data data
     python scripts/evaluate/mnist.py --data data --samples 1000 --steps 50 --guidance 0 1 2 5
+    python scripts/evaluate/mnist.py --data data --samples 500 --guidance 1 --evaluations 5 10 20 50 100 300
 
 For each guidance: the share of samples that the judge reads as the digit asked for, and the Fréchet distance
 (FID, on the judge's penultimate features) between the samples and as many real test digits. The floor is the
-same distance for as many real training digits. A time-conditioned DDPM (--weights) is asked for no digit: its samples
-have the distance alone. For the denoiser: the test error at every noise level of B1.
+same distance for as many real training digits. A time-conditioned model (--weights, a DDPM or a flow) is asked for no
+digit: its samples have the distance alone. For the denoiser: the test error at every noise level of B1.
+--evaluations: instead, the DDPM and the flow, each with its samplers, where the model is asked so often for a digit.
 
 Writes report.json, guidance.png and the misread samples to --out. All samples are kept there too, a hundred to
 a file: a stopped evaluation goes on where it was.
@@ -16,19 +18,21 @@ import hashlib
 import json
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.memory import check_memory
-from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.schedule import linear_schedule
 from shared.figures import save_figure, save_grid
@@ -46,6 +50,8 @@ from shared.options import (
 )
 
 CHUNK = 100
+DRAWING = (ClassUNet, TimeUNet, ClassFlow, TimeFlow)
+CURVES = ("ddpm_class:ddpm", "ddpm_class:ddim", "ddpm_class:dpm++", "flow_class:euler", "flow_class:heun")
 JUDGE_EPOCHS = 6
 
 
@@ -55,7 +61,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     check_writable(args.out / "report.json")
     check_memory(8 * 28**2 * args.samples, f"{args.samples} digits")
-    ddpm, denoiser = load_model(args.weights, (ClassUNet, TimeUNet), device), load_model(args.denoiser, UNet, device)
+    model, denoiser = load_model(args.weights, DRAWING, device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
     judge = get_judge(args, train_images, train_labels)
@@ -72,9 +78,13 @@ def main():
     }
     print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
     print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
-    labels, conditioned = torch.arange(args.samples) % 10, isinstance(ddpm, ClassUNet)
+    if args.evaluations:
+        compare_samplers(judge, real[:count], report, args, device, dtype)
+        return
+    labels, conditioned = torch.arange(args.samples) % 10, isinstance(model, (ClassUNet, ClassFlow))
+    sampler = args.sampler or ("euler" if isinstance(model, TimeFlow) else "ddpm")
     for guidance in args.guidance if conditioned else [1.0]:
-        images = sample_set(ddpm, guidance, args, device, dtype)
+        images = sample_set(model, args.weights, sampler, args.steps, guidance, args, dtype)
         read, features = examine(judge, images.to(device))
         right = read == labels
         fid = frechet_distance(features[:count], real[:count])
@@ -104,12 +114,17 @@ def main():
 def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
-    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM (default: the shipped B5)")
+    options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM or flow (default: B5)")
     options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
     options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
     options.add_argument("--samples", type=positive, default=10_000, help="samples for each guidance (default: 10000)")
     options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
     options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
+    options.add_argument("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="default: ddpm; with a flow, euler")
+    options.add_argument(
+        "--evaluations", type=positive, nargs="+", metavar="N", help="compare samplers; γ is the first --guidance"
+    )
+    options.add_argument("--curves", nargs="+", default=CURVES, metavar="WEIGHTS:SAMPLER", help=" ".join(CURVES))
     options.add_argument(
         "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
     )
@@ -117,6 +132,10 @@ def arguments() -> Namespace:
     options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
     add_device_options(options)
     args = options.parse_args()
+    args.weights = SHIPPED.get(str(args.weights), args.weights)
+    for curve in args.curves:
+        if curve.rpartition(":")[2] not in (*SAMPLERS, *FLOW_SAMPLERS):
+            raise ValueError(f"--curves are WEIGHTS:SAMPLER, such as {CURVES[0]}, not {curve}")
     if args.samples < 2:
         raise ValueError("--samples must be at least 2: one digit has no covariance")
     return args
@@ -133,23 +152,76 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
     return load_model(SHIPPED["judge"], Judge, images.device)
 
 
-def sample_set(model: TimeUNet, guidance: float, args, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sample_set(
+    model: nn.Module, path: Path, sampler: str, steps: int, guidance: float, args: Namespace, dtype: torch.dtype
+) -> Tensor:
     """Samples k = 0 … of the digits k mod 10 from seeds seed + k, made in chunks that are kept on disk."""
-    weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12]
-    dtype_name = str(dtype).removeprefix("torch.")
-    folder = args.out / "samples" / f"{weights}_g{guidance:g}_s{args.steps}_{dtype_name}_{args.seed}"
-    schedule, images = linear_schedule(model.num_timesteps), []
+    weights = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    name = f"{weights}_g{guidance:g}_s{steps}_{str(dtype).removeprefix('torch.')}_{args.seed}"
+    folder = args.out / "samples" / (name + f"_{sampler}" * (sampler not in ("ddpm", "euler")))
+    device, images = next(model.parameters()).device, []
+    if isinstance(model, TimeFlow):
+        draw = partial(sample_flow, sampler=sampler)
+    else:
+        draw = partial(sample_digits, schedule=linear_schedule(model.num_timesteps), sampler=sampler)
     for start in tqdm(range(0, args.samples, CHUNK), desc=f"γ = {guidance:g}", unit=f"{CHUNK} digits"):
-        path = folder / f"{start:06d}.safetensors"
-        if not path.exists():
+        chunk_path = folder / f"{start:06d}.safetensors"
+        if not chunk_path.exists():
             numbers = range(start, start + CHUNK)
             labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
-            asked = labels if isinstance(model, ClassUNet) else None
+            asked = labels if isinstance(model, (ClassUNet, ClassFlow)) else None
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                chunk = sample_digits(model, asked, seeds, schedule, num_steps=args.steps, guidance_scale=guidance)
-            save_tensors(path, {"images": chunk, "labels": torch.tensor(labels)}, {})
-        images.append(load_tensors(path)[0]["images"])
+                chunk = draw(model, asked, seeds, num_steps=steps, guidance_scale=guidance)
+            save_tensors(chunk_path, {"images": chunk, "labels": torch.tensor(labels)}, {})
+        images.append(load_tensors(chunk_path)[0]["images"])
     return torch.cat(images)[: args.samples]
+
+
+def compare_samplers(
+    judge: Judge, real: Tensor, report: dict, args: Namespace, device: torch.device, dtype: torch.dtype
+):
+    """The share confirmed and FID of each of --curves at each number of evaluations, as samplers.json and .png."""
+    guidance, labels = args.guidance[0], torch.arange(args.samples) % 10
+    del report["steps"]
+    report |= {"guidance": guidance, "curves": {curve: [] for curve in args.curves}}
+    for curve in args.curves:
+        weights, _, sampler = curve.rpartition(":")
+        model = load_model(weights, DRAWING, device)
+        for evaluations in args.evaluations:
+            steps = evaluations // 2 if sampler == "heun" else evaluations
+            if steps == 0:
+                continue
+            images = sample_set(model, SHIPPED.get(weights, Path(weights)), sampler, steps, guidance, args, dtype)
+            read, features = examine(judge, images.to(device))
+            confirmed, fid = (read == labels).double().mean().item(), frechet_distance(features[: len(real)], real)
+            report["curves"][curve].append({"evaluations": evaluations, "confirmed": confirmed, "fid": fid})
+            print(f"{curve}, {evaluations} evaluations: {confirmed:.2%} confirmed, FID {fid:.2f}", flush=True)
+    draw_samplers(args.out / "samplers.png", report, args.seed)
+    write_atomically(args.out / "samplers.json", json.dumps(report, indent=2).encode())
+    print(args.out / "samplers.json")
+
+
+def draw_samplers(path: Path, report: dict, seed: int):
+    """FID and confirmed share against evaluations, a line for each sampler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("fid", "confirmed"), ("FID", "read as asked"), strict=True):
+        for curve, rows in report["curves"].items():
+            weights, _, sampler = curve.rpartition(":")
+            line = "--" if "flow" in weights else "-"
+            axes.plot(
+                [row["evaluations"] for row in rows],
+                [row[key] for row in rows],
+                f"o{line}",
+                label=f"{Path(weights).stem}, {sampler}" if key == "fid" else None,
+            )
+        axes.set(xscale="log", xlabel="evaluations", ylabel=label)
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].axhline(report["fid_floor"], color="0.5", linestyle=":", label="real training digits")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{report['samples']} samples, γ = {report['guidance']:g}", fontsize=10)
+    save_figure(path, figure, seed)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torchvision.datasets import MNIST
 
 import ddpm.losses
 from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.mnist import ClassUNet, TimeUNet, UNet, sample_digits
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
 from ddpm.mnist.checkpoint import load_model, save_state, save_weights
 from ddpm.mnist.data import FILES
 from ddpm.mnist.judge import Judge
@@ -30,7 +30,8 @@ def weights(tmp_path_factory):
     """A weights file of each kind, of small untrained models."""
     folder, files = tmp_path_factory.mktemp("weights"), {}
     torch.manual_seed(0)
-    models = {"UNet": settled(UNet(4)), "TimeUNet": settled(TimeUNet(4)), "ClassUNet": settled(ClassUNet(4))}
+    kinds = (UNet, TimeUNet, ClassUNet, TimeFlow, ClassFlow)
+    models = {kind.__name__: settled(kind(4)) for kind in kinds}
     for name, model in {**models, "Judge": Judge(4)}.items():
         files[name] = folder / f"{name}.safetensors"
         save_weights(files[name], model, {})
@@ -104,6 +105,16 @@ def test_train_ddpm_stopped_and_resumed_to_the_same_weights(run_script, monkeypa
     assert len((tmp_path / "whole" / "log.csv").read_text().splitlines()) == 3
 
 
+def test_train_flow_stopped_and_resumed_to_the_same_weights(run_script, monkeypatch, tmp_path):
+    options = ("--condition", "class", *TRAIN, "--epochs", 2, "--sample-steps", 2)
+    name, loss = "train_flow", "ddpm.flow.flow_loss"
+    whole, parts = states_of_a_stopped_run(run_script, monkeypatch, name, loss, options, tmp_path)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for figure in ("loss.png", "samples_epoch01.png", "samples_epoch02.png"):
+        picture(tmp_path / "whole" / figure)
+    assert load_tensors(tmp_path / "whole" / "weights.safetensors")[1]["model"] == "ClassFlow"
+
+
 def test_train_ddpm_drops_the_class_of_a_tenth(run_script, monkeypatch, tmp_path):
     dropped = []
 
@@ -155,6 +166,33 @@ def test_sample_mnist_saves_what_it_draws(run_script, tmp_path, weights):
     torch.testing.assert_close(shifted, more[:, 1], atol=1e-4, rtol=0)
 
 
+def test_sample_mnist_draws_with_flows_and_samplers(run_script, tmp_path, weights):
+    common = ("--steps", 3, "--per-class", 1, "--out", tmp_path / "digits.png")
+    choices = [("ClassFlow",), ("ClassFlow", "--sampler", "heun", "--animate"), ("TimeFlow",)]
+    choices += [("ClassUNet", "--sampler", "dpm++", "--eta", 1), ("TimeUNet", "--sampler", "ddim")]
+    for name, *options in [
+        *choices,
+        ("ClassUNet", "--sampler", "dpm++", "--eta", 1),
+        ("TimeUNet", "--sampler", "ddim"),
+    ]:
+        status, _, err = run_script("sample_mnist", "--weights", weights[name], *common, *options)
+        assert status == 0, err
+        picture(tmp_path / "digits.png")
+
+
+def test_flows_and_ddpms_are_not_taken_for_one_another(refused, tmp_path, weights):
+    out = ("--out", tmp_path / "digits.png")
+    assert "for DDPMs" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--sampler", "ddim", *out)
+    assert "for flows" in refused("sample_mnist", "--weights", weights["ClassUNet"], "--sampler", "heun", *out)
+    assert "eta is for" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--eta", 1, *out)
+    assert "at least 1 step" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--steps", 0, *out)
+    gallery = refused("digits_gallery", "--data", DATA, "--weights", weights["ClassFlow"], "--out", tmp_path / "g")
+    assert "holds a ClassFlow (a flow), but a ClassUNet is needed here" in gallery
+    start = ("--condition", "class", *TRAIN, "--start", weights["ClassUNet"], "--out", tmp_path / "run")
+    assert "holds a ClassUNet (not a flow), but a ClassFlow is needed" in refused("train_flow", *start)
+    assert "--from-ddpm is for" in refused("train_flow", "--condition", "time", *TRAIN, "--from-ddpm")
+
+
 def test_sample_mnist_without_classes(run_script, tmp_path, weights):
     save = tmp_path / "digits.safetensors"
     options = ("--weights", weights["TimeUNet"], "--steps", 2, "--per-class", 2, "--out", tmp_path / "a.png")
@@ -191,6 +229,17 @@ def test_evaluate_mnist_goes_on_where_it_was(run_script, tmp_path, weights):
     picture(tmp_path / "misread_g1.png")
 
 
+def test_evaluate_mnist_compares_samplers(run_script, refused, tmp_path, weights):
+    curves = [f"{weights['ClassUNet']}:ddim", f"{weights['ClassFlow']}:heun"]
+    options = ("--data", DATA, "--samples", 100, "--guidance", 1, "--evaluations", 1, 2, "--out", tmp_path)
+    status, _, err = run_script("evaluate/mnist", *options, "--curves", *curves)
+    assert status == 0, err
+    made = json.loads((tmp_path / "samplers.json").read_text())["curves"]
+    assert [[row["evaluations"] for row in made[curve]] for curve in curves] == [[1, 2], [2]]  # heun asks twice a step
+    picture(tmp_path / "samplers.png")
+    assert "--curves are WEIGHTS:SAMPLER" in refused("evaluate/mnist", *options, "--curves", "ddpm_class")
+
+
 def test_digits_gallery_with_the_shipped_weights(run_script, tmp_path):
     """A real trained model: most anagrams of 6 and 9 are read in both views, and what is known stays known."""
     options = ("--data", DATA, "--samples", 10, "--steps", 15, "--dtype", "float32", "--only", "anagram", "inpaint")
@@ -214,7 +263,7 @@ def test_digits_gallery_draws_the_others(run_script, tmp_path, weights):
 
 
 def test_bench_mnist(run_script):
-    options = ("--rounds", 1, "--steps", 1, "--batch-size", 4, "--sample-steps", 1, "--sample-digits", 2)
+    options = ("--rounds", 1, "--steps", 1, "--batch-size", 4, "--sample-digits", 2)
     status, out, err = run_script("bench/mnist", "--data", DATA, "--dtype", "float32", *options)
     assert status == 0, err
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "images/s" in line]
@@ -369,7 +418,7 @@ def test_weights_that_are_missing_damaged_or_of_another_model(sample, refused, w
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert "is no whole safetensors file" in said(path)
-    assert "holds a UNet, but a ClassUNet or TimeUNet is needed here" in said(weights["UNet"])
+    assert "holds a UNet, but a ClassUNet or TimeUNet or ClassFlow or TimeFlow is needed here" in said(weights["UNet"])
     assert "holds a Judge" in said(weights["Judge"])
     save_tensors(path, {"x": torch.zeros(1)}, {})
     assert "holds no MNIST model" in said(path)

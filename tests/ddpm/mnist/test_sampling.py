@@ -4,9 +4,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
+from ddpm.flow import flow_times, heun_step, integrate, velocity_of
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
+from ddpm.mnist.sampling import visited_timesteps
+from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
-from ddpm.schedule import linear_schedule
+from ddpm.schedule import linear_schedule, log_snr_timesteps
 from tests.conftest import settled
 
 
@@ -123,3 +126,39 @@ def test_a_time_conditioned_model_samples_without_labels():
     images = sample_digits(settled(TimeUNet(8)), None, [1, 2], linear_schedule(), num_steps=3)
     assert images.shape == (2, 1, 28, 28)
     assert images.min() >= 0 and images.max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sampler", "step"), [("ddim", ddim_step), ("dpm++", dpm_solver_step)])
+def test_digits_by_another_sampler(model, sampler, step):
+    schedule, c = linear_schedule(), torch.eye(10)[[3, 7]]
+    noise = noise_source([1, 2], (1, 28, 28))
+    estimate = guided(model, c, torch.zeros_like(c), 2.0)
+    timesteps = visited_timesteps(schedule, 4, sampler)
+    assert (timesteps == log_snr_timesteps(schedule, 4)) == (sampler == "dpm++")
+    expected = iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, step=step).clamp(0, 1)
+    found = sample_digits(model, [3, 7], [1, 2], schedule, num_steps=4, guidance_scale=2.0, sampler=sampler)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_digits_of_a_flow():
+    torch.manual_seed(0)
+    flow, c = settled(ClassFlow(4)), torch.eye(10)[[3, 7]]
+    x_0 = noise_source([1, 2], (1, 28, 28))()
+    expected = integrate(velocity_of(flow, c, 2.0), x_0, flow_times(3), step=heun_step).clamp(0, 1)
+    done = []
+    options = {"num_steps": 3, "guidance_scale": 2.0, "sampler": "heun", "callback": lambda n, x_t: done.append(n)}
+    found = sample_flow(flow, [3, 7], [1, 2], **options, batch_size=1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert sample_flow(settled(TimeFlow(4)), None, [1, 2], num_steps=2).shape == (2, 1, 28, 28)
+
+
+def test_samplers_that_do_not_go_with_a_model_are_refused(model):
+    with pytest.raises(ValueError, match="not euler, which is for flows"):
+        sample_digits(model, [3], [1], linear_schedule(), sampler="euler")
+    with pytest.raises(ValueError, match=r"not dpm\+\+, which is for DDPMs"):
+        sample_flow(ClassFlow(4), [3], [1], sampler="dpm++")
+    with pytest.raises(ValueError, match="eta is for ddim and dpm"):
+        sample_digits(model, [3], [1], linear_schedule(), eta=1.0)

@@ -4,17 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.mnist import ClassUNet, TimeUNet, UNet
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
+from ddpm.mnist.training import flow_from_ddpm
+from ddpm.mnist.unet import folded
 from tests.conftest import settled
 
 D = 8
-MODELS = {"UNet": UNet, "TimeUNet": TimeUNet, "ClassUNet": ClassUNet}
+MODELS = {"UNet": UNet, "TimeUNet": TimeUNet, "ClassUNet": ClassUNet, "TimeFlow": TimeFlow, "ClassFlow": ClassFlow}
 
 
 def call(model, batch=3):
     x = torch.randn(batch, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    arguments = [x, torch.arange(batch) * 100, torch.eye(10)[:batch]]
-    return model(*arguments[: {UNet: 1, TimeUNet: 2, ClassUNet: 3}[type(model)]])
+    t = torch.arange(batch) * (0.3 if isinstance(model, TimeFlow) else 100)
+    arguments = [x, t, torch.eye(10)[:batch]]
+    return model(*arguments[: {UNet: 1, TimeUNet: 2, ClassUNet: 3, TimeFlow: 2, ClassFlow: 3}[type(model)]])
 
 
 def conv(i, o, kernel=3):
@@ -123,3 +126,57 @@ def test_t_may_be_an_int_a_scalar_or_a_batch():
     torch.testing.assert_close(model(x, torch.tensor(7)), expected)
     assert not torch.allclose(model(x, 250), expected)
     assert model.normalise(torch.tensor([0, 299]), x).flatten().tolist() == [0, 1]
+
+
+@torch.no_grad()
+def test_a_flows_time_multiplies_and_with_a_class_is_added():
+    torch.manual_seed(0)
+    model, classes = settled(TimeFlow(D)), settled(ClassFlow(D))
+    plain = UNet(D).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for block in (model.t1, model.t2):
+        constant(block, 1)
+    torch.testing.assert_close(call(model), call(plain))
+    constant(model.t2, 0)  # hides all below u2, t1 too
+    before = call(model)
+    constant(model.t1, 7)
+    torch.testing.assert_close(call(model), before)
+
+    ddpm = settled(ClassUNet(D))  # the same network, with its own count of t
+    ddpm.load_state_dict(classes.state_dict())
+    x, c = torch.randn(2, 1, 28, 28), torch.eye(10)[[3, 7]]
+    torch.testing.assert_close(classes(x, torch.tensor([0.0, 1.0]), c), ddpm(x, torch.tensor([0, 299]), c))
+
+
+@torch.no_grad()
+def test_a_flow_begins_as_the_ddpm_it_is_made_from():
+    torch.manual_seed(0)
+    ddpm = settled(ClassUNet(D))
+    flow = flow_from_ddpm(ddpm).eval()
+    x, c = torch.randn(2, 1, 28, 28), torch.eye(10)[[3, 7]]
+    for t in (0.0, 0.25, 1.0):
+        torch.testing.assert_close(flow(x, t, c), -ddpm(x, 299 * (1 - t), c), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_folded_is_the_same_function_without_batchnorm(name):
+    torch.manual_seed(0)
+    model = settled(MODELS[name](D))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # none of its numbers may be forgotten
+            for numbers in (module.weight, module.bias, module.running_mean, module.running_var):
+                numbers.uniform_(0.5, 1.5)
+    expected, found = call(model), call(folded(model))
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded(model).modules())
+    torch.testing.assert_close(call(model), expected, atol=0, rtol=0)  # the model itself stays as it is
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ClassUNet", "ClassFlow"])
+def test_two_classes_of_each_image_are_answered_as_two_images(name):
+    torch.manual_seed(0)
+    model = settled(MODELS[name](D))
+    x, c = torch.randn(2, 1, 28, 28), torch.eye(10)[[3, 7, 1, 1]]
+    torch.testing.assert_close(model(x, 0.5, c), model(torch.cat([x, x]), 0.5, c), atol=1e-5, rtol=1e-4)
