@@ -6,7 +6,7 @@
 
 A prompt for each component: low_high_pass (two prompts: far, near; --sigma parts them), three_bands (coarse, middle,
 fine), grey_colour and motion_blur (moving, still). Rows: the picture, then each of its components, those without a mean
-around grey; columns: seeds. Beside it lies the first seed as an animation that goes away and comes back.
+around grey; columns: seeds. --animate adds the first seed as an animation that goes away and comes back.
 --keep FILE takes the first component from a picture instead, and makes up the rest (one prompt).
 """
 
@@ -45,6 +45,7 @@ def main():
     options.add_argument("--sigma", type=positive_number, metavar="PIXELS", help=help)
     options.add_argument("--keep", metavar="FILE", help="a picture whose first component is kept")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
+    options.add_argument("--animate", action="store_true", help="also the first seed as a .gif, going away")
     add_cascade_options(options, out="out/hybrid_image.png", stride=30)
     args = options.parse_args()
     if args.sigma and args.components != "low_high_pass":
@@ -81,7 +82,7 @@ def main():
     labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
     columns = [f"seed {args.seed + k}" for k in range(args.num_images)]
     save_table(args.out, rows, row_labels=labels, column_labels=columns, seed=args.seed)
-    for i, pictures in enumerate(drawn):
+    for i, pictures in enumerate(drawn if args.animate else []):
         frames, times = recede(pictures[0] / 2 + 0.5)
         save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
 

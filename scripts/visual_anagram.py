@@ -5,7 +5,7 @@
         --prompt "a photo of a duck" --prompt "a photo of a rabbit" --view identity --view rotate_90 --num-images 20
 
 Good illusions are found, not made to order: a contact sheet shows --num-images seeds, upright and in the other
-views. Beside it lies the first seed as an animation that turns from one view to the next. Views: identity,
+views. --animate adds the first seed as an animation that turns from one view to the next. Views: identity,
 vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, jigsaw, inner_circle, skew.
 """
 
@@ -37,6 +37,7 @@ def main():
     options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
     options.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="default: mean")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
+    options.add_argument("--animate", action="store_true", help="also the first seed as a .gif, turning")
     add_cascade_options(options, out="out/visual_anagram.png", stride=30)
     args = options.parse_args()
     names = args.view or ["identity", "vertical_flip"]
@@ -66,7 +67,7 @@ def main():
     rows = [list(view.view(pictures)) for pictures in drawn for view in views]
     labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
     save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)
-    for i, pictures in enumerate(drawn):
+    for i, pictures in enumerate(drawn if args.animate else []):
         frames, times = turn(pictures[0] / 2 + 0.5, views)
         save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
 

@@ -264,7 +264,6 @@ EXPERIMENTS = [
                 "Each pair of rows is the same pictures, upright and flipped. With tiny-if three pairs come first that "
                 "are alike when one is flipped; the assignment's are too far apart for so small a model.",
             ),
-            *((f"anagrams_{k}.gif", "The first seed, turning.") for k in range(3)),
         ),
         CASCADE,
         (*QUICK, "--num-images", "1"),
@@ -285,7 +284,6 @@ EXPERIMENTS = [
                 "Of each pair: the pictures, what is seen of them from afar, and what only near by. With tiny-if three "
                 "pairs come first whose pictures are alike when blurred, and σ is 4 of 64 pixels; else 2.",
             ),
-            *((f"hybrids_{k}.gif", "The first seed, going away and coming back.") for k in range(3)),
         ),
         CASCADE,
         (*QUICK, "--num-images", "1"),

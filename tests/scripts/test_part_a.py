@@ -291,7 +291,7 @@ def test_masks_with_transparency_say_what_decided(tmp_path):
 
 @pytest.mark.parametrize("upscaled", [False, True])
 def test_a10_every_row_is_a_view_of_the_picture(run_script, tmp_path, model, upscaler, upscaled):
-    options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 2]
+    options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 2, "--animate"]
     options, size = (options + upscaler, 32) if upscaled else (options, 16)
     cells = draw(run_script, tmp_path, "visual_anagram", *options, cells=table(2, 2), size=size)
     assert (cells["0_1"][::-1] == cells["1_1"]).all()
@@ -332,7 +332,7 @@ def test_prompts_for_each_picture(run_script, tmp_path, model):
 @pytest.mark.parametrize(("script", "rows"), [("visual_anagram", 2), ("hybrid_image", 3)])
 def test_several_pairs_are_several_pictures(run_script, tmp_path, model, script, rows):
     """Each as if it had been asked for alone."""
-    quick = ["--num-images", 1]
+    quick = ["--num-images", 1, "--animate"]
     asked = [part for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0]) for part in ("--prompt", prompt)]
     both = draw(run_script, tmp_path / "both", script, *model, *quick, *asked, cells=table(2 * rows, 1))
     second = draw(run_script, tmp_path / "one", script, *model, *quick, *asked[4:], cells=table(rows, 1))
@@ -345,7 +345,7 @@ def test_several_pairs_are_several_pictures(run_script, tmp_path, model, script,
 @pytest.mark.parametrize("components", ["low_high_pass", "grey_colour"])
 def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     options = [*model, *upscaler, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
-    options += ["--components", components]
+    options += ["--components", components, "--animate"]
     cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1), size=32)
     parts = cells["1_0"] + cells["2_0"] - 127.5  # the second one has no mean and is shown around grey
     inside = (cells["2_0"] % 255 > 0) & (cells["0_0"] % 255 > 0)
