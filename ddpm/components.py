@@ -1,7 +1,7 @@
-"""Decompositions for hybrid images: linear maps of a picture that sum to the picture.
+"""Decompositions for hybrid images: linear maps of an image that sum to the image.
 
 Each is a list of components, such as [low pass, high pass]; `check_components` refuses a list that does not sum to
-the identity. Widths are in pixels of a 64-pixel picture and grow with it, so that both stages of a cascade can use
+the identity. Widths are in pixels of a 64-pixel image and grow with it, so that both stages of a cascade can use
 one. Source: Factorized Diffusion §3.3, arXiv 2404.11615.
 """
 
@@ -18,7 +18,7 @@ SIGMA = 2.0  # of A11
 
 @dataclass(frozen=True)
 class Component:
-    """A part of a picture: of(x), linear in x, [B, C, H, W] -> [B, C, H, W]."""
+    """A part of an image: of(x), linear in x, [B, C, H, W] -> [B, C, H, W]."""
 
     name: str
     of: Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ def low_high_pass(sigma: float = SIGMA) -> list[Component]:
 
 
 def three_bands(sigma_coarse: float = 4.0, sigma_fine: float = 1.0) -> list[Component]:
-    """Coarse, middle and fine: three pictures at three distances."""
+    """Coarse, middle and fine: three images at three distances."""
     return [
         Component("coarse", lambda x: low_pass(x, sigma_coarse)),
         Component("middle", lambda x: low_pass(x, sigma_fine) - low_pass(x, sigma_coarse)),
@@ -72,7 +72,7 @@ def grey_colour() -> list[Component]:
 
 
 def motion_blur(length: int = 17) -> list[Component]:
-    """What is left when the picture moves sideways, over `length` pixels, and the rest."""
+    """What is left when the image moves sideways, over `length` pixels, and the rest."""
 
     def blur(x: Tensor) -> Tensor:
         radius = min(round(length // 2 * x.shape[-1] / 64), x.shape[-1] - 1)
@@ -90,7 +90,7 @@ DECOMPOSITIONS: dict[str, Callable[[], list[Component]]] = {
 
 
 def check_components(components: Sequence[Component], shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-3):
-    """Refuse components of pictures [C, H, W] that are not linear or do not sum to the picture. Raises ValueError."""
+    """Refuse components of images [C, H, W] that are not linear or do not sum to the image. Raises ValueError."""
     x, y = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0))
     for component in components:
         if (component.of(x + 2 * y) - component.of(x) - 2 * component.of(y)).abs().max() > tolerance:
@@ -98,4 +98,4 @@ def check_components(components: Sequence[Component], shape: tuple[int, ...] = (
     error = (sum(component.of(x) for component in components) - x).abs().max().item()
     if error > tolerance:
         names = ", ".join(component.name for component in components)
-        raise ValueError(f"the components {names} do not sum to the picture: they are off by up to {error:.2g}")
+        raise ValueError(f"the components {names} do not sum to the image: they are off by up to {error:.2g}")

@@ -3,7 +3,7 @@
 The file is written by diffusers and has some fifty fields. `UNetConfig` keeps those in which IF's models
 differ. All others must have the one value that IF gives them: a field with another value, and a field that is
 not known here, is refused by name, so that no model is built that is not the one in the file. In the same way
-`check_scheduler` refuses a scheduler_config.json whose pictures would be others than the sampler's.
+`check_scheduler` refuses a scheduler_config.json whose images would be others than the sampler's.
 """
 
 from dataclasses import dataclass, fields
@@ -68,7 +68,7 @@ KINDS = {
     float: (lambda value: type(value) in (int, float) and 0 < value < 10**6, "one positive number"),
 }
 
-# IF's way to sample: each field of scheduler_config.json that would change the picture, with the values that
+# IF's way to sample: each field of scheduler_config.json that would change the image, with the values that
 # `ifmodel.stage` implements
 SCHEDULER_FIXED = {
     "_class_name": ("DDPMScheduler",),
@@ -86,7 +86,7 @@ SCHEDULER_FIXED = {
 SCHEDULER_ASSUMED = {"beta_schedule": "linear", "thresholding": False, "variance_type": "fixed_small"}
 # The names that `ddpm_step` has for diffusers' variances; DreamBooth trains eps alone and leaves a fixed one
 VARIANCES = {"learned_range": "learned_range", "fixed_small": "beta_tilde", "fixed_large": "beta"}
-# Those that matter where nothing but noise is added: to stage 2's small picture
+# Those that matter where nothing but noise is added: to stage 2's small image
 NOISING_FIXED = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "trained_betas")
 
 # What the config.json of every IF stage 1 says beside its widths
@@ -224,7 +224,7 @@ class UNetConfig:
         """About how much memory a forward pass needs beside the weights: the skips, and what a layer works on.
 
         itemsize: bytes of a value, 2 in half precision
-        Measured in float32 on the CPU, three pictures of 128 to 512 pixels took 0.98 to 1.6 times this.
+        Measured in float32 on the CPU, three images of 128 to 512 pixels took 0.98 to 1.6 times this.
         """
         pixels = batch * height * width
         sizes = [pixels // 4**level * dim for level, dim in enumerate(self.block_out_channels)]
@@ -275,7 +275,7 @@ def check_scheduler(config: dict, file: str) -> tuple[float, float, str]:
 
 
 def check_noising_scheduler(config: dict, file: str):
-    """Refuse an image_noising_scheduler/ that would noise stage 2's small picture in another way. Raises ValueError."""
+    """Refuse an image_noising_scheduler/ that would noise stage 2's small image in another way. Raises ValueError."""
     _check_fixed(
         file, config, {name: SCHEDULER_FIXED[name] for name in NOISING_FIXED}, SCHEDULER_ASSUMED, "the sampler"
     )

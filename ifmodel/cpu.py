@@ -1,7 +1,7 @@
 """What is computed in another way on the CPU, since it is faster there: attention, GroupNorm, packed convolutions.
 
 Packing: oneDNN, which computes torch's convolutions on x86 CPUs, wants weights in an order of its own, and puts them in
-that order again at every call. On small pictures with many channels that takes longer than the convolution: laid out
+that order again at every call. On small images with many channels that takes longer than the convolution: laid out
 once, a 3 × 3 convolution of 768 channels at 8 × 8 is three times as fast in bfloat16, and a step of IF-I-M as a whole
 1.06 times (scripts/bench/unet.py --no-pack). The price: the laid out weights are no longer those of the memory-mapped
 file but a copy beside it, and the model is for inference alone, without gradients, copies or a state_dict.
@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, in float32 where its way with channels-last bfloat16 on the CPU is slower: small pictures, gradients."""
+    """torch's, in float32 where its way with channels-last bfloat16 on the CPU is slower: small images, gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         slower = x.requires_grad or x[0, 0].numel() < 1024  # up to 4 and 5 × as slow
@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PackedConv2d(nn.Module):
-    """What an nn.Conv2d computes; its weight is laid out for the first picture it sees, and the original is let go."""
+    """What an nn.Conv2d computes; its weight is laid out for the first image it sees, and the original is let go."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
@@ -64,7 +64,7 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def is_plain(convolution: nn.Conv2d) -> bool:
-    """Whether it takes every pixel, with all channels, and zeros around the picture."""
+    """Whether it takes every pixel, with all channels, and zeros around the image."""
     steps = (convolution.stride, convolution.dilation, convolution.groups)
     return steps == ((1, 1), (1, 1), 1) and convolution.padding_mode == "zeros"
 
@@ -78,6 +78,6 @@ def plain_convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Co
 
 
 def pack_convolutions(model: nn.Module):
-    """Replace every plain nn.Conv2d below a model; from its first picture on, the model is for inference alone."""
+    """Replace every plain nn.Conv2d below a model; from its first image on, the model is for inference alone."""
     for parent, name, convolution in list(plain_convolutions(model)):
         setattr(parent, name, PackedConv2d(convolution))

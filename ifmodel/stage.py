@@ -43,10 +43,10 @@ def stage_1(
     guidance_scale: float = 7.0,
     interval: tuple[float, float] = ALWAYS,
 ) -> Estimate:
-    """The guided estimate of stage 1 for noisy pictures [N, 3, H, W].
+    """The guided estimate of stage 1 for noisy images [N, 3, H, W].
 
     prompt_embeds: T5's output for the prompts, [N, 77, D_text]
-    null_embeds: that for the null (or a negative) prompt, [1, 77, D_text], or one for each picture
+    null_embeds: that for the null (or a negative) prompt, [1, 77, D_text], or one for each image
     guidance_scale, interval: as in `guided`
     """
     text, null = encode_texts(unet, prompt_embeds, null_embeds)
@@ -61,7 +61,7 @@ def stage_2(
     guidance_scale: float = 4.0,
     noise_level: int = 250,
 ) -> Estimate:
-    """The guided estimate of stage 2 for noisy pictures [N, 3, H, W], beside what it sees of the small ones.
+    """The guided estimate of stage 2 for noisy images [N, 3, H, W], beside what it sees of the small ones.
 
     low_res: from `noised_upscaled`, [N, 3, H, W], with the same noise_level; the rest as in `stage_1`
     """
@@ -101,7 +101,7 @@ def stage_variance(source: str | Path, revision: str | None = None) -> str:
 
 
 def noised_upscaled(small: Tensor, size: tuple[int, int], noise_level: int, noise: Noise) -> Tensor:
-    """What stage 2 sees of small pictures [N, 3, h, w]: upscaled to [N, 3, H, W] and noised, so that it adds detail.
+    """What stage 2 sees of small images [N, 3, h, w]: upscaled to [N, 3, H, W] and noised, so that it adds detail.
 
     Source: Imagen §2.4, arXiv 2205.11487.
     """
@@ -137,10 +137,10 @@ def generate(
     variance: str = "learned_range",
     callback: Callback | None = None,
 ) -> Tensor:
-    """Stage 1: prompts -> pictures [N, 3, H, W] in [-1, 1].
+    """Stage 1: prompts -> images [N, 3, H, W] in [-1, 1].
 
     prompt_embeds, null_embeds: as in `stage_1`
-    seeds: [N]; a picture depends on its own seed and prompt alone, up to the rounding of another batch size
+    seeds: [N]; an image depends on its own seed and prompt alone, up to the rounding of another batch size
     size: height and width, the model's own when None
     threshold, variance: of x̂_0 and of `ddpm_step`, IF's unless `stage_threshold` and `stage_variance` find others in
         the model's folder
@@ -168,9 +168,9 @@ def upscale(
     variance: str = "learned_range",
     callback: Callback | None = None,
 ) -> Tensor:
-    """Stage 2: pictures [N, 3, h, w] in [-1, 1] and their prompts -> pictures [N, 3, H, W] in [-1, 1].
+    """Stage 2: images [N, 3, h, w] in [-1, 1] and their prompts -> images [N, 3, H, W] in [-1, 1].
 
-    noise_level: the timestep to which the upscaled small picture is noised; the model is told
+    noise_level: the timestep to which the upscaled small image is noised, also passed to the model
     The rest as in `generate`. Source: Imagen §2.4, arXiv 2205.11487, with DeepFloyd IF's settings.
     """
     h, w = size or (unet.config.sample_size, unet.config.sample_size)

@@ -4,8 +4,8 @@
                           └──────── skips, last in, first out ────────┘
 
 A level of the way down is some ResNet blocks, each followed by attention on the coarser levels, and a ResNet
-block that halves the picture. The way up is its mirror image, and each of its ResNet blocks also takes one of
-the pictures that the way down left behind. Attribute names are those of the published checkpoints.
+block that halves the image. The way up is its mirror image, and each of its ResNet blocks also takes one of
+the images that the way down left behind. Attribute names are those of the published checkpoints.
 """
 
 import math
@@ -199,7 +199,7 @@ class Text:
 
 
 class DownBlock(nn.Module):
-    """One level of the way down; returns its picture and all that it leaves for the way up."""
+    """One level of the way down; returns its image and all that it leaves for the way up."""
 
     def __init__(self, i: int, o: int, layers: int, attention, resnet, last: bool):
         super().__init__()

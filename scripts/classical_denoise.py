@@ -1,4 +1,4 @@
-"""A2: noisy pictures, and what a Gaussian blur makes of them.
+"""A2: noisy images, and what a Gaussian blur makes of them.
 
     python scripts/classical_denoise.py --image photo.jpg
 

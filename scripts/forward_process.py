@@ -1,4 +1,4 @@
-"""A1: a picture at growing noise levels.
+"""A1: an image at growing noise levels.
 
     python scripts/forward_process.py --image photo.jpg
 

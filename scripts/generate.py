@@ -1,4 +1,4 @@
-"""Text to pictures (A0): small ones with stage 1, and larger ones from these with stage 2.
+"""Text to images (A0): small ones with stage 1, and larger ones from these with stage 2.
 
     python scripts/generate.py --prompt "a photo of a dog" --out out/dog.png
     python scripts/generate.py --steps-grid 2 4 6 8 12 16
@@ -6,8 +6,8 @@
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
 
 A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
-given. One prompt and one image make the picture itself; more make a labelled grid, with each picture beside it in a
-file of its own. Picture k of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with
+given. One prompt and one seed give the bare image; more give a labelled grid, with each image beside it in a file of
+its own. Image k of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with
 several numbers of steps. The prompts are the assignment's three unless others are given. T5 runs only for prompts
 that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage 2 is
 loaded.
@@ -26,7 +26,7 @@ A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a ha
 def main():
     options = parser(__doc__)
     options.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    options.add_argument("--num-images", type=positive, default=1, help="pictures of each prompt (default: 1)")
+    options.add_argument("--num-images", type=positive, default=1, help="images of each prompt (default: 1)")
     options.add_argument("--steps-grid", type=positive, nargs="+", metavar="N", help="a row for each number of steps")
     add_cascade_options(options, out="out/generated.png")
     args = options.parse_args()
@@ -50,7 +50,7 @@ def draw_steps_grid(args):
     """Rows: numbers of steps; columns: prompts; all from the same seed."""
     if args.steps is not None or args.stride is not None or args.num_images > 1:
         raise ValueError(
-            "--steps-grid gives the steps, with a picture of each: leave --steps, --stride and --num-images"
+            "--steps-grid gives the steps, with an image of each: leave --steps, --stride and --num-images"
         )
     cascade = open_cascade(args)
     prompts = prompts_of(args, cascade, A0_PROMPTS)

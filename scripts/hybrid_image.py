@@ -5,9 +5,9 @@
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
 A prompt for each component: low_high_pass (two prompts: far, near; --sigma parts them), three_bands (coarse, middle,
-fine), grey_colour and motion_blur (moving, still). Rows: the picture, then each of its components, those without a mean
+fine), grey_colour and motion_blur (moving, still). Rows: the image, then each of its components, those without a mean
 around grey; columns: seeds. --animate adds the first seed as an animation that goes away and comes back.
---keep FILE takes the first component from a picture instead, and makes up the rest (one prompt).
+--keep FILE takes the first component from an image instead, and makes up the rest (one prompt).
 """
 
 from argparse import Namespace
@@ -37,13 +37,13 @@ TINY_PAIRS = [  # of scripts/evaluate/tiny_if.py's, alike when blurred: the assi
 
 def main():
     options = parser(__doc__)
-    prompts = "one for each component; more make more pictures (default: the assignment's, after three for tiny-if)"
+    prompts = "one for each component; more make more images (default: the assignment's, after three for tiny-if)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
     sigmas = f"{SIGMA:g}; 4 with {MODEL}"
-    help = f"of low_high_pass, its blur in pixels of a 64-pixel picture: more of it, more near by (default: {sigmas})"
+    help = f"of low_high_pass, its blur in pixels of a 64-pixel image: more of it, more near by (default: {sigmas})"
     options.add_argument("--sigma", type=positive_number, metavar="PIXELS", help=help)
-    options.add_argument("--keep", metavar="FILE", help="a picture whose first component is kept")
+    options.add_argument("--keep", metavar="FILE", help="an image whose first component is kept")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
     options.add_argument("--animate", action="store_true", help="also the first seed as a .gif, going away")
     add_cascade_options(options, out="out/hybrid_image.png", stride=30)
@@ -78,22 +78,22 @@ def main():
         return Job(prompts[0], seeds, small, args.visited, upscale=final)
 
     drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
-    rows = [row for pictures in drawn for row in (pictures, *(component.of(pictures) for component in components))]
+    rows = [row for images in drawn for row in (images, *(component.of(images) for component in components))]
     labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
     columns = [f"seed {args.seed + k}" for k in range(args.num_images)]
     save_table(args.out, rows, row_labels=labels, column_labels=columns, seed=args.seed)
-    for i, pictures in enumerate(drawn if args.animate else []):
-        frames, times = recede(pictures[0] / 2 + 0.5)
+    for i, images in enumerate(drawn if args.animate else []):
+        frames, times = recede(images[0] / 2 + 0.5)
         save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
 
 
 def row_labels(args: Namespace, components: list[Component], prompts: tuple[str, ...]) -> list[str]:
-    """What is seen in the rows of one picture: itself, and each component beside the prompt or file it is from."""
+    """What is seen in the rows of one image: itself, and each component beside the prompt or file it is from."""
     sources = [Path(args.keep).name, *prompts * (len(components) - 1)] if args.keep else prompts
     parts = [f"{component.name}:\n{source}" for component, source in zip(components, sources, strict=True)]
     if args.components == "low_high_pass":
         return [f"near view:\n{sources[1]}", f"far view, {parts[0]}", parts[1]]
-    return ["picture", *parts]
+    return ["image", *parts]
 
 
 if __name__ == "__main__":

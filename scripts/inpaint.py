@@ -1,11 +1,11 @@
-"""A9: holes in pictures, filled.
+"""A9: holes in images, filled.
 
     python scripts/inpaint.py --image photo.jpg --mask mask.png
     python scripts/inpaint.py --image photo.jpg --mask circle:0.3,0.5,0.2 \\
         --jump-length 10 --resamples 5
 
-A row for each picture: original, mask (white is the hole), hole to fill, result. A mask is a file as large as its
-picture, cut to shape in the same way, or rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of what is
+A row for each image: original, mask (white is the hole), hole to fill, result. A mask is a file as large as its
+image, cut to shape in the same way, or rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of what is
 cut out; one for each image, or one for all.
 With --resamples, RePaint goes back by --jump-length steps, so many times.
 """

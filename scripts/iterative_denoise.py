@@ -1,9 +1,9 @@
-"""A4: a noisy picture denoised step by step, and beside the blur and the single step.
+"""A4: a noisy image denoised step by step, and beside the blur and the single step.
 
     python scripts/iterative_denoise.py --image photo.jpg
 
 First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
-step and all steps make of the same noisy picture. x_t and x̂_0 of every step lie beside them, OUT_steps_ROW_STEP.png.
+step and all steps make of the same noisy image. x_t and x̂_0 of every step lie beside them, OUT_steps_ROW_STEP.png.
 """
 
 from ddpm.process import add_noise
@@ -53,7 +53,7 @@ def main():
     names = ["original", f"noisy, t = {timesteps[0]}", "blur", "one step", "iterative"]
     save_table(args.out, [first], column_labels=labels, title="iterative denoising", seed=args.seed)
     compared = args.out.with_stem(f"{args.out.stem}_compared")
-    save_table(compared, [second], column_labels=names, title="the same noisy picture, denoised", seed=args.seed)
+    save_table(compared, [second], column_labels=names, title="the same noisy image, denoised", seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A3: noisy pictures, and the model's estimate of the clean one in a single step.
+"""A3: noisy images, and the model's estimate of the clean one in a single step.
 
     python scripts/one_step_denoise.py --image photo.jpg
 
-Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many pictures.
+Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many images.
 """
 
 from ddpm.sampling import one_step_denoise

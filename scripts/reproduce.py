@@ -7,7 +7,7 @@
 A0 to A11 run on the tiny IF that is shipped, or on --model; B1 to B5 on the shipped digits. Each is one of the other
 scripts, with the command line that the page shows. What was made before with the same command, code and weights is
 left as it is, so a stopped run goes on where it was, and what --only leaves out stays on the page. --fast is a tour of
-a minute or two, with fewer pictures and steps.
+a minute or two, with fewer images and steps.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def main():
 def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--only", metavar="A7,A10", help="some of the experiments (default: all)")
-    options.add_argument("--fast", action="store_true", help="fewer pictures and steps")
+    options.add_argument("--fast", action="store_true", help="fewer images and steps")
     options.add_argument(
         "--model", type=model_name, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model (default: tiny-if/I, shipped)"
     )

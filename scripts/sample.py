@@ -1,4 +1,4 @@
-"""A5 and A6: pictures from pure noise, without guidance and with it, side by side.
+"""A5 and A6: images from pure noise, without guidance and with it, side by side.
 
     python scripts/sample.py
 

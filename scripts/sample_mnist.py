@@ -131,7 +131,7 @@ def pick_sampling(model: TimeUNet | TimeFlow, args: Namespace) -> tuple[int, Cal
 
 
 def tiled(x: Tensor, rows: int) -> Tensor:
-    """Digits [10 · rows, 1, 28, 28] -> one picture [3, H, W], two pixels for one, a column for each of ten."""
+    """Digits [10 · rows, 1, 28, 28] -> one image [3, H, W], two pixels for one, a column for each of ten."""
     from torchvision.utils import make_grid
 
     grid = make_grid(x.view(10, rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1), nrow=10, padding=2, pad_value=1.0)

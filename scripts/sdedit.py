@@ -1,11 +1,11 @@
-"""A7 and A8: image to image with SDEdit: pictures, noised and denoised from several places of the list.
+"""A7 and A8: image to image with SDEdit: images, noised and denoised from several places of the list.
 
     python scripts/sdedit.py --image photo.jpg --image drawing.png
     python scripts/sdedit.py --image photo.jpg \\
         --prompt "a rocket ship" --prompt "a photo of a dog" --prompt "a man wearing a hat"
 
-A row for each picture and prompt; columns: the steps left out, 1 to 20, where more leaves more of the picture, and
-the picture itself. An image is a file, or a drawing of ours: village, rocket, face. The prompt is "a high quality
+A row for each image and prompt; columns: the steps left out, 1 to 20, where more leaves more of the image, and
+the image itself. An image is a file, or a drawing of ours: village, rocket, face. The prompt is "a high quality
 photo" unless said otherwise; with tiny-if our drawings come with prompts of their own before it.
 """
 

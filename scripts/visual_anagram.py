@@ -1,4 +1,4 @@
-"""A10: visual anagrams, pictures that show another thing when they are turned or rearranged.
+"""A10: visual anagrams, images that show another thing when they are turned or rearranged.
 
     python scripts/visual_anagram.py
     python scripts/visual_anagram.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
@@ -32,7 +32,7 @@ TINY_PAIRS = [
 
 def main():
     options = parser(__doc__)
-    prompts = "one for each view; more make more pictures (default: the assignment's, after three for tiny-if)"
+    prompts = "one for each view; more make more images (default: the assignment's, after three for tiny-if)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
     options.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="default: mean")
@@ -64,11 +64,11 @@ def main():
         return Job(illusion, seeds, timesteps=args.visited)
 
     drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
-    rows = [list(view.view(pictures)) for pictures in drawn for view in views]
+    rows = [list(view.view(images)) for images in drawn for view in views]
     labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
     save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)
-    for i, pictures in enumerate(drawn if args.animate else []):
-        frames, times = turn(pictures[0] / 2 + 0.5, views)
+    for i, images in enumerate(drawn if args.animate else []):
+        frames, times = turn(images[0] / 2 + 0.5, views)
         save_gif(args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif"), frames, times)
 
 

@@ -5,7 +5,7 @@
                            └─ c [7×7] ──────────────── u1 ──┘
                               └─ f [1×1] ── g [7×7] ──┘
 
-`UNet` sees the picture alone (the one-step denoiser), `TimeUNet` also the timestep, `ClassUNet` also
+`UNet` sees only the image (the one-step denoiser), `TimeUNet` also the timestep, `ClassUNet` also
 the class. Conditioning enters at two places, after `g` and after `u1`. `TimeFlow` and `ClassFlow` predict a
 velocity, as in the assignment's newer editions.
 """

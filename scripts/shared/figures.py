@@ -1,4 +1,4 @@
-"""The figures that the scripts write: pictures with labels, and with their making in the PNG's metadata."""
+"""The figures that the scripts write: images with labels, and with their making in the PNG's metadata."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from shared.options import SEED
 DPI = 150
 FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula
 LONGEST_LABEL = 600  # characters, of any prompt; the PNG's metadata has all of it
-MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and pictures, of a row's label
+MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and images, of a row's label
 
 
 def figure_metadata(seed: int, labels: Sequence[str] = ()) -> dict[str, str]:
@@ -43,10 +43,10 @@ def save_grid(
     gap: int = 4,
     seed: int = SEED,
 ):
-    """Write pictures [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
+    """Write images [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
 
-    zoom: how many pixels of the figure a pixel of a picture gets, each way; gap: pixels between pictures
-    Labels are wrapped, those of columns to the pictures' width; where one is larger still, the pictures move apart.
+    zoom: how many pixels of the figure a pixel of an image gets, each way; gap: pixels between images
+    Labels are wrapped, those of columns to the images' width; where one is larger still, the images move apart.
     """
     from matplotlib.figure import Figure
 
@@ -68,8 +68,8 @@ def save_grid(
         figure.text(x / width, 1 - y / height, text, **FONT, family=fonts, **where)
 
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            pixels = to_bytes(picture.expand(3, -1, -1)).repeat(zoom, 0).repeat(zoom, 1)
+        for j, image in enumerate(row):
+            pixels = to_bytes(image.expand(3, -1, -1)).repeat(zoom, 0).repeat(zoom, 1)
             x, y = left + j * column_w + (column_w - w) // 2, top + i * row_h + (row_h - h) // 2
             figure.figimage(pixels, x, height - y - h)
     for i, label in enumerate(row_labels):
@@ -159,8 +159,8 @@ def save_table(
     title: str = "",
     seed: int = SEED,
 ):
-    """Write pictures [3, H, W] in [-1, 1] as a labelled grid, and each beside it as `save_cells` does; say where."""
-    rows = [[picture.detach().float().cpu() / 2 + 0.5 for picture in row] for row in rows]
+    """Write images [3, H, W] in [-1, 1] as a labelled grid, and each beside it as `save_cells` does; say where."""
+    rows = [[image.detach().float().cpu() / 2 + 0.5 for image in row] for row in rows]
     labels = {"row_labels": row_labels, "column_labels": column_labels, "seed": seed}
     save_cells(path, rows, **labels)
     save_grid(path, rows, **labels, title=title, zoom=max(1, 128 // rows[0][0].shape[-1]))
@@ -183,13 +183,13 @@ def save_cells(
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], milliseconds: Sequence[int]):
-    """Write pictures [3, H, W] in [0, 1] as an animation that repeats, each shown for so long."""
+    """Write images [3, H, W] in [0, 1] as an animation that repeats, each shown for so long."""
     from PIL import Image
 
-    pictures = [Image.fromarray(to_bytes(frame)) for frame in frames]
+    images = [Image.fromarray(to_bytes(frame)) for frame in frames]
     buffer = io.BytesIO()
-    rest = {"append_images": pictures[1:], "duration": list(milliseconds), "loop": 0}
-    pictures[0].save(buffer, format="gif", save_all=True, **rest)
+    rest = {"append_images": images[1:], "duration": list(milliseconds), "loop": 0}
+    images[0].save(buffer, format="gif", save_all=True, **rest)
     write_atomically(path, buffer.getvalue())
     print(path)
 
@@ -219,18 +219,18 @@ def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
     write_atomically(path, buffer.getvalue())
 
 
-def save_image(path: Path, picture: Tensor, seed: int, labels: Sequence[str] = ()):
-    """Write one picture [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
+def save_image(path: Path, image: Tensor, seed: int, labels: Sequence[str] = ()):
+    """Write one image [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     metadata, buffer = PngInfo(), io.BytesIO()
     for key, value in figure_metadata(seed, labels).items():
         metadata.add_itxt(key, value)
-    Image.fromarray(to_bytes(picture)).save(buffer, format="png", pnginfo=metadata)
+    Image.fromarray(to_bytes(image)).save(buffer, format="png", pnginfo=metadata)
     write_atomically(path, buffer.getvalue())
 
 
-def to_bytes(picture: Tensor):
-    """A picture [3, H, W] in [0, 1] -> an array [H, W, 3] of bytes."""
-    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+def to_bytes(image: Tensor):
+    """An image [3, H, W] in [0, 1] -> an array [H, W, 3] of bytes."""
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

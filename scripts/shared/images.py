@@ -1,4 +1,4 @@
-"""The pictures that go into the scripts: files of any size and mode, masks, and three drawings of our own."""
+"""The images that go into the scripts: files of any size and mode, masks, and three drawings of our own."""
 
 import re
 import warnings
@@ -15,43 +15,43 @@ from ddpm.memory import check_memory
 
 
 def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture as [1, 3, H, W] in [-1, 1]: upright, on white where transparent, its centre cut to shape and resized.
+    """An image as [1, 3, H, W] in [-1, 1]: upright, on white where transparent, its centre cut to shape and resized.
 
-    source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no picture.
+    source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no image.
     """
-    picture = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(open_picture(source, size), source)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    image = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(open_image(source, size), source)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def open_picture(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """PIL's picture of a file, upright. Raises FileNotFoundError, or ValueError when it is no picture or too large."""
+def open_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """PIL's image of a file, upright. Raises FileNotFoundError, or ValueError when it is no image or too large."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no picture at {path}; drawings of our own are {', '.join(DRAWINGS)}")
+        raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
     Image.MAX_IMAGE_PIXELS = None  # the memory is asked instead
-    with reading(path, "picture"):
-        picture = Image.open(path)
-        picture.draft("RGB", (4 * size[1], 4 * size[0]))  # a large JPEG is read at a fraction of its size
-        (w, h), copies = picture.size, 40 if picture.mode.startswith(("I", "F")) else 16  # bytes a pixel, of all copies
+    with reading(path, "image"):
+        image = Image.open(path)
+        image.draft("RGB", (4 * size[1], 4 * size[0]))  # a large JPEG is read at a fraction of its size
+        (w, h), copies = image.size, 40 if image.mode.startswith(("I", "F")) else 16  # bytes a pixel, of all copies
         check_memory(copies * w * h, f"reading {w} × {h} pixels")
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
-def eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
+def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     """An image of any mode as RGB, or as RGBA when some of it is transparent.
 
     White is 65535 in integers of more than 8 bits, or 4095 or 255 where none is larger; in floating point it is 1, or
     the largest value beyond 1, and black is 0, or -1 where there are negative values. Warns of all but the first.
     Raises ValueError for values of no such range, or that are no numbers.
     """
-    if picture.mode.startswith(("I", "F")):  # PIL's own conversion would clip them
-        pixels = numpy.asarray(picture, dtype=numpy.float64)
+    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip them
+        pixels = numpy.asarray(image, dtype=numpy.float64)
         least, most = pixels.min(), pixels.max()  # NaN if one is
-        whole, signed = picture.mode.startswith("I"), least < -0.1  # a little below 0 is a resampled edge
+        whole, signed = image.mode.startswith("I"), least < -0.1  # a little below 0 is a resampled edge
         low, high = (0, 65535) if whole else (-1.1, 1.1) if signed else (-0.1, 1e30)
         if not low <= least <= most <= high:
             raise ValueError(f"{path} has values from {least:g} to {most:g}: save it with 8 bits, or with 16")
@@ -61,22 +61,22 @@ def eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
         if signed:
             warnings.warn(f"{path} has values down to {least:g}: -1 is black and 1 is white", stacklevel=3)
             pixels, white = (pixels + 1) / 2, 1
-        picture = Image.fromarray((pixels.clip(0, white) / white * 255).round().astype(numpy.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
-            return picture
-    return picture.convert("RGB")
+        image = Image.fromarray((pixels.clip(0, white) / white * 255).round().astype(numpy.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            return image
+    return image.convert("RGB")
 
 
 def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
-    """A mask [1, 1, H, W] for a picture, 1 where new content goes and 0 where the picture stays.
+    """A mask [1, 1, H, W] for an image, 1 where new content goes and 0 where the image stays.
 
-    source: a file, white for the hole, cut to shape and resized as `read_picture` does with the picture;
+    source: a file, white for the hole, cut to shape and resized as `read_picture` does with the image;
         "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the height and the width of what is
         cut out (the radius: of the shorter side)
-    image: the picture's own source
-    Warns of a file with greys or transparency, or of another size than the picture. Raises ValueError for anything
+    image: the image's own source
+    Warns of a file with greys or transparency, or of another size than the image. Raises ValueError for anything
     else, and for a mask with no hole or nothing but one.
     """
     shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
@@ -92,23 +92,23 @@ def mask_of_file(path: str, size: tuple[int, int], image: str | Path) -> Tensor:
     In a file with transparency, white paint is the hole, on a transparent layer or on black; where what is seen is
     neither, it is what was erased.
     """
-    picture, notes = eight_bits(open_picture(path, size), path), []
-    hole = picture.convert("L")
-    if picture.mode == "RGBA":
-        alpha = picture.getchannel("A")
-        seen = numpy.asarray(picture.convert("RGB"))[numpy.asarray(alpha) > 127]
+    drawn, notes = eight_bits(open_image(path, size), path), []
+    hole = drawn.convert("L")
+    if drawn.mode == "RGBA":
+        alpha = drawn.getchannel("A")
+        seen = numpy.asarray(drawn.convert("RGB"))[numpy.asarray(alpha) > 127]
         white, black = (seen >= 240).all(1), (seen < 16).all(1)
         painted = white.any() and (white | black).mean() > 0.95  # but for soft edges
         if alpha.getextrema()[0] <= 127:  # else all is seen, and only the colours count
             hole = ImageChops.multiply(hole, alpha) if painted else ImageOps.invert(alpha)
-            told = "painted white" if painted else "transparent"
-            notes.append(f"is read from transparency: what is {told} is the hole")
+            kind = "painted white" if painted else "transparent"
+            notes.append(f"is read from transparency: what is {kind} is the hole")
     if any(hole.histogram()[6:250]):
         notes.append("has greys: what is lighter than half is the hole")
-    (h, w), (picture_h, picture_w) = size_of(path), size_of(image)
-    if (h, w) != (picture_h, picture_w):
-        how = "it is resized" if h * picture_w == w * picture_h else "its centre is laid over the picture's"
-        notes.append(f"is {h} × {w} and the picture {picture_h} × {picture_w}: {how}")
+    (h, w), (image_h, image_w) = size_of(path), size_of(image)
+    if (h, w) != (image_h, image_w):
+        how = "it is resized" if h * image_w == w * image_h else "its centre is laid over the image's"
+        notes.append(f"is {h} × {w} and the image {image_h} × {image_w}: {how}")
     for note in notes:
         warnings.warn(f"the mask {path} {note}", stacklevel=2)  # once, however often it is read
     return torch.from_numpy(numpy.array(ImageOps.fit(hole, size[::-1], Image.Resampling.BOX)) > 127)
@@ -135,17 +135,17 @@ def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
 
 
 def size_of(source: str | Path) -> tuple[int, int]:
-    """The height and width of an upright picture, all of it: a large JPEG is not read at its full size."""
+    """The height and width of an upright image, all of it: a large JPEG is not read at its full size."""
     if str(source) in DRAWINGS:
         return DRAWINGS[str(source)]().size[::-1]
-    with Image.open(source) as picture:
-        on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return picture.size if on_its_side else picture.size[::-1]
+    with Image.open(source) as image:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if on_its_side else image.size[::-1]
 
 
 def village() -> Image.Image:
     """Three houses below snowy mountains."""
-    picture, draw = canvas("#9ecbe8")
+    image, draw = canvas("#9ecbe8")
     draw.ellipse((380, 40, 460, 120), fill="#ffe9a8")
     for left, top, right, colour in ((-60, 120, 300, "#6d7f94"), (200, 70, 580, "#5b6b80"), (90, 170, 420, "#7c8ea3")):
         middle = (left + right) // 2
@@ -157,24 +157,24 @@ def village() -> Image.Image:
         draw.rectangle((left, 370, left + 90, 450), fill=colour)
         draw.polygon([(left - 12, 370), (left + 45, 315), (left + 102, 370)], fill="#fdfdfd")
         draw.rectangle((left + 35, 405, left + 60, 450), fill="#4a2c1c")
-    return picture
+    return image
 
 
 def rocket() -> Image.Image:
     """A rocket on white paper."""
-    picture, draw = canvas("white")
+    image, draw = canvas("white")
     draw.polygon([(200, 350), (150, 440), (220, 410)], fill="#c0392b")
     draw.polygon([(312, 350), (362, 440), (292, 410)], fill="#c0392b")
     draw.ellipse((190, 60, 322, 420), fill="#e6e9ef")
     draw.pieslice((190, 60, 322, 420), 230, 310, fill="#c0392b")
     draw.ellipse((224, 180, 288, 244), fill="#4aa3df", outline="#7a8499", width=8)
     draw.polygon([(222, 415), (256, 500), (290, 415)], fill="#f39c12")
-    return picture
+    return image
 
 
 def face() -> Image.Image:
     """A face under a hat."""
-    picture, draw = canvas("white")
+    image, draw = canvas("white")
     draw.rectangle((150, 400, 362, 512), fill="#34638c")
     draw.ellipse((140, 130, 372, 430), fill="#e8b98f")
     for x in (205, 307):
@@ -185,13 +185,13 @@ def face() -> Image.Image:
     draw.ellipse((80, 160, 432, 220), fill="#4b3526")
     draw.rounded_rectangle((160, 50, 352, 195), 40, fill="#5d4330")
     draw.rectangle((160, 155, 352, 185), fill="#a03c2c")
-    return picture
+    return image
 
 
 def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty picture of 512 × 512, and a pen for it."""
-    picture = Image.new("RGB", (512, 512), colour)
-    return picture, ImageDraw.Draw(picture)
+    """An empty image of 512 × 512, and a pen for it."""
+    image = Image.new("RGB", (512, 512), colour)
+    return image, ImageDraw.Draw(image)
 
 
 DRAWINGS: dict[str, Callable[[], Image.Image]] = {"village": village, "rocket": rocket, "face": face}

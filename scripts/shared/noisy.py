@@ -1,4 +1,4 @@
-"""What A1 to A4 share: a picture, noised."""
+"""What A1 to A4 share: an image, noised."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -47,6 +47,6 @@ def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor]
     return noisy, [f"t = {t}" for t in args.timesteps]
 
 
-def batch(pictures: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Each picture as a batch of one, on the device."""
-    return [picture[None].to(device) for picture in pictures]
+def batch(images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Each image as a batch of one, on the device."""
+    return [image[None].to(device) for image in images]

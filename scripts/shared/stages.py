@@ -89,8 +89,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--lora", action="append", default=[], metavar="FILE_OR_HUB_ID", help=lora)
     scale = "how strong it is, for all of --lora or given once for each (default: 1)"
     options.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
-    options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many pictures")
-    options.add_argument("--batch-size", type=positive, default=8, help="pictures at a time (default: 8)")
+    options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
+    options.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
     add_device_options(options, ("float32", "bfloat16", "float16"))

@@ -346,7 +346,7 @@ def test_every_decomposition_sums_to_a_large_picture(name):
 
 def test_parts_that_do_not_sum_to_the_picture_or_are_not_linear_are_refused():
     low, high = low_high_pass()
-    with pytest.raises(ValueError, match=r"components low pass, low pass do not sum to the picture: .* off by up to"):
+    with pytest.raises(ValueError, match=r"components low pass, low pass do not sum to the image: .* off by up to"):
         check_components([low, low])
     with pytest.raises(ValueError, match="components low pass do not sum"):
         check_components([low])

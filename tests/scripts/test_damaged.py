@@ -254,15 +254,15 @@ def test_images(models, tmp_path):  # noqa: F811
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "png")
     whole = buffer.getvalue()
-    found = {f"cut at {n}": (whole[:n], "is no picture") for n in (0, 8, 30, 1000)}
+    found = {f"cut at {n}": (whole[:n], "is no image") for n in (0, 8, 30, 1000)}
     found |= {
-        "bomb": (png(60_000, 60_000), "is no picture"),
-        "wide": (png(2**31 - 1, 1), "is no picture"),
-        "empty": (png(0, 0), "is no picture"),
-        "html": (b"<html>", "is no picture"),
-        "zip": (b"PK\3\4", "is no picture"),
-        "GIF": (b"GIF89a\xff\xff\xff\xff", "is no picture"),
-        "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n", "is no picture"),
+        "bomb": (png(60_000, 60_000), "is no image"),
+        "wide": (png(2**31 - 1, 1), "is no image"),
+        "empty": (png(0, 0), "is no image"),
+        "html": (b"<html>", "is no image"),
+        "zip": (b"PK\3\4", "is no image"),
+        "GIF": (b"GIF89a\xff\xff\xff\xff", "is no image"),
+        "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n", "is no image"),
     }
     cases = [
         (["forward_process", "--image", path], told) for path, told in write_all(found, tmp_path / "files", ".png")

@@ -211,7 +211,7 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     with pytest.warns(UserWarning) as notes:
         assert run_script("inpaint", *options)[0] == 0
     told = {str(note.message).partition("mask.png ")[2] for note in notes}
-    laid = "is 40 × 40 and the picture 40 × 50: its centre is laid over the picture's"
+    laid = "is 40 × 40 and the image 40 × 50: its centre is laid over the image's"
     assert {"has greys: what is lighter than half is the hole", laid} <= told
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
@@ -251,7 +251,7 @@ def test_a_turned_photo_has_a_turned_mask(tmp_path, recwarn):
 def test_a_smaller_mask_is_resized(tmp_path):
     Image.new("L", (160, 100)).save(tmp_path / "photo.png")
     Image.fromarray(blob(50, 80)).save(tmp_path / "mask.png")
-    with pytest.warns(UserWarning, match="is 50 × 80 and the picture 100 × 160: it is resized"):
+    with pytest.warns(UserWarning, match="is 50 × 80 and the image 100 × 160: it is resized"):
         mask = read_mask(str(tmp_path / "mask.png"), (50, 50), tmp_path / "photo.png")
     assert (mask[0, 0].bool().numpy() == blob(50, 80)[:, 15:65]).all()
 
@@ -362,10 +362,10 @@ def test_a11_hybrids(run_script, tmp_path, model, upscaler, components):
     ("options", "rows"),
     [
         (["low_high_pass"], ["near view: b", "far view, low pass: a", "high pass: b"]),
-        (["three_bands"], ["picture", "coarse: a", "middle: b", "fine: c"]),
-        (["grey_colour"], ["picture", "grey: a", "colour: b"]),
-        (["motion_blur"], ["picture", "moving: a", "still: b"]),
-        (["three_bands", "--keep"], ["picture", "coarse: photo.png", "middle: a", "fine: a"]),
+        (["three_bands"], ["image", "coarse: a", "middle: b", "fine: c"]),
+        (["grey_colour"], ["image", "grey: a", "colour: b"]),
+        (["motion_blur"], ["image", "moving: a", "still: b"]),
+        (["three_bands", "--keep"], ["image", "coarse: photo.png", "middle: a", "fine: a"]),
         (["low_high_pass", "--keep"], ["near view: a", "far view, low pass: photo.png", "high pass: a"]),
     ],
 )
@@ -457,8 +457,8 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
         return line
 
     (tmp_path / "text.png").write_text("not a picture")
-    assert "is no picture" in said("forward_process", "--image", tmp_path / "text.png")
-    assert "no picture at" in said("forward_process", "--image", tmp_path / "nowhere.png")
+    assert "is no image" in said("forward_process", "--image", tmp_path / "text.png")
+    assert "no image at" in said("forward_process", "--image", tmp_path / "nowhere.png")
     assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
     assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)
     assert "a circle is 3 numbers" in said("inpaint", *model, "--image", photo, "--mask", "circle:1,2")
@@ -493,8 +493,8 @@ def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, 
 
     monkeypatch.setattr("ifmodel.cascade.embed_prompts", never)
     out = ["--out", tmp_path / "new" / "out.png"]
-    assert "no picture at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
-    assert "no picture at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)
+    assert "no image at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
+    assert "no image at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)
     odd = ["--size", 16, 24, "--view", "identity", "--view", "rotate_90"]
     assert "square" in refused("visual_anagram", *model, *odd, *out)
     assert "leave --steps" in refused("generate", *model, "--steps-grid", 2, *out)
