@@ -32,10 +32,11 @@ def variational_bound(x_0: Tensor, x_t: Tensor, eps: Tensor, v: Tensor, t: Tenso
     Source: DDPM eq. 5 and 7, arXiv 2006.11239; the learned variance, Improved DDPM eq. 15 and 16, arXiv 2102.09672.
     """
     alphas_cumprod = schedule.alphas_cumprod
-    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    beta_tilde = (1 - before) / (1 - alphas_cumprod) * schedule.betas
+    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    beta_tilde = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * schedule.betas
     beta_tilde[0] = beta_tilde[1]  # not 0, whose log is not finite
-    weight_x0 = before.sqrt() * schedule.betas / (1 - alphas_cumprod)  # of x_0 in the mean of the posterior
+    # of x_0 in the mean of the posterior
+    weight_x0 = alphas_cumprod_prev.sqrt() * schedule.betas / (1 - alphas_cumprod)
 
     def at_t(values: Tensor) -> Tensor:
         return values.to(x_t.dtype).to(x_t.device)[t].view(-1, 1, 1, 1)

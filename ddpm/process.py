@@ -154,7 +154,7 @@ def dpm_solver_step(
     """One step of DPM-Solver++(2M) to any earlier t' = t_prev: of second order, so that 20 do what 100 of DDIM do.
 
     predicted: with the x̂_0 of the step before this one; without, the step is of first order
-    eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which mends more of a model's errors
+    eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which corrects more of the model's errors
     The rest as in `ddpm_step`.
     Returns x_{t'}. Raises ValueError when the timesteps are out of order or outside the schedule.
     Source: DPM-Solver++ Algorithm 2 and its section on diffusion SDEs, arXiv 2211.01095.
