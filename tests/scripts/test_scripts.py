@@ -295,7 +295,7 @@ def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
     options = ("--stage", stage, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--dtype", "float32")
     status, out, err = run_script("bench/training", *options)
     assert status == 0, err
-    losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "pictures/s" in line]
+    losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "images/s" in line]
     assert len(losses) == 3
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
 

@@ -1,0 +1,70 @@
+"""What the benchmarks share: sides that take turns, and what a step spends its time on."""
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+
+def where(device: torch.device) -> str:
+    """The GPU's name, or how many threads the CPU has."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_turns(sides: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each side in each round; the first round warms up and does not count."""
+
+    def synchronize():
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    times = {name: [] for name in sides}
+    for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up", leave=False):
+        for name, side in sides.items():
+            synchronize()
+            started = time.perf_counter()
+            side()
+            synchronize()
+            if turn > 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def race(trainings: dict[str, Iterator[float]], rounds: int, steps: int, batch_size: int, device: torch.device):
+    """Let trainings, "ours" among them, take turns of some steps; each yields its loss after a step. Prints a table."""
+    losses = {name: [] for name in trainings}
+
+    def turn(name: str) -> Callable:
+        return lambda: losses[name].extend(next(trainings[name]) for _ in range(steps))
+
+    times = in_turns({name: turn(name) for name in trainings}, rounds, device)
+    for name, seconds in times.items():
+        rates = [steps * batch_size / value for value in seconds]
+        pairs = [other / ours for ours, other in zip(times["ours"], seconds, strict=True)]
+        ratio = "" if name == "ours" else f", ours is {median(pairs):.2f} × ({min(pairs):.2f} to {max(pairs):.2f})"
+        loss = f"loss {sum(losses[name][-steps:]) / steps:.5f} at step {len(losses[name])}"
+        print(f"  {name:5} {median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), {loss}{ratio}")
+
+
+def operators(step: Callable, device: torch.device) -> dict[str, float]:
+    """The share of a step's time that each operator takes, largest first; none on MPS, which the profiler lacks."""
+    if device.type == "mps":
+        return {}
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
+        step()
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in profiled.key_averages()
+        if event.device_type == DeviceType.CPU  # operators; kernels are listed a second time
+    }
+    total = sum(times.values())
+    return {name: times[name] / total for name in sorted(times, key=times.get, reverse=True)}
