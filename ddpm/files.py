@@ -1,4 +1,4 @@
-"""Safetensors files with a description, and files that are written whole or not at all."""
+"""Safetensors files with a description, and files written atomically."""
 
 import json
 import os
@@ -74,13 +74,13 @@ def check_tensors(misfit: str, expected: dict[str, Tensor], found: dict[str, Ten
             misfits["of another shape"].append(f"{name} {list(given.shape)} instead of {list(wanted.shape)}")
         elif given.dtype != wanted.dtype and not {given.dtype, wanted.dtype} <= FLOATS:
             misfits["of another type"].append(f"{name} {given.dtype} instead of {wanted.dtype}")
-    told = [
+    wrong = [
         f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
         for kind, names in misfits.items()
         if names
     ]
-    if told:
-        raise ValueError(f"{misfit}: {'; '.join(told)}")
+    if wrong:
+        raise ValueError(f"{misfit}: {'; '.join(wrong)}")
 
 
 @contextmanager

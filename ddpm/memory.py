@@ -17,7 +17,7 @@ def check_memory(needed: int, what: str, device: str | torch.device = "cpu"):
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device can still give; on macOS all that it has, and None where no one says."""
+    """Bytes that a device can still give; on macOS all that it has; None if unknown."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # what the model before this one has left behind

@@ -310,9 +310,9 @@ def _check_fixed(file: str, config: dict, fixed: dict[str, tuple], assumed: dict
 
 
 def _check_kind(file: str, name: str, value, kind: type, implementing: str):
-    fits, told = KINDS[kind]
+    fits, expected = KINDS[kind]
     if not fits(value):
-        raise ValueError(f"{file} has {name} = {value!r}, {implementing} implements {told}")
+        raise ValueError(f"{file} has {name} = {value!r}, {implementing} implements {expected}")
 
 
 def _per_level(config: dict, name: str, default, levels: int) -> tuple:

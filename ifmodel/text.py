@@ -131,8 +131,8 @@ def normalised(prompt: str) -> str:
 def _check_embeds(path: str | Path, embeds: dict[str, Tensor]):
     shapes = {tuple(tensor.shape) for tensor in embeds.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != NUM_TOKENS:
-        told = " and ".join(str(list(shape)) for shape in sorted(shapes)) or "nothing"
-        raise ValueError(f"{path} is no file of prompt embeddings: all must be [77, D] of one model, these are {told}")
+        found = " and ".join(str(list(shape)) for shape in sorted(shapes)) or "nothing"
+        raise ValueError(f"{path} is no file of prompt embeddings: all must be [77, D] of one model, these are {found}")
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -170,7 +170,7 @@ def embed_prompts(
     cache: Path | None = CACHE,
     loras: Sequence[tuple[LoRA, float]] = (),
 ) -> dict[str, Tensor]:
-    """Embeddings [77, D_text] of prompts by the T5 of a model; T5 is had and loaded only for those not in the cache.
+    """Embeddings [77, D_text] of prompts by a model's T5, downloaded and loaded only for those not in the cache.
 
     source: a folder or Hub id that holds tokenizer/ and text_encoder/
     dtype: float32 reads the full-precision files where there are some; bfloat16 and float16 their own. In

@@ -61,14 +61,14 @@ def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps
         def draw():
             return torch.randn(1, 3, size, size, generator=generator)
 
-        x_T, low_res, told = draw(), None, ()
-        if beside is not None:  # stage 2 sees stage 1's image, upscaled and noised to a level that it is told (§2.4)
-            a_bar, told = alphas_cumprod[noise_level].item(), (noise_level,)
+        x_T, low_res, level = draw(), None, ()
+        if beside is not None:  # stage 2 sees stage 1's image, upscaled and noised, and the noise level (§2.4)
+            a_bar, level = alphas_cumprod[noise_level].item(), (noise_level,)
             low_res = F.interpolate(beside, (size, size), mode="bilinear", align_corners=True)
             low_res = math.sqrt(a_bar) * low_res + math.sqrt(1 - a_bar) * draw()
 
         def model(x_t, t, text):
-            return unet(x_t if low_res is None else torch.cat([x_t, low_res], dim=1), t, text, *told)
+            return unet(x_t if low_res is None else torch.cat([x_t, low_res], dim=1), t, text, *level)
 
         text, null = (unet.encode_text(embeds[p][None]) for p in (prompt, ""))
         timesteps = [1000 // steps * k for k in range(steps)][::-1]

@@ -21,7 +21,7 @@ from shared.options import add_training_options, end_training, parser, run, star
 def main():
     options = parser(__doc__)
     options.add_argument(
-        "--condition", required=True, choices=["time", "class"], help="what the model is told: t, or t and the digit"
+        "--condition", required=True, choices=["time", "class"], help="what it sees beside x_t: t, or t and the digit"
     )
     options.add_argument("--out", type=Path, help="folder for the run (default: out/ddpm_time or out/ddpm_class)")
     options.add_argument("--sample-steps", type=int, help="timesteps that the samples visit (default: all 300)")

@@ -161,7 +161,7 @@ def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.
 
 
 def run(main: Callable[[], None]):
-    """Run a script: what the user can mend is told in one line, with exit status 2; so is a warning of ours."""
+    """Run a script: what the user can fix is one line on stderr and exit status 2; a warning is one line, too."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as shared/__init__.py leaves it
         signal.signal(signal.SIGINT, signal.default_int_handler)
