@@ -146,16 +146,15 @@ def played(play: Play, out: Path, folder: str) -> str:
     for path in (out / folder).glob(f"{play.table}_*_*.png"):
         row, column = path.stem.removeprefix(f"{play.table}_").split("_")
         table[int(row), int(column)] = path.relative_to(out).as_posix()
-    if not all((row, 0) in table for row in play.rows):
-        return ""
-    if play.kind == "scrub":
-        columns = sorted(column for row, column in table if row == play.rows[0])
-        labels = [label_of(out / table[play.rows[0], column])[-1] for column in columns]
-        frames = [[table[row, column] for column in columns] for row in play.rows]
+    rows = [row for row in play.rows if (row, 0) in table]
+    if play.kind == "scrub" and rows:
+        columns = sorted(column for row, column in table if row == rows[0])
+        labels = [label_of(out / table[rows[0], column])[-1] for column in columns]
+        frames = [[table[row, column] for column in columns] for row in rows]
         return slider(play, frames, labels, play.says, f'max="{len(columns) - 1}"')
-    prompts = {row: [label_of(out / table[r, 0])[1] for r in (row, row + 1)] for row in play.rows}
+    prompts = {row: [label_of(out / table[r, 0])[1] for r in (row, row + 1)] for row in rows}
     says = {row: f"{first}; {play.says}, {second}" for row, (first, second) in prompts.items()}
-    return "".join(slider(play, [[table[row, 0]]], [], says[row], 'max="1" step="any"') for row in play.rows)
+    return "".join(slider(play, [[table[row, 0]]], [], says[row], 'max="1" step="any"') for row in rows)
 
 
 def label_of(image: Path) -> list[str]:
