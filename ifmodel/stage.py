@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
 from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, noise_source, sample
-from ddpm.schedule import cosine_schedule, leading_timesteps, linspace_timesteps, log_snr_timesteps
+from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
 from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
 from ifmodel.weights import SHIPPED, VARIANTS, find_weights, load_config, load_unet, read_json, stored_dtypes
@@ -198,17 +198,11 @@ class StageFiles:
         return partial(SAMPLERS[sampler], **options)
 
 
-def spaced_timesteps(sampler: str, eta: float, num_steps: int) -> list[int]:
-    """Which timesteps a sampler visits, noisiest first.
-
-    IF's own spacing leaves out the noisiest ones; SDE-DPM-Solver++ does better with them, and without fresh noise
-    DPM-Solver++ is nearest to the converged image with steps of one length in log SNR.
-    """
-    if sampler != "dpm++":
-        return leading_timesteps(SCHEDULE.num_timesteps, num_steps)
-    if eta:
-        return linspace_timesteps(SCHEDULE.num_timesteps, num_steps)
-    return log_snr_timesteps(SCHEDULE, num_steps)
+def spaced_timesteps(sampler: str, num_steps: int) -> list[int]:
+    """Which timesteps a sampler visits, noisiest first: DPM-Solver++ those of `log_snr_timesteps`, others IF's own."""
+    if sampler == "dpm++":
+        return log_snr_timesteps(SCHEDULE, num_steps)
+    return leading_timesteps(SCHEDULE.num_timesteps, num_steps)
 
 
 def check_stage(source: str, stage: int, revision: str | None = None) -> UNetConfig:

@@ -3,7 +3,7 @@
     python scripts/evaluate/solvers.py
     python scripts/evaluate/solvers.py --eta 1 --steps 5 10 20 --num-images 8
 
-Stage 1 draws --num-images of each prompt along one path of noise, with 250 steps and with --steps of them; the number
+Stage 1 draws --num-images of each prompt along one path of noise, with 100 steps and with --steps of them; the number
 is the root mean square difference, in [-1, 1]. With --eta 1 the noise of a long step is made of that of the short ones
 within it, so that all go the same way. Ours is the spacing that is shipped; the others are diffusers' settings. Prints
 a table and writes it to --out as JSON. Needs `pip install -e ".[test]"`.
@@ -31,7 +31,7 @@ from shared.options import SEED, check_writable, number, parser, positive, run, 
 from shared.stages import MODEL, model_name
 
 PROMPTS = ["a photo of a dog", "a rocket ship"]
-CONVERGED = 250  # steps
+CONVERGED = 100  # steps
 DIFFUSERS = {  # the settings that diffusers documents for this solver
     "linspace": {"timestep_spacing": "linspace"},
     "leading": {"timestep_spacing": "leading"},
@@ -123,9 +123,9 @@ def main():
     path, threshold = NoisePath(seeds, unit_size := unet.config.sample_size), stage_threshold(args.model, 1)
     report = {}
     for eta in args.eta:
-        converged = ours(estimate, path, spaced_timesteps("dpm++", eta, CONVERGED), threshold, eta)
+        converged = ours(estimate, path, spaced_timesteps("dpm++", CONVERGED), threshold, eta)
         print(f"eta = {eta:g}, {len(prompts)} images of {unit_size} × {unit_size}: steps {args.steps}")
-        ways = {"ours": lambda n, eta=eta: ours(estimate, path, spaced_timesteps("dpm++", eta, n), threshold, eta)}
+        ways = {"ours": lambda n, eta=eta: ours(estimate, path, spaced_timesteps("dpm++", n), threshold, eta)}
         for name, setting in DIFFUSERS.items():
             ways[name] = lambda n, eta=eta, setting=setting: theirs(estimate, path, n, setting, threshold, eta)
         for name, draw in ways.items():
