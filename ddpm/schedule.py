@@ -123,17 +123,16 @@ def log_snr_timesteps(schedule: Schedule, num_steps: int) -> list[int]:
 
     The way from the noise, λ = -5.1 as in diffusers, to t = 0.01 T is N + 3/2 steps long. The first step and a half and
     the last one are left out: at the one end x̂_0 is hardly more than the mean of all images (one or two steps leave out
-    none or one), at the other it is the image already. Where several would fall on one timestep, at either end, they
-    take the next ones.
+    none or one; a schedule that ends before there begins at its end), at the other it is the image already. Where
+    several would fall on one timestep, they take the next ones.
     scripts/evaluate/solvers.py measures the distance from the converged image.
     Raises ValueError for more steps than timesteps. Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
     """
     _check_steps(num_steps, schedule.num_timesteps)
     log_snr = torch.logit(schedule.alphas_cumprod, eps=1e-12) / 2
-    noisiest, clearest = max(-5.1, log_snr[-1].item()), log_snr[schedule.num_timesteps // 100].item()
-    skipped = min(1.5, num_steps - 1)
-    step = (clearest - noisiest) / (num_steps + skipped)
-    wanted = noisiest + step * (skipped + torch.arange(num_steps, dtype=torch.float64))
+    noise, clearest, skipped = -5.1, log_snr[schedule.num_timesteps // 100].item(), min(1.5, num_steps - 1)
+    noisiest = max(log_snr[-1].item(), noise + skipped * (clearest - noise) / (num_steps + skipped))
+    wanted = torch.linspace(noisiest, clearest, num_steps + 1, dtype=torch.float64)[:-1]
     timesteps = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
     for k in range(num_steps - 2, -1, -1):
         timesteps[k] = max(timesteps[k], timesteps[k + 1] + 1)
