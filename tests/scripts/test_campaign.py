@@ -123,6 +123,7 @@ def complaints(runs, expected=None) -> str:
     return "\n\n".join(f"{command}\n{complaint}" for command, complaint in told if complaint)
 
 
+@pytest.mark.slow
 def test_every_option_of_every_script_with_other_values(models, monkeypatch, tmp_path):
     commands = wrong_values(models, monkeypatch)
     assert len(commands) >= 400

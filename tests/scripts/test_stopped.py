@@ -22,6 +22,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("script", TRAININGS)
 def test_a_training_that_is_stopped_ends_as_one_that_is_not(models, tmp_path, script, number):  # noqa: F811
