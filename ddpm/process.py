@@ -42,6 +42,12 @@ def predict_x0(x_t: Tensor, eps: Tensor, t: int, schedule: Schedule) -> Tensor:
     return (x_t - math.sqrt(1 - alpha_cumprod) * eps) / math.sqrt(alpha_cumprod)
 
 
+def predict_eps(x_t: Tensor, x_0: Tensor, t: int, schedule: Schedule) -> Tensor:
+    """The noise that leads from x̂_0 to x_t, eps = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t): `predict_x0` turned round."""
+    alpha_cumprod = schedule.alpha_cumprod(t)
+    return (x_t - math.sqrt(alpha_cumprod) * x_0) / math.sqrt(1 - alpha_cumprod)
+
+
 def static_threshold(x_0: Tensor) -> Tensor:
     """Clip to [-1, 1]. Source: Imagen §2.3, arXiv 2205.11487."""
     return x_0.clamp(-1, 1)
@@ -134,7 +140,7 @@ def ddim_step(
     """
     _check_order(t, t_prev)
     alpha_cumprod, alpha_cumprod_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
-    eps = (x_t - math.sqrt(alpha_cumprod) * predicted.x_0) / math.sqrt(1 - alpha_cumprod)
+    eps = predict_eps(x_t, predicted.x_0, t, schedule)
     beta_tilde = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
     sigma = eta * math.sqrt(beta_tilde)
     x_prev = math.sqrt(alpha_cumprod_prev) * predicted.x_0 + math.sqrt(1 - alpha_cumprod_prev - sigma**2) * eps

@@ -1,9 +1,9 @@
 """The sampling algorithms of Part A. Each is one function; one loop denoises.
 
-What they share is an *estimate*, `estimate(x_t, t) -> (eps, v)`: a model's view of the noise in x_t, with
-v = None where the variance is not learned. Guidance makes one from a model; anagrams and hybrids make one from
-several; the loop, `denoise_along`, consumes it, one *step* after another: `ddpm_step`, `ddim_step`, `dpm_solver_step`,
-or one of your own, `step(x_t, predicted, t, t_prev, schedule, noise) -> x_prev`.
+What they share is an *estimate* of the noise in x_t, `estimate(x_t, t) -> (eps, v)`: `ddpm.estimates` makes one from a
+model or from several, and all of its names may be imported from here. The loop, `denoise_along`, consumes it, one
+*step* after another: `ddpm_step`, `ddim_step`, `dpm_solver_step`, or one of your own,
+`step(x_t, predicted, t, t_prev, schedule, noise) -> x_prev`.
 """
 
 import itertools
@@ -14,54 +14,29 @@ import torch
 from torch import Tensor
 
 from ddpm.components import Component, gaussian_blur
+from ddpm.estimates import (  # noqa: F401
+    ALWAYS,
+    Estimate,
+    Guider,
+    Model,
+    alternates,
+    anagram,
+    classifier_free,
+    compose,
+    guided,
+    hybrid,
+    projected,
+    rescaled,
+    split_output,
+    unguided,
+)
 from ddpm.process import Prediction, Threshold, add_noise, ddpm_step, predict_x0
 from ddpm.schedule import CLEAN, Schedule
-from ddpm.views import View
 
-Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v side by side
-Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 Step = Callable[[Tensor, Prediction, int, int, Schedule, Tensor], Tensor]  # options are bound with functools.partial
 Noise = Callable[[], Tensor]  # a fresh z [B, C, H, W] at each call, see `noise_source`
 MOST_STEPS = 1_000_000  # of one image
-ALWAYS = (-math.inf, math.inf)  # the interval of t with guidance, unless it is limited
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), after each step
-
-
-def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """A model's output [B, C or 2C, H, W] -> (eps [B, C, H, W], v of the same shape or None), in float32."""
-    output = output.float()
-    return (output, None) if output.shape[1] == channels else tuple(output.split(channels, dim=1))
-
-
-def unguided(model: Model, *conditioning) -> Estimate:
-    """The model's own estimate, given its conditioning (none for an unconditional model)."""
-    return lambda x_t, t: split_output(model(x_t, t, *conditioning), x_t.shape[1])
-
-
-def guided(model: Model, c, null, guidance_scale: float, *, interval: tuple[float, float] = ALWAYS) -> Estimate:
-    """Classifier-free guidance, eps = eps_u + γ (eps_c - eps_u), both halves in one batched forward pass.
-
-    c, null: the conditioning of B images and that of the null (or a negative) prompt: tensors [B, …], or objects of
-        a class that has a `cat` of its own
-    guidance_scale: γ, 0 is unconditional, 1 conditional; v comes from the conditional half
-    interval: the first and last t with guidance; outside it the estimate is the conditional one, at half the cost
-    Source: classifier-free guidance eq. 6 with γ = 1 + w, arXiv 2207.12598; the interval, arXiv 2404.07724.
-    """
-    if guidance_scale == 1:
-        return unguided(model, c)
-    conditional = unguided(model, c)
-    if guidance_scale == 0 and interval == ALWAYS:
-        return unguided(model, null)
-    both = getattr(type(c), "cat", torch.cat)([null, c])
-
-    def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        if not interval[0] <= t <= interval[1]:
-            return conditional(x_t, t)
-        eps, v = split_output(model(torch.cat([x_t, x_t]), t, both), x_t.shape[1])
-        eps_u, eps_c = eps.chunk(2)
-        return eps_u + guidance_scale * (eps_c - eps_u), None if v is None else v.chunk(2)[1]
-
-    return estimate
 
 
 def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu") -> Noise:
@@ -112,6 +87,7 @@ def denoise_along(
     noise: Noise,
     step: Step = ddpm_step,
     threshold: Threshold | None = None,
+    correct_x0: Callable[[Tensor, int], Tensor] | None = None,
     correct: Callable[[Tensor, int], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -120,6 +96,7 @@ def denoise_along(
     noise(): a fresh z for each step, see `noise_source`
     step: `ddpm_step`, `ddim_step`, `dpm_solver_step` or another, its options bound by functools.partial
     threshold: applied to x̂_0, such as `dynamic_threshold`
+    correct_x0(x̂_0, t): what x̂_0, thresholded, becomes before the step, as restoration does; nothing when None
     correct(x_{t'}, t'): what each step's result becomes before the next one, as inpainting does; nothing when None
     callback(step, t, x_t, x̂_0): after each step, with the x_t it started from, see `Trajectory`
     Where the path goes up, t' > t, x_t is noised back, as RePaint does. Source: DDPM Algorithm 2, arXiv 2006.11239.
@@ -133,6 +110,7 @@ def denoise_along(
         eps, v = estimate(x_t, t)
         x_0 = predict_x0(x_t, eps, t, schedule)
         x_0 = x_0 if threshold is None else threshold(x_0)
+        x_0 = x_0 if correct_x0 is None else correct_x0(x_0, t)
         x_prev = x_0 if t_prev == CLEAN else step(x_t, Prediction(x_0, v, before), t, t_prev, schedule, noise())
         if callback is not None:
             callback(i, t, x_t, x_0)
@@ -146,11 +124,6 @@ def check_finite(where: str, *tensors: Tensor):
     """Raises ValueError, saying where, when one of the tensors is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError(f"{where}: not finite any more; try float32 (--dtype), or less guidance")
-
-
-def alternates(estimate: Estimate) -> bool:
-    """Whether it is another function of (x_t, t) at each step, so that a multistep solver must not extrapolate."""
-    return getattr(estimate, "alternates", False)
 
 
 def iterative_denoise(
@@ -268,58 +241,6 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
                 yield stops[last], stops[first]
             yield from itertools.pairwise(stops[first : last + 1])
     yield stops[-2], CLEAN
-
-
-def anagram(estimates: Sequence[Estimate], views: Sequence[View], reduction: str = "mean") -> Estimate:
-    """A visual anagram's estimate: every prompt sees x_t in its own view, and the views are turned back.
-
-    estimates, views: as many of each; eps = 1/N Σ view⁻¹(eps_i(view(x_t), t)), and v likewise
-    reduction: "mean", or "alternate" to ask one of them after another, one a step, at the cost of one; multistep
-        solvers then take single steps, since x̂_0 of one view says nothing about the next one's
-    Raises ValueError when these do not go together. Source: Visual Anagrams eq. 4, arXiv 2311.17919.
-    """
-    if len(estimates) != len(views) or not views:
-        raise ValueError(f"an anagram needs a view for each prompt, not {len(views)} for {len(estimates)}")
-    if reduction not in ("mean", "alternate"):
-        raise ValueError(f"reduction must be mean or alternate, not {reduction!r}")
-
-    def seen(k: int, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        eps, v = estimates[k](views[k].view(x_t), t)
-        return views[k].inverse(eps), None if v is None else views[k].inverse_variance(v)
-
-    turns = itertools.cycle(range(len(views)))
-
-    def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        asked = range(len(views)) if reduction == "mean" else [next(turns)]
-        eps, v = zip(*(seen(k, x_t, t) for k in asked), strict=True)
-        return mean(eps), None if v[0] is None else mean(v)
-
-    estimate.alternates = reduction == "alternate" or any(map(alternates, estimates))
-    return estimate
-
-
-def hybrid(estimates: Sequence[Estimate], components: Sequence[Component]) -> Estimate:
-    """A hybrid image's estimate: each component of the picture is drawn from a prompt of its own.
-
-    estimates, components: as many of each; eps = Σ component_i(eps_i(x_t, t)), v is the mean
-    With the components of `low_high_pass`, the first prompt is seen from afar and the second one near by.
-    Raises ValueError when these do not go together. Source: Factorized Diffusion eq. 5, arXiv 2404.11615.
-    """
-    if len(estimates) != len(components) or not components:
-        raise ValueError(f"a hybrid needs a component for each prompt, not {len(components)} for {len(estimates)}")
-
-    def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        eps, v = zip(*(estimate(x_t, t) for estimate in estimates), strict=True)
-        parts = [component.of(part) for component, part in zip(components, eps, strict=True)]
-        return torch.stack(parts).sum(0), None if v[0] is None else mean(v)
-
-    estimate.alternates = any(map(alternates, estimates))
-    return estimate
-
-
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one shape; of a single one, itself."""
-    return torch.stack(list(tensors)).mean(0)
 
 
 def inpaint_component(

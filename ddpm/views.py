@@ -150,6 +150,22 @@ def inner_circle(quarters: int = 2) -> View:
     return permutation("inner_circle", order_of)
 
 
+def square_hinge(grid: int = 4) -> View:
+    """grid × grid squares, hinged at their corners: each makes a quarter turn, its neighbours the other way."""
+
+    def order_of(h: int, w: int) -> Tensor:
+        if h != w or h % grid:
+            raise ValueError(f"hinged squares need a square picture that {grid} of them divide, not {h} × {w}")
+        side, order = h // grid, torch.arange(h * w).view(h, w)
+        for i in range(grid):
+            for j in range(grid):
+                place = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
+                order[place] = torch.rot90(order[place], 1 if (i + j) % 2 else -1)
+        return order
+
+    return permutation("square_hinge", order_of)
+
+
 def skew(turns: float = 1.0) -> View:
     """Every row shifted to the right, and round, by more than the one above: by `turns` widths over the height."""
 
@@ -171,6 +187,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "patches": patches,
     "jigsaw": jigsaw,
     "inner_circle": inner_circle,
+    "square_hinge": square_hinge,
     "skew": skew,
 }
 

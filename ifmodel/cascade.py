@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free
 from ddpm.memory import check_memory
-from ddpm.sampling import ALWAYS, Callback, Estimate, check_finite, noise_source, sample
+from ddpm.sampling import Callback, check_finite, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.views import View
 from ifmodel.lora import merge_lora, place_lora, read_lora
@@ -54,20 +55,26 @@ class Stage:
     low_res: Tensor | None = None
 
     def estimate(
-        self, prompt: str | Sequence[str], *, view: View | None = None, guidance_scale: float | None = None
+        self,
+        prompt: str | Sequence[str],
+        *,
+        view: View | None = None,
+        guidance_scale: float | None = None,
+        guider: Guider = classifier_free,
     ) -> Estimate:
         """The guided estimate of a prompt, or of one for each image of the batch.
 
         view: in which x_t is seen, so that stage 2 sees the small images in it, too
         guidance_scale: γ of stage 1; that of `Cascade.draw` when None
+        guider: how both stages are guided, see `ddpm.estimates`
         """
         text = self.embedded([prompt] * self.count if isinstance(prompt, str) else prompt)
         null = self.embedded([self.negative_prompt])
         if self.number == 1:
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
-            return self._finite(stage_1(self.unet, text, null, scale, self.guidance_interval))
+            return self._finite(stage_1(self.unet, text, null, scale, self.guidance_interval, guider))
         low_res = self.low_res if view is None else view.view(self.low_res)
-        return self._finite(stage_2(self.unet, low_res, text, null, self.guidance_scale, self.noise_level))
+        return self._finite(stage_2(self.unet, low_res, text, null, self.guidance_scale, self.noise_level, guider))
 
     def _finite(self, estimate: Estimate) -> Estimate:
         """An estimate that stops when it is infinite, which thresholding would hide."""

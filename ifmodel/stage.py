@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free, guided
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
-from ddpm.sampling import ALWAYS, Callback, Estimate, Noise, Step, guided, noise_source, sample
+from ddpm.sampling import Callback, Noise, Step, noise_source, sample
 from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
 from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
@@ -42,15 +43,16 @@ def stage_1(
     null_embeds: Tensor,
     guidance_scale: float = 7.0,
     interval: tuple[float, float] = ALWAYS,
+    guider: Guider = classifier_free,
 ) -> Estimate:
     """The guided estimate of stage 1 for noisy images [N, 3, H, W].
 
     prompt_embeds: T5's output for the prompts, [N, 77, D_text]
     null_embeds: that for the null (or a negative) prompt, [1, 77, D_text], or one for each image
-    guidance_scale, interval: as in `guided`
+    guidance_scale, interval, guider: as in `guided`
     """
     text, null = encode_texts(unet, prompt_embeds, null_embeds)
-    return guided(unet, text, null, guidance_scale, interval=interval)
+    return guided(unet, text, null, guidance_scale, interval=interval, guider=guider)
 
 
 def stage_2(
@@ -60,6 +62,7 @@ def stage_2(
     null_embeds: Tensor,
     guidance_scale: float = 4.0,
     noise_level: int = 250,
+    guider: Guider = classifier_free,
 ) -> Estimate:
     """The guided estimate of stage 2 for noisy images [N, 3, H, W], beside what it sees of the small ones.
 
@@ -71,7 +74,7 @@ def stage_2(
         return unet(torch.cat([x_t, beside], dim=1), t, text, noise_level)
 
     text, null = encode_texts(unet, prompt_embeds, null_embeds)
-    return guided(model, text, null, guidance_scale)
+    return guided(model, text, null, guidance_scale, guider=guider)
 
 
 def stage_threshold(source: str | Path, stage: int, revision: str | None = None) -> Threshold:

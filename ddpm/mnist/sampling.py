@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.estimates import Guider, Model, classifier_free, guided, unguided
 from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
 from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
-from ddpm.sampling import Model, guided, iterative_denoise, noise_source, unguided
+from ddpm.sampling import iterative_denoise, noise_source
 from ddpm.schedule import Schedule, linspace_timesteps, log_snr_timesteps
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
@@ -25,6 +26,7 @@ def sample_digits(
     *,
     num_steps: int | None = None,
     guidance_scale: float = 5.0,
+    guider: Guider = classifier_free,
     sampler: str = "ddpm",
     eta: float = 0.0,
     batch_size: int = 100,
@@ -34,7 +36,7 @@ def sample_digits(
 
     labels: the digits to draw with a `ClassUNet`; None for a `TimeUNet`
     num_steps: how many of the schedule's timesteps to visit, all of them when None
-    guidance_scale: γ of `guided`; without labels there is nothing to guide
+    guidance_scale, guider: γ and guider of `guided`; without labels there is nothing to guide
     sampler, eta: one of SAMPLERS; how much fresh noise ddim and dpm++ add
     callback(done, x_t): after each step: how many steps of how many digits are done, of N · num_steps in all, and
         the noisy digits of the batch before it
@@ -56,7 +58,7 @@ def sample_digits(
             estimate = unguided(model)
         else:
             c = one_hot(labels[batch], device)
-            estimate = guided(encoded_once(model, len(c)), c, torch.zeros_like(c), guidance_scale)
+            estimate = guided(encoded_once(model, len(c)), c, torch.zeros_like(c), guidance_scale, guider=guider)
 
         def report(step: int, t: int, x_t: Tensor, _: Tensor, before: int = start * len(timesteps)):
             callback(before + (step + 1) * len(x_t), x_t)

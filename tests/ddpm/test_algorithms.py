@@ -645,7 +645,7 @@ def test_a_strange_anagram_is_refused():
     for estimates, views in (([a], [identity(), negate()]), ([a, a], [identity()]), ([], [])):
         with pytest.raises(ValueError, match=f"a view for each prompt, not {len(views)} for {len(estimates)}"):
             anagram(estimates, views)
-    with pytest.raises(ValueError, match="reduction must be mean or alternate, not 'sum'"):
+    with pytest.raises(ValueError, match="reduction must be mean, rectified or alternate, not 'sum'"):
         anagram([a], [identity()], "sum")
 
 

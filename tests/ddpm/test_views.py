@@ -158,6 +158,19 @@ def test_the_inner_circle_turns_the_disc_and_leaves_the_corners():
     assert seen[0, 0, 0, 32] == x[0, 0, 63, 31]  # the disc touches the four sides: their middles turn
 
 
+def test_hinged_squares_turn_by_a_quarter_their_neighbours_the_other_way():
+    x = noise(1, 3, 16, 16)
+    seen = VIEWS["square_hinge"]().view(x)
+    for i in range(4):
+        for j in range(4):
+            place = (..., slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
+            assert torch.equal(seen[place], x[place].rot90(1 if (i + j) % 2 else -1, (-2, -1)))
+    hinge = VIEWS["square_hinge"]().view(
+        picture([1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 9]).repeat(1, 1, 2, 2)
+    )
+    assert torch.equal(hinge[..., :2, :4], picture([5, 1, 4, 8], [6, 2, 3, 7]))  # a clockwise turn, and one back
+
+
 @pytest.mark.parametrize("grid", [4, 8])
 @pytest.mark.parametrize("side", [64, 256])
 def test_inner_jigsaw_pieces_of_one_kind_have_one_shape(side, grid):
@@ -299,6 +312,8 @@ def test_a_mixing_orthogonal_map_is_accepted_where_no_variance_is_learned():
         ("inner_circle", (64, 32), "not in 64 × 32"),
         ("jigsaw", (64, 32), "not 64 × 32"),
         ("jigsaw", (66, 66), "not 66 × 66"),
+        ("square_hinge", (64, 32), "not 64 × 32"),
+        ("square_hinge", (66, 66), "4 of them divide, not 66 × 66"),
         ("patches", (64, 30), "of 64 × 30 pixels cannot be cut into 4 × 4 patches"),
         ("patches", (30, 64), "of 30 × 64 pixels cannot be cut into 4 × 4 patches"),
         ("pixels", (32, 32), "cannot be cut into 64 × 64 patches"),

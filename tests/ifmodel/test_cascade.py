@@ -9,11 +9,12 @@ from PIL import Image
 
 from ddpm.components import low_high_pass
 from ddpm.process import ddpm_step
-from ddpm.sampling import anagram, hybrid, inpaint, sdedit
+from ddpm.restoration import downscale, restore
+from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled, sdedit
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
 from ifmodel.cascade import Stage
-from ifmodel.stage import SAMPLERS
+from ifmodel.stage import SAMPLERS, SCHEDULE
 
 FEW = {"num_steps": 3, "upscaler_steps": 2}
 
@@ -63,15 +64,26 @@ def test_every_recipe_and_algorithm_goes_through_both_stages(tiny):
     def mixed(stage: Stage):
         return hybrid([stage.estimate("a photo of a deer"), stage.estimate("a photo of a giraffe")], low_high_pass())
 
+    def both(stage: Stage):
+        estimates = [
+            stage.estimate("a photo of a dog", guider=guider) for guider in (rescaled(0.7), projected(SCHEDULE))
+        ]
+        return compose([*estimates, stage.estimate("")], [1.0, 0.5, -0.5])
+
     for recipe, algorithm in (
         ("a rocket ship", partial(sdedit, x_0=x_0, i_start=1)),
         ("a man wearing a hat", partial(inpaint, x_orig=x_0, mask=mask)),
         (illusion, cascade.sample),
         (mixed, cascade.sample),
+        (both, cascade.sample),
     ):
         image = tiny.draw(recipe, algorithm, seeds=[1], **FEW)
         assert image.shape == (1, 3, 128, 128)
         assert image.isfinite().all()
+    y = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    algorithms = [partial(restore, y=y, operator=downscale(n)) for n in (1, 4)]
+    image = tiny.draw("a rocket ship", algorithms[0], seeds=[1], upscale=algorithms[1], **FEW)
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(image, 4), y, atol=1e-5, rtol=0)
 
 
 def test_a_view_of_the_recipe_turns_what_stage_2_sees(tiny, drawn):

@@ -1,0 +1,137 @@
+"""Restoration: what was lost of an image, made up by a model that was never trained for it.
+
+An image x was seen through a linear operator, y = A x: without colours, with a hole, smaller, or all of these. Any
+x̂_0 can be made to fit y without touching what y does not tell, x̂_0 - A⁺ (A x̂_0 - y), and `restore` does so at every
+step. Operators are of images [B, C, H, W] of any size that divides. Source: DDNM, arXiv 2212.00490.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm.sampling import Estimate, Noise, denoise_along, resampling_path
+from ddpm.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an image is seen through: linear, and with a pseudo-inverse.
+
+    of:      A, images x [B, C, H, W] -> what is seen of them, y
+    inverse: A⁺, y -> the smallest x with A x = y
+    gain:    the factor s by which A changes the length of what it does not lose, ||A x|| = s ||A⁺A x||
+    """
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    gain: float = 1.0
+
+
+def grey(channels: int = 3) -> Operator:
+    """Colours lost: the mean of the channels, [B, 1, H, W]."""
+    back = lambda y: y.expand(-1, channels, -1, -1)  # noqa: E731
+    return Operator("grey", lambda x: x.mean(1, keepdim=True), back, 1 / math.sqrt(channels))
+
+
+def hole(mask: Tensor) -> Operator:
+    """All lost where the mask [B or 1, 1, H, W] is 1, as in `inpaint`: 0 is seen there."""
+    known = mask <= 0
+    return Operator("hole", lambda x: torch.where(known, x, 0), lambda y: torch.where(known, y, 0))
+
+
+def downscale(n: int) -> Operator:
+    """Details lost: the means of n × n pixels, [B, C, H/n, W/n]. Raises ValueError for an n that does not divide."""
+    if n < 1:
+        raise ValueError(f"downscaling is by 1 or more, not {n}")
+
+    def of(x: Tensor) -> Tensor:
+        if x.shape[-2] % n or x.shape[-1] % n:
+            raise ValueError(f"an image of {x.shape[-2]} × {x.shape[-1]} pixels has no boxes of {n} × {n}")
+        return F.avg_pool2d(x, n)
+
+    return Operator(f"1/{n}", of, lambda y: y.repeat_interleave(n, -1).repeat_interleave(n, -2), 1 / n)
+
+
+def chain(*operators: Operator) -> Operator:
+    """One operator after another, A = A_k … A_1, with A⁺ = A_1⁺ … A_k⁺ where that is one: see `check_operator`."""
+
+    def of(x: Tensor) -> Tensor:
+        for operator in operators:
+            x = operator.of(x)
+        return x
+
+    def inverse(y: Tensor) -> Tensor:
+        for operator in reversed(operators):
+            y = operator.inverse(y)
+        return y
+
+    name, gain = ", ".join(operator.name for operator in operators), math.prod(operator.gain for operator in operators)
+    return Operator(name, of, inverse, gain)
+
+
+def restore(
+    estimate: Estimate,
+    y: Tensor,
+    operator: Operator,
+    timesteps: Sequence[int],
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    noise_std: float = 0.0,
+    jump_length: int = 1,
+    num_resamples: int = 1,
+    **loop,
+) -> Tensor:
+    """An image x_0 with A x_0 = y, and the rest of it as the model has it: at each step, x̂_0 - λ A⁺ (A x̂_0 - y).
+
+    y: what was seen, operator.of(x) + noise_std · noise
+    noise_std: σ_y. λ = r² / (r² + (σ_y / s)²), with s the gain and r² = 1-ᾱ_t the variance of x_0 given x_t where
+        images have variance 1: 1 without noise, then the result fits y exactly, and else the share of y in the
+        posterior mean. (DDNM's own λ, eq. 19, is 1 wherever a step's fresh noise is larger than y's; with short steps
+        that is nearly always, and all of y's noise stays in the image.)
+    jump_length, num_resamples: the paper's time travel, as in `inpaint`; the rest as in `iterative_denoise`
+    Raises ValueError for a noise_std below 0, and when y is not what the operator makes of an image of this size.
+    Source: DDNM Algorithm 1 and 2, arXiv 2212.00490; λ: ΠGDM eq. 7 and 8, openreview.net/forum?id=9_gsMA8MRKQ.
+    """
+    if noise_std < 0:
+        raise ValueError(f"noise_std must not be below 0, it is {noise_std:g}")
+    x_T = noise()
+    if (shape := operator.of(x_T).shape[1:]) != y.shape[1:]:
+        told = f"of images of {list(x_T.shape[1:])} the operator {operator.name!r} shows {list(shape)}"
+        raise ValueError(f"{told}, not {list(y.shape[1:])}")
+    seen = operator.inverse(y)
+
+    def fit(x_0: Tensor, t: int) -> Tensor:
+        variance = 1 - schedule.alpha_cumprod(t)
+        weight = variance / (variance + (noise_std / operator.gain) ** 2)
+        return x_0 - weight * operator.inverse(operator.of(x_0)) + weight * seen  # so ordered, known pixels are exact
+
+    path = resampling_path(timesteps, jump_length, num_resamples)
+    return denoise_along(path, estimate, x_T, schedule, noise=noise, correct_x0=fit, **loop)
+
+
+def check_operator(operator: Operator, shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-4):
+    """Refuse an operator on images [C, H, W] whose inverse is not its pseudo-inverse, or that has not one gain.
+
+    A⁺ is one when A A⁺ A = A, and A⁺A, which keeps what y tells, is orthogonal: ⟨A⁺A x, z⟩ = ⟨x, A⁺A z⟩. Both are tried
+    on random x and z. Raises ValueError that says what is wrong.
+    """
+    x, z = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0))
+    told = f"the operator {operator.name!r} cannot be undone on images of {list(shape)}:"
+    y, of_z = operator.of(x), operator.of(z)
+    if (operator.of(x + 2 * z) - y - 2 * of_z).abs().max() > 10 * tolerance:
+        raise ValueError(f"{told} it is not linear")
+    kept, kept_z = operator.inverse(y), operator.inverse(of_z)
+    if kept.shape != x.shape or (operator.of(kept) - y).abs().max() > 10 * tolerance:
+        raise ValueError(f"{told} its inverse gives images that it does not see as it saw the first, A A⁺ A is not A")
+    difference = (kept * z).flatten(1).sum(1) - (x * kept_z).flatten(1).sum(1)
+    if difference.abs().max() > 10 * tolerance * x[0].numel() ** 0.5:
+        raise ValueError(f"{told} its inverse is no pseudo-inverse: A⁺A is not symmetric, it changes what was not seen")
+    gain = y.flatten(1).norm(dim=1) / kept.flatten(1).norm(dim=1)
+    if (gain / operator.gain - 1).abs().max() > 10 * tolerance:
+        raise ValueError(f"{told} its gain is {gain.mean().item():.4g}, or several, not {operator.gain:.4g}")
