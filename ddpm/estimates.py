@@ -178,7 +178,7 @@ def turned_back(estimate: Estimate, view: View) -> Estimate:
 
 
 def hybrid(estimates: Sequence[Estimate], components: Sequence[Component]) -> Estimate:
-    """A hybrid image's estimate: each component of the picture is drawn from a prompt of its own.
+    """A hybrid image's estimate: each component of the image is drawn from a prompt of its own.
 
     estimates, components: as many of each; eps = Σ component_i(eps_i(x_t, t)), v is the mean
     With the components of `low_high_pass`, the first prompt is seen from afar and the second one near by.

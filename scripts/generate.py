@@ -8,13 +8,17 @@
 A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
 given. One prompt and one seed give the bare image; more give a labelled grid, with each image beside it in a file of
 its own. Image k of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with
-several numbers of steps. The prompts are the assignment's three unless others are given. T5 runs only for prompts
-that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage 2 is
-loaded.
+several numbers of steps. The prompts are the assignment's three unless others are given. A prompt may be several, with
+weights: "a dog AND a hat :0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none
+of the third. T5 runs only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded;
+stage 1 is freed before stage 2 is loaded.
 """
 
+import re
+
+from ddpm.estimates import Estimate, compose
 from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import Job
+from ifmodel.cascade import Job, Recipe, Stage
 from ifmodel.stage import SCHEDULE
 from shared.figures import save_image, save_table
 from shared.options import parser, positive, run
@@ -36,7 +40,7 @@ def main():
     cascade = open_cascade(args)
     prompts = prompts_of(args, cascade, A0_PROMPTS)
     seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [Job(prompt, seeds, timesteps=args.visited) for prompt in prompts]
+    jobs = [Job(recipe_of(prompt, args.null_prompt), seeds, timesteps=args.visited) for prompt in prompts]
     rows = cascade.draw_all(jobs, **settings_of(args))
     if len(rows) == len(seeds) == 1:
         save_image(args.out, rows[0][0] / 2 + 0.5, args.seed)
@@ -44,6 +48,23 @@ def main():
     else:
         columns = [f"seed {seed}" for seed in seeds]
         save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
+
+
+def recipe_of(prompt: str, null: str) -> Recipe:
+    """What a prompt says: itself, or where it has weights, such as "a dog AND snow :-1", a composition."""
+    parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
+    texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
+    if weights == [1]:
+        return texts[0]
+    rest = 1 - sum(weights)  # is left to the null prompt, so that all of them sum to 1
+
+    def recipe(stage: Stage) -> Estimate:
+        estimates = [stage.estimate(text) for text in texts]
+        if abs(rest) < 1e-6:
+            return compose(estimates, weights)
+        return compose([*estimates, stage.estimate(null, guidance_scale=1.0)], [*weights, rest])
+
+    return recipe
 
 
 def draw_steps_grid(args):
@@ -54,6 +75,8 @@ def draw_steps_grid(args):
         )
     cascade = open_cascade(args)
     prompts = prompts_of(args, cascade, A0_PROMPTS)
+    if composed := [prompt for prompt in prompts if callable(recipe_of(prompt, ""))]:
+        raise ValueError(f"--steps-grid draws prompts without weights, not {composed[0]!r}")
     jobs = [
         Job(prompts, [args.seed] * len(prompts), timesteps=leading_timesteps(SCHEDULE.num_timesteps, num_steps))
         for num_steps in args.steps_grid

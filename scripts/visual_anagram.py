@@ -6,15 +6,16 @@
 
 Good illusions are found, not made to order: a contact sheet shows --num-images seeds, upright and in the other
 views. --animate adds the first seed as an animation that turns from one view to the next. Views: identity,
-vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, jigsaw, inner_circle, skew.
+vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, jigsaw, inner_circle, square_hinge,
+skew.
 """
 
-from ddpm.sampling import anagram
+from ddpm.estimates import REDUCTIONS, anagram
 from ddpm.views import VIEWS, check_view, pixels
 from ifmodel.cascade import Job, Stage
 from shared.animation import turn
 from shared.figures import save_gif, save_table
-from shared.options import parser, positive, run
+from shared.options import number, parser, positive, run
 from shared.stages import MODEL, add_cascade_options, grouped, open_cascade, settings_of
 
 PAIRS = [  # the assignment's
@@ -35,7 +36,8 @@ def main():
     prompts = "one for each view; more make more images (default: the assignment's, after three for tiny-if)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
-    options.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="default: mean")
+    options.add_argument("--weight", type=number, action="append", metavar="W", help="one for each view (default: 1)")
+    options.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="default: mean")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
     options.add_argument("--animate", action="store_true", help="also the first seed as a .gif, turning")
     add_cascade_options(options, out="out/visual_anagram.png", stride=30)
@@ -59,7 +61,8 @@ def main():
     def job(prompts: tuple[str, ...]) -> Job:
         def illusion(stage: Stage):
             seen = zip(prompts, views, strict=True)
-            return anagram([stage.estimate(prompt, view=view) for prompt, view in seen], views, args.reduction)
+            estimates = [stage.estimate(prompt, view=view) for prompt, view in seen]
+            return anagram(estimates, views, args.reduction, weights=args.weight)
 
         return Job(illusion, seeds, timesteps=args.visited)
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.components import low_high_pass, low_pass
+from ddpm.estimates import REDUCTIONS
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist.judge import frechet_distance
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
@@ -91,6 +92,23 @@ def main():
         write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
 
     keep("judge", judge_report(args, judge, data, known))
+    if "prompts" in args.only:
+        measure_prompts(args, measure, keep, report, known, asked)
+        if asked_otherwise := aliases_of(data):
+            keep("aliases", aliases(args, model, judge, known, data, asked_otherwise, report["best_guidance"]))
+    named = {reduction: "anagrams" if reduction == "mean" else f"anagrams, {reduction}" for reduction in args.reduction}
+    illusions = {name: partial(anagrams, reduction=reduction) for reduction, name in named.items()}
+    for name, measure_pairs in {**illusions, "hybrids": hybrids}.items():
+        for alike in (False, True) if name.split(",")[0] in args.only else ():
+            kind = "alike" if alike else "random"
+            keep(f"{name}, {kind} pairs", measure_pairs(args, model, judge, known, data, alike))
+    for kind, pictures in sets.items() if "stage_2" in args.only else ():
+        keep("stage_2", {**report.get("stage_2", {}), kind: upscaled(args, model, judge, pictures, kind)})
+    print(args.out / "report.json")
+
+
+def measure_prompts(args: Namespace, measure: Callable, keep: Callable, report: dict, known: Tensor, asked):
+    """Every guidance with few steps, then the samplers at the best of them."""
     reference = known[[one.row for one in asked]]
     others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
     keep("distance_floor", frechet_distance(others, reference))
@@ -101,15 +119,6 @@ def main():
     keep("best_guidance", best)
     keep("samplers", [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps])
     draw_curves(args.out / "curves.png", report, args.seed)
-    if asked_otherwise := aliases_of(data):
-        keep("aliases", aliases(args, model, judge, known, data, asked_otherwise, best))
-    for alike in (False, True):
-        kind = "alike" if alike else "random"
-        keep(f"anagrams, {kind} pairs", anagrams(args, model, judge, known, data, alike))
-        keep(f"hybrids, {kind} pairs", hybrids(args, model, judge, known, data, alike))
-    for kind, pictures in sets.items():
-        keep("stage_2", {**report.get("stage_2", {}), kind: upscaled(args, model, judge, pictures, kind)})
-    print(args.out / "report.json")
 
 
 def arguments() -> Namespace:
@@ -122,6 +131,7 @@ def arguments() -> Namespace:
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
     options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
     options.add_argument("--anagram-guidance", type=number, default=2.0, help="default: 2")
+    options.add_argument("--reduction", nargs="+", choices=REDUCTIONS, default=["mean"], help="of anagrams")
     options.add_argument("--hybrid-guidance", type=number, default=2.0, help="default: 2")
     help = "the blur that parts far from near, in pixels of a 64-pixel picture (default: 4)"
     options.add_argument("--hybrid-sigma", type=positive_number, default=4.0, help=help)
@@ -129,6 +139,8 @@ def arguments() -> Namespace:
     options.add_argument("--illusion-steps", type=positive, default=50, help=help)
     options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
+    parts = ["prompts", "anagrams", "hybrids", "stage_2"]
+    options.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
     options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
     options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
@@ -335,15 +347,18 @@ def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[As
     return measures
 
 
-def anagrams(args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool) -> dict[str, float]:
+def anagrams(
+    args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool, reduction: str
+) -> dict[str, float]:
     """Upright and flipped: how often each thing, and both, are the nearest."""
     views = [identity(), vertical_flip()]
     pairs = pairs_of(data, args.pairs, args.seed, views[1], alike, args.small) * args.tries
-    name = f"anagrams_{'alike' if alike else 'random'}"
+    name = f"anagrams_{'alike' if alike else 'random'}" + (f"_{reduction}" if reduction != "mean" else "")
 
     def estimate_of(rows: slice) -> Estimate:
         sides = zip(*pairs[rows], strict=True)
-        return anagram([model.estimate([one.prompt for one in side], args.anagram_guidance) for side in sides], views)
+        estimates = [model.estimate([one.prompt for one in side], args.anagram_guidance) for side in sides]
+        return anagram(estimates, views, reduction)
 
     prompts = [tuple(one.prompt for one in pair) for pair in pairs]
     drawn = f"{name}_{len(pairs)}_g{args.anagram_guidance:g}_{args.illusion_steps}"

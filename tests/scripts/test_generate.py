@@ -267,3 +267,31 @@ def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade
     (two / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "it has no safetensors at all" in said()
     assert not out.exists()
+
+
+def test_a_prompt_with_weights_is_a_composition(run_script, cascade, tmp_path):
+    """Alone and with weight 1 it is the prompt; with weights 1 and -1 of the same, and γ = 1, the null prompt."""
+    options = ["--model", cascade[0] / "stage_1", "--dtype", "float32", "--device", "cpu", "--steps", 3]
+    upscaled = ["--upscaler", cascade[0] / "stage_2", "--upscaler-steps", 2]
+
+    def drawn(name: str, *more):
+        more = more if "--upscaler" in more else [*upscaled, *more]
+        status, _, err = run_script("generate", *options, "--out", tmp_path / f"{name}.png", *more)
+        assert status == 0, err
+        return pixels(tmp_path / f"{name}.png")
+
+    plain = drawn("plain", "--prompt", PROMPT)
+    for name, prompt in (("one", f"{PROMPT} :1"), ("twice", f"{PROMPT} :0.25 AND {PROMPT} :0.75")):
+        assert abs(drawn(name, "--prompt", prompt) - plain).max() <= 1
+    both = drawn("both", "--prompt", f"{PROMPT} AND {NEGATIVE} :0.5")
+    assert abs(both - plain).max() > 5
+    # with γ = 1, ε_c - (ε_c - ε_null) is the null prompt's; ddim takes no v, which would be of both
+    alone = ["--upscaler", "none", "--guidance", 1, "--sampler", "ddim"]
+    nothing = drawn("nothing", "--prompt", f"{PROMPT} AND {PROMPT} :-1", *alone)
+    null = drawn("null", "--prompt", "", *alone)
+    assert abs(nothing - null).max() <= 1
+
+
+def test_a_grid_of_steps_is_of_prompts_without_weights(refused, cascade, tmp_path):
+    options = ["--model", cascade[0] / "stage_1", "--steps-grid", 2, "--prompt", "a AND b", "--out", tmp_path / "x.png"]
+    assert "without weights, not 'a AND b'" in refused("generate", *options)

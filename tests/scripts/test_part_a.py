@@ -307,6 +307,58 @@ def test_a10_three_views(run_script, tmp_path, model):
     assert abs(255 - cells["0_0"] - cells["1_0"]).max() <= 1
 
 
+def test_a10_weights_and_rectified(run_script, tmp_path, model):
+    options, drawn = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1], {}
+    for name, more in {
+        "plain": [],
+        "weighed": ["--weight", 3, "--weight", 1],
+        "rectified": ["--reduction", "rectified", "--view", "identity", "--view", "square_hinge"],
+    }.items():
+        cells = draw(run_script, tmp_path / name, "visual_anagram", *options, *more, cells=table(2, 1))
+        drawn[name] = cells["0_0"].tobytes()
+    assert len(set(drawn.values())) == 3
+
+
+@pytest.mark.parametrize("upscaled", [False, True])
+def test_restored_images_fit_what_is_seen(run_script, tmp_path, model, upscaler, photo, upscaled):
+    options, size = (model + upscaler, 32) if upscaled else (model, 16)
+    options = [*options, "--image", photo, "--prompt", PROMPTS[0], "--factor", 2, "--mask", "rectangle:0,0,0.5,0.5"]
+    cells = draw(run_script, tmp_path, "restore", *options, cells=table(4, 4), size=size)
+    colour, small, filled, everything = ([cells[f"{row}_{k}"] / 255 for k in range(4)] for row in range(4))
+    known = numpy.ones((size, size), bool)
+    known[: size // 2, : size // 2] = False
+
+    def boxes(x):
+        return x.reshape(size // 2, 2, size // 2, 2, 3).mean((1, 3)).repeat(2, 0).repeat(2, 1)
+
+    def clipped(x):  # where the image had no room, what is saved fits less well
+        return ((x <= 0) | (x >= 1)).any(-1)
+
+    for (seen, _, restored, original), lost in (
+        (colour, lambda x: x.mean(-1, keepdims=True).repeat(3, -1)),
+        (small, boxes),
+        (filled, lambda x: x),
+        (everything, lambda x: boxes(x).mean(-1, keepdims=True).repeat(3, -1)),
+    ):
+        where = known if seen is filled[0] or seen is everything[0] else known | True
+        where = where & (boxes(clipped(restored)[..., None].repeat(3, -1).astype(float))[..., 0] == 0)
+        assert where.any()
+        assert abs(lost(original) - seen)[where].max() < 0.01
+        assert abs(lost(restored) - seen)[where].max() < 0.01
+        assert abs(restored - original).max() > 0.05
+
+
+def test_noise_makes_a_restoration_that_fits_less(run_script, tmp_path, model, photo):
+    options = [*model, "--image", photo, "--task", "fill", "--prompt", PROMPTS[0]]
+    exact, noisy = (
+        draw(run_script, tmp_path / str(std), "restore", *options, "--noise", std, cells=table(1, 4))
+        for std in (0, 0.5)
+    )
+    assert abs(exact["0_2"] - exact["0_0"])[:, 0].max() <= 1
+    assert abs(noisy["0_2"] - noisy["0_0"])[:, 0].max() > 5
+    assert (noisy["0_3"] == exact["0_3"]).all()
+
+
 def test_a_hybrid_of_a_larger_sigma_leaves_more_to_the_near_prompt(run_script, tmp_path, model):
     options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 1]
     contrast = {}
@@ -468,6 +520,15 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     )
     two = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     assert "give a --prompt for each --view" in said("visual_anagram", *model, "--prompt", "one")
+    assert "each of the 2 views a weight above 0, not 1, 0" in said(
+        "visual_anagram", *model, *two, "--weight", 1, "--weight", 0
+    )
+    assert "alternate asks one view a step" in said(
+        "visual_anagram", *model, *two, "--weight", 1, "--weight", 2, "--reduction", "alternate"
+    )
+    assert "16 × 16 pixels has no boxes of 3 × 3" in said("restore", *model, "--image", photo, "--factor", 3)
+    assert "--noise must not be below 0, it is -1" in said("restore", *model, "--image", photo, "--noise", -1)
+    assert "one for each of the 1 images, not 2" in said("restore", *model, "--image", photo, *two)
     line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "rotate_90")
     assert "needs square pictures, not 16 × 24" in line
     line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "pixels")

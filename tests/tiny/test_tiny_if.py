@@ -161,9 +161,33 @@ def test_evaluation(run_script, refused, tmp_path):
     assert run_script("evaluate/tiny_if", *options)[1] == printed
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()} == before
 
+    status, _, err = run_script("evaluate/tiny_if", *options, "--only", "anagrams", "--reduction", "rectified")
+    assert status == 0, err
+    rectified = json.loads((tmp_path / "report.json").read_text())
+    pairs = {f"anagrams, rectified, {kind} pairs" for kind in ("random", "alike")}
+    assert rectified.keys() == {"prompts", "seed", "judge", *pairs}
+
     assert "metadata.jsonl" in refused("evaluate/tiny_if", "--data", tmp_path, "--out", tmp_path / "other")
     line = refused("evaluate/tiny_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
+
+
+def test_guiders_are_evaluated_on_digits_and_images(run_script, tmp_path):
+    options = ["--data", DATA, "--emoji", DATA / "emoji", "--judge-steps", 5, "--guidance", 3, 6, "--out", tmp_path]
+    options += ["--digits", 20, "--digit-steps", 2, "--images", 2, "--image-steps", 2]
+    status, printed, err = run_script("evaluate/guidance", *options)
+    assert status == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    for part, measures in (("digits", ("fid", "hits")), ("images", ("hits", "saturation"))):
+        rows = report[part]["rows"]
+        kinds = [(guider, gamma) for guider in ("plain", "rescaled", "projected") for gamma in (3, 6)]
+        assert [(row["guider"], row["guidance"]) for row in rows] == kinds
+        assert len({tuple(row[measure] for measure in measures) for row in rows}) > 1
+    assert 0 < report["images"]["saturation"] < 1
+    assert (tmp_path / "guidance.png").is_file()
+    again = run_script("evaluate/guidance", *options, "--skip-digits")[1]
+    assert "fid" not in again and set(again.splitlines()) <= set(printed.splitlines())
+    assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def save_untrained(folder, small, large, text_dim=32):

@@ -1,0 +1,160 @@
+"""What guidance does as γ grows, and what rescaled and projected guidance do instead: to digits and to tiny-if.
+
+    python scripts/evaluate/guidance.py --emoji emoji --curated --data data
+
+Of digits: the Fréchet distance to as many real ones, and how many the judge of evaluate/mnist.py reads as asked. Of
+tiny-if's images of plain prompts ("a photo of …"): how often the judge of evaluate/tiny_if.py finds the one that was
+asked for, and their colours: saturation, the distance of the largest from the smallest channel, of which the training
+images have some themselves. Guiders: plain; rescaled with φ = 0.7; projected, only what is orthogonal to x̂_c.
+
+Writes report.json and guidance.png to --out; all images are kept there, and a stopped evaluation goes on where it was.
+--skip-digits and --skip-images leave one of them out.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from tiny_if import STYLES, TEMPLATES, get_judge
+
+from ddpm.estimates import Guider, classifier_free, projected, rescaled
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.mnist import sample_digits
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import examine, frechet_distance
+from ddpm.schedule import Schedule, linear_schedule
+from ifmodel import Cascade
+from ifmodel.stage import SCHEDULE
+from ifmodel.tiny.captions import curated, load_captioned
+from ifmodel.tiny.judge import nearest
+from shared.figures import save_figure
+from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+
+GUIDERS = ("plain", "rescaled", "projected")
+
+
+def main():
+    args = arguments()
+    check_writable(args.out / "report.json")
+    report = json.loads((args.out / "report.json").read_text()) if (args.out / "report.json").is_file() else {}
+    for part, measure in (("images", measure_images), ("digits", measure_digits)):
+        if not getattr(args, f"skip_{part}"):
+            report[part] = measure(args)
+            write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+    draw_figure(args.out / "guidance.png", report, args.seed)
+
+
+def arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    options.add_argument("--emoji", type=Path, default=Path("emoji"), help="what tiny-if learned from (default: emoji)")
+    options.add_argument("--curated", action="store_true", help="as in train_if.py")
+    options.add_argument("--guidance", type=number, nargs="+", default=[2.0, 5.0, 10.0], help="γ (default: 2 5 10)")
+    options.add_argument("--digits", type=positive, default=1000, help="of each kind (default: 1000)")
+    options.add_argument("--digit-steps", type=positive, default=50, help="default: 50")
+    options.add_argument("--images", type=positive, default=100, help="of each kind (default: 100)")
+    options.add_argument("--image-steps", type=positive, default=20, help="of SDE-DPM-Solver++ (default: 20)")
+    options.add_argument("--judge-steps", type=positive, default=2000, help="of tiny-if's judge (default: 2000)")
+    options.add_argument("--skip-digits", action="store_true")
+    options.add_argument("--skip-images", action="store_true")
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path("out/guidance"), help="default: out/guidance")
+    args = options.parse_args()
+    args.size = 128  # of the images that tiny-if's judge is trained with
+    return args
+
+
+def guider_of(name: str, schedule: Schedule) -> Guider:
+    """One of GUIDERS, new, since a guider may remember."""
+    return {"plain": lambda: classifier_free, "rescaled": rescaled, "projected": partial(projected, schedule)}[name]()
+
+
+def kept(args: Namespace, name: str, draw) -> Tensor:
+    """What draw() makes, or made before."""
+    path = args.out / "drawn" / f"{name}_{args.seed}.safetensors"
+    if not path.is_file():
+        save_tensors(path, {"images": draw()}, {})
+    return load_tensors(path)[0]["images"]
+
+
+@torch.no_grad()
+def measure_digits(args: Namespace) -> dict:
+    """For each guider and γ: FID, and the share that is read as asked."""
+    model, judge = (load_model(SHIPPED[name]) for name in ("ddpm_class", "judge"))
+    _, real = examine(judge, load_mnist(args.data, "test")[0][: args.digits] / 255)
+    schedule, labels = linear_schedule(), [k % 10 for k in range(args.digits)]
+    seeds, rows = [args.seed + k for k in range(args.digits)], []
+    for name, gamma in tqdm([(name, gamma) for name in GUIDERS for gamma in args.guidance], desc="digits"):
+        options = {"num_steps": args.digit_steps, "guidance_scale": gamma, "guider": guider_of(name, schedule)}
+        draw = partial(sample_digits, model, labels, seeds, schedule, **options)
+        images = kept(args, f"digits_{name}_g{gamma:g}_{args.digits}_{args.digit_steps}", draw)
+        read, features = examine(judge, images)
+        row = {"guider": name, "guidance": gamma, "fid": frechet_distance(features, real)}
+        rows.append({**row, "hits": (read == torch.tensor(labels)).double().mean().item()})
+        print(rows[-1])
+    return {"count": args.digits, "steps": args.digit_steps, "rows": rows}
+
+
+def measure_images(args: Namespace) -> dict:
+    """For each guider and γ: the share of images that show what was asked for, and their saturation."""
+    data, cascade = load_captioned(args.emoji, args.size, curated() if args.curated else None), Cascade("tiny-if/I")
+    judge, known = get_judge(args, data)
+    names = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(args.seed))[: args.images]
+    prompts = [TEMPLATES[0].format(data.phrases[name][0]) for name in names.tolist()]
+    seeds, rows = [args.seed + k for k in range(len(prompts))], []
+
+    def draw(gamma: float, name: str) -> Tensor:
+        options = {"sampler": "dpm++", "eta": 1.0, "num_steps": args.image_steps, "progress": False}
+
+        def recipe(stage):
+            return stage.estimate(prompts, guidance_scale=gamma, guider=guider_of(name, SCHEDULE))
+
+        return cascade.draw(recipe, seeds=seeds, batch_size=len(seeds), **options).clamp(-1, 1)
+
+    for name, gamma in tqdm([(name, gamma) for name in GUIDERS for gamma in args.guidance], desc="images"):
+        images = kept(args, f"images_{name}_g{gamma:g}_{len(names)}_{args.image_steps}", partial(draw, gamma, name))
+        found = nearest(judge, images, known) // len(STYLES) == names
+        row = {"guider": name, "guidance": gamma, "hits": found.double().mean().item()}
+        rows.append({**row, "saturation": saturation(images)})
+        print(rows[-1])
+    real = saturation(data.pictures[names, 0] / 127.5 - 1)
+    return {"count": len(names), "steps": args.image_steps, "saturation": real, "rows": rows}
+
+
+def saturation(images: Tensor) -> float:
+    """The mean distance of the largest from the smallest channel, of images [N, 3, H, W] in [-1, 1], from 0 to 1."""
+    return ((images.amax(1) - images.amin(1)) / 2).mean().item()
+
+
+def draw_figure(path: Path, report: dict, seed: int):
+    """Digits' FID, tiny-if's hits, and its colours, against γ."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=150, layout="constrained")
+    panels = [("digits", "fid", "FID", "digits"), ("images", "hits", "found, of 1", "tiny-if")]
+    panels += [("images", "saturation", "saturation", "tiny-if, colours")]
+    for axes, (part, measure, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        if part not in report:
+            continue
+        for name in GUIDERS:
+            rows = [row for row in report[part]["rows"] if row["guider"] == name]
+            axes.plot([row["guidance"] for row in rows], [row[measure] for row in rows], "o-", label=name)
+        if measure == "saturation":
+            axes.axhline(report[part]["saturation"], color="0.5", linestyle=":", label="training images")
+        axes.set(xlabel="guidance γ", ylabel=label, ylim=(0, None))
+        axes.set_title(f"{title}: {report[part]['count']} each, {report[part]['steps']} steps", fontsize=9)
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+    save_figure(path, figure, seed)
+
+
+if __name__ == "__main__":
+    run(main)
