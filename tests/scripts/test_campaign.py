@@ -73,7 +73,6 @@ def bases(models: Path) -> dict[str, list]:
         "sample": [*stage_1, "--prompt", "a dog", "--num-images", 1],
         "sdedit": [*stage_1, "--image", "face", "--i-start", 1],
         "inpaint": [*stage_1, "--image", "face"],
-        "restore": [*stage_1, "--image", "face", "--task", "all", "--factor", 2],
         "visual_anagram": [*stage_1, *pair, "--num-images", 1],
         "hybrid_image": [*stage_1, *pair, "--num-images", 1],
         "generate": [*stage_1, "--prompt", "a dog", "--upscaler", models / "stage_2", "--upscaler-steps", 1],
