@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,22 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         described = file.metadata() or {}
     what = f"{path} was not written by this project's training scripts: its metadata"
     return tensors, {key: parse_json(value, what) for key, value in described.items() if key != "format"}
+
+
+@contextmanager
+def opened(path: Path, device: object = "cpu") -> Iterator[safe_open]:
+    """A safetensors file, mapped, whose tensors come to a device. Raises ValueError when it is damaged."""
+    with reading(path, "whole safetensors file"), safe_open(path, framework="pt", device=str(device)) as file:
+        yield file
+
+
+def mapped(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files, whose values stay there until they are looked at. Raises ValueError."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with opened(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
 
 
 def check_tensors(misfit: str, expected: dict[str, Tensor], found: dict[str, Tensor]):

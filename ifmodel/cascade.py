@@ -4,6 +4,7 @@ It draws along two axes: which estimate, a recipe that builds one from a stage, 
 `ddpm.sampling`. A new one of either needs no change here.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free
-from ddpm.memory import check_memory
+from ddpm.memory import check_memory, free_memory
 from ddpm.sampling import Callback, check_finite, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ddpm.views import View
 from ifmodel.lora import merge_lora, place_lora, read_lora
+from ifmodel.offload import check_accelerate
 from ifmodel.stage import (
     SAMPLERS,
     SCHEDULE,
@@ -31,8 +33,9 @@ from ifmodel.stage import (
     stage_1,
     stage_2,
 )
-from ifmodel.text import embed_prompts, load_embeds, normalised
+from ifmodel.text import embed_each, load_embeds, normalised
 from ifmodel.unet import UNet
+from ifmodel.weights import find_weights, stored_dtypes
 
 
 @dataclass
@@ -152,7 +155,7 @@ class Job:
 
 
 class Cascade:
-    """Text to images with both stages, one in memory at a time.
+    """Text to images with both stages, one in memory at a time where it does not hold both.
 
     cascade = Cascade("tiny-if")
     images = cascade.draw(["a photo of a dog", "a rocket ship"], seeds=[1, 2])  # [2, 3, 128, 128] in [-1, 1]
@@ -172,6 +175,7 @@ class Cascade:
         compiled: bool = False,
         lora: str | Path | Sequence[str | Path] = (),
         lora_scale: float | Sequence[float] = 1.0,
+        low_memory: bool = False,
     ):
         """model: a stage-1 folder or Hub id, or "tiny-if", both stages of the small model that comes with the package.
 
@@ -183,14 +187,22 @@ class Cascade:
         lora, lora_scale: files, folders or Hub ids of LoRAs, see `load_lora`, and how strong all, or each, are. Each is
             merged into the stage that it fits, and into T5 if it has something for it. LoRAs are trained on eps alone,
             which leaves the learned variance astray, so ddpm draws that stage with the fixed β̃ (fixed_small)
+        low_memory: what does not fit into the device's memory, of T5 and of the UNets, is read from its files layer by
+            layer, every time that it runs: for the same images, see `offload`; on the CPU T5 always is
         Raises FileNotFoundError or ValueError, in one line, for what cannot work together; the weights are not
         looked for until they are needed.
         """
         if str(model) == "tiny-if":
             model, upscaler = "tiny-if/I", upscaler or "tiny-if/II"
-        self.dtype, self.device, self.compiled = dtype, torch.device(device), compiled
+        if low_memory:
+            check_accelerate()
+            if compiled:
+                raise ValueError("what is read layer by layer cannot be compiled: leave --compile or --low-memory")
+        self.dtype, self.device, self.compiled, self.low_memory = dtype, torch.device(device), compiled, low_memory
         self.embeds = load_embeds(embeds) if embeds else {}  # first, since the next lines may download
-        self._unet, self._loaded, self._embeds_file = None, None, embeds
+        self._unets: dict[int, UNet] = {}  # by the number of their stage
+        self._found: dict[str, Tensor] = {}  # by T5, for the last call
+        self._embeds_file = embeds
         self.stages = [find_stage(str(model), 1, revision)]
         if upscaler is not None:
             self.stages.append(find_stage(str(upscaler), 2, upscaler_revision))
@@ -199,7 +211,8 @@ class Cascade:
         size = tuple(size or (small, small))
         self.sizes = [tuple(round(side * stage.config.sample_size / small) for side in size) for stage in self.stages]
         self._check_sizes(1)
-        self._check_embeds()
+        for tensor in self.embeds.values():
+            self._check_width(tensor.shape[-1])
 
     def draw(
         self,
@@ -258,7 +271,7 @@ class Cascade:
 
         images: list[Tensor] = []
         for number, files in enumerate(self.stages, start=1):
-            self._load(number)
+            unet = self._load(number, largest)
             self._check_sizes(largest, [number])  # again, beside the weights
             told = settings[number]["guidance_scale"], guidance_interval, negative_prompt, settings[2]["noise_level"]
             step = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
@@ -268,7 +281,7 @@ class Cascade:
             drawn = []
             with progress_bar(steps, f"stage {number}", progress) as callback:
                 for k, batch in enumerate(batches):
-                    stage = Stage(number, self._unet, self._embedded, len(batch.seeds), *told)
+                    stage = Stage(number, unet, self._embedded, len(batch.seeds), *told)
                     small = images[k] if number == 2 else None
                     drawn.append(self._draw(batch, stage, small, timesteps=visited[k], callback=callback, **loop))
             images = drawn
@@ -332,10 +345,10 @@ class Cascade:
             placed.append((lora, scale, number))
         return placed
 
-    def _check_embeds(self):
+    def _check_width(self, width: int):
         """Refuse embeddings that one of the stages cannot take."""
         for files in self.stages:
-            for width in {tensor.shape[-1] for tensor in self.embeds.values()} - {files.config.encoder_hid_dim}:
+            if width != files.config.encoder_hid_dim:
                 wanted = f"{files.source} takes those that are {files.config.encoder_hid_dim} wide"
                 raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
 
@@ -347,31 +360,70 @@ class Cascade:
             there = f"it has {', '.join(map(repr, known[:5]))}{', …' if len(known) > 5 else ''}"
             raise ValueError(f"{self._embeds_file} has no {missing[0]!r}, and {source} no T5: {there}")
 
+    def embed_each(self, prompts: Sequence[str]) -> Iterator[str]:
+        """Embed prompts into T5's cache, one at a time, so that drawing them needs no T5 and none stays in memory."""
+        for prompt, _ in self._embed_each([prompt for prompt in prompts if normalised(prompt) not in self.embeds]):
+            yield prompt
+
     def _embed(self, prompts: Sequence[str]):
-        """Embed the prompts that are not known yet; T5 and a UNet are not in a GPU's memory together."""
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if normalised(prompt) not in self.embeds]
-        if unknown:
-            if self.device.type != "cpu":
-                self._unet, self._loaded = None, None
-            t5 = {"dtype": self.dtype, "device": self.device, "revision": self.stages[0].revision}
-            t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras if lora.text_encoder]
-            found = embed_prompts(self.stages[0].source, unknown, **t5)
-            self.embeds |= {normalised(prompt): tensor for prompt, tensor in found.items()}
-            self._check_embeds()
+        """Have these at hand, and of others those of the file alone: memory does not grow from call to call."""
+        unknown = [prompt for prompt in prompts if normalised(prompt) not in self.embeds]
+        found = {name: self._found[name] for name in map(normalised, unknown) if name in self._found}
+        more = self._embed_each([prompt for prompt in unknown if normalised(prompt) not in found])
+        self._found = found | {normalised(prompt): tensor for prompt, tensor in more}
+
+    def _embed_each(self, prompts: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """By T5, which is not in a GPU's memory together with a UNet."""
+        if not prompts:
+            return
+        if self.device.type != "cpu":
+            self._unets.clear()
+        t5 = {"dtype": self.dtype, "device": self.device, "revision": self.stages[0].revision}
+        t5["low_memory"] = self.low_memory
+        t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras if lora.text_encoder]
+        for prompt, tensor in embed_each(self.stages[0].source, prompts, **t5):
+            self._check_width(tensor.shape[-1])
+            yield prompt, tensor
 
     def _embedded(self, prompts: Sequence[str]) -> Tensor:
-        return torch.stack([self.embeds[normalised(prompt)].to(self.device, torch.float32) for prompt in prompts])
+        known = self.embeds | self._found
+        return torch.stack([known[normalised(prompt)].to(self.device, torch.float32) for prompt in prompts])
 
-    def _load(self, number: int):
-        """Stage 1 or 2; the other one is freed first."""
-        if self._loaded != number:
-            self._unet, self._loaded, files = None, None, self.stages[number - 1]
+    def keeps_all(self) -> bool:
+        """Whether all stages are in memory together, so that the next call loads none of them."""
+        return len(self._unets) == len(self.stages)
+
+    def _load(self, number: int, batch_size: int) -> UNet:
+        """Stage 1 or 2; the other one is freed first where both do not fit beside a batch."""
+        if number not in self._unets:
+            files = self.stages[number - 1]
             variant = find_variant(files, self.dtype)
-            unet = load_stage(files, variant, self.dtype, self.device, self.compiled)
+            weights, working = self._needed(number, variant, batch_size)
+            if self._unets and weights + working > self._free():
+                self._unets.clear()
+            how = {"compiled": self.compiled, "pack": not self.low_memory}
+            if self.low_memory and weights + working > self._free():
+                how["room"] = max(0, self._free() - working) if self.device.type == "cuda" else 0
+            unet = load_stage(files, variant, self.dtype, self.device, **how)
             for lora, scale, fitting in self.loras:
                 if fitting == number:
                     merge_lora(unet, lora, scale)
-            self._unet, self._loaded = unet, number
+            self._unets[number] = unet
+        return self._unets[number]
+
+    def _free(self) -> float:
+        free = free_memory(self.device)
+        return math.inf if free is None else free
+
+    def _needed(self, number: int, variant: str | None, batch_size: int) -> tuple[int, int]:
+        """Bytes that a stage's weights take, and a batch of its images, with some to spare."""
+        files = self.stages[number - 1]
+        paths = find_weights(files.source, variant, files.revision)
+        stored = max(dtype.itemsize for dtype in stored_dtypes(paths))
+        weights = sum(path.stat().st_size for path in paths) * self.dtype.itemsize // stored
+        if self.device.type == "cpu" and not self.low_memory:
+            weights *= 2  # laid out anew
+        return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
 
 
 @contextmanager

@@ -252,13 +252,19 @@ def find_variant(stage: StageFiles, dtype: torch.dtype) -> str | None:
 
 
 def load_stage(
-    stage: StageFiles, variant: str | None, dtype: torch.dtype, device: torch.device, compiled: bool = False
+    stage: StageFiles,
+    variant: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = False,
+    pack: bool = True,
+    room: int | None = None,
 ) -> UNet:
-    """A stage's UNet, packed on the CPU unless compiled; says so when float16 weights are computed with in float32."""
+    """A stage's UNet; says so when float16 weights are computed with in float32. pack, room: as in `load_unet`."""
     stored = stored_dtypes(find_weights(stage.source, variant, stage.revision))
     if dtype == torch.float32 and torch.float16 in stored and stage.source not in SHIPPED:
         print(f"{stage.source} has its weights in float16: computing with them in float32", file=sys.stderr)
-    unet = load_unet(stage.source, dtype, device, variant, stage.revision, pack=not compiled)
+    unet = load_unet(stage.source, dtype, device, variant, stage.revision, pack=pack and not compiled, room=room)
     if compiled:
         unet.compile()
     return unet

@@ -9,19 +9,20 @@ import hashlib
 import re
 import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.files import first_line, read_small, reading, write_atomically
-from ddpm.memory import check_memory
+from ddpm.memory import check_memory, free_memory
 from ifmodel.config import MOST_LAYERS
 from ifmodel.lora import LoRA, merge_lora
+from ifmodel.offload import check_accelerate, offload
 from ifmodel.weights import VARIANTS, fetch, index_names, shards_of, weight_patterns
 
 CACHE = Path("~/.cache/pixel-diffusion/prompts").expanduser()
@@ -169,6 +170,7 @@ def embed_prompts(
     revision: str | None = None,
     cache: Path | None = CACHE,
     loras: Sequence[tuple[LoRA, float]] = (),
+    low_memory: bool = False,
 ) -> dict[str, Tensor]:
     """Embeddings [77, D_text] of prompts by a model's T5, downloaded and loaded only for those not in the cache.
 
@@ -177,49 +179,75 @@ def embed_prompts(
         float16, T5's `wo` layers stay in float32 because they overflow
     cache: the folder that keeps embeddings, by model revision, dtype, LoRAs and prompt; None keeps nothing
     loras: those that change T5, each with its scale
+    low_memory: read what a GPU cannot hold, and on the CPU all, layer by layer from T5's files, for every prompt
     T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
     damaged file in the cache, whose prompt is embedded again.
     Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
     """
+    options = {"dtype": dtype, "device": device, "revision": revision, "cache": cache}
+    return dict(embed_each(source, prompts, **options, loras=loras, low_memory=low_memory))
+
+
+def embed_each(
+    source: str | Path,
+    prompts: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    cache: Path | None = CACHE,
+    loras: Sequence[tuple[LoRA, float]] = (),
+    low_memory: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """What `embed_prompts` returns, a prompt at a time, those in the cache first: for more than the memory holds."""
     tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
+    prompts = list(dict.fromkeys(prompts))
     for prompt in prompts:
         if lost := tokenizer.lost(prompt):
             warnings.warn(f"prompt cut at {NUM_TOKENS} tokens, lost: {lost!r}", stacklevel=2)
     model = fetch(source, "text_encoder", ["config.json"], revision)  # a Hub model's folder is named by its commit
     files = {prompt: _cache_file(cache, model, dtype, prompt, loras) for prompt in prompts} if cache else {}
-    known = {prompt: _cached(file) for prompt, file in files.items() if file.is_file()}
-    embeds = {prompt: tensor for prompt, tensor in known.items() if tensor is not None}
-    unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
-    if unknown:
-        found = _encode(source, revision, tokenizer, unknown, dtype, device, loras)
-        embeds |= dict(zip(unknown, found, strict=True))
+    unknown = []
+    for prompt in prompts:
+        tensor = _cached(files[prompt]) if cache and files[prompt].is_file() else None
+        if tensor is None:
+            unknown.append(prompt)
+        else:
+            yield prompt, tensor
+    if not unknown:
+        return
+    found = _encode(source, revision, tokenizer, unknown, dtype, device, loras, low_memory)
+    for prompt, tensor in zip(unknown, found, strict=True):
         try:
-            for prompt in unknown if cache else []:
-                write_atomically(files[prompt], save({"prompt_embeds": embeds[prompt]}))
+            if cache:
+                write_atomically(files[prompt], save({"prompt_embeds": tensor}))
         except OSError as error:
             warnings.warn(f"embeddings are not kept: {error}", stacklevel=2)
-    return embeds
+            cache = None
+        yield prompt, tensor
 
 
 @torch.no_grad()
-def _encode(source, revision, tokenizer, prompts, dtype, device, loras=()) -> list[Tensor]:
+def _encode(source, revision, tokenizer, prompts, dtype, device, loras, low_memory) -> Iterator[Tensor]:
     """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
     for variant in VARIANTS[dtype]:
         folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
-        named = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
-        files = [file for file in folder.glob(named) if variant or not re.search(r"\.(fp|bf)16", file.name)]
-        if files:
+        if _encoder_files(folder, variant):
             break
     else:
         raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
-    encoder = load_encoder(folder, tokenizer, dtype, device, variant)
+    encoder = load_encoder(folder, tokenizer, dtype, device, variant, low_memory)
     for lora, scale in loras:
         merge_lora(encoder, lora, scale, part="text_encoder")
-    outputs = []
     for prompt in prompts:
         tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
-        outputs.append(encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous())
-    return outputs
+        yield encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous()
+
+
+def _encoder_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of one precision that are there."""
+    named = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
+    return [file for file in sorted(folder.glob(named)) if variant or not re.search(r"\.(fp|bf)16", file.name)]
 
 
 def load_encoder(
@@ -228,31 +256,50 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    low_memory: bool = False,
 ):
     """The T5 encoder of a text_encoder/, transformers' own, in evaluation mode.
 
+    low_memory: a GPU holds what it can of it and the CPU nothing: the rest is read when it runs, see `offload`
     Raises ValueError when it is damaged, does not fit in memory, or knows fewer tokens than the tokenizer.
     """
     from transformers import T5Config, T5EncoderModel
 
+    files = _encoder_files(folder, variant)
     with reading(folder, "T5 encoder"):
         config = T5Config.from_pretrained(folder)
         if not 1 <= config.num_layers <= MOST_LAYERS:
             raise ValueError(f"config.json has {config.num_layers} layers")
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
+            encoder = T5EncoderModel(config).to(dtype).eval()
         for name in index_names("model", variant):
             if (folder / name).is_file():
-                shards_of(folder / name)  # since transformers reads whatever it names
-    check_memory(size * dtype.itemsize, f"T5 in {str(dtype).removeprefix('torch.')}", device)
+                files = shards_of(folder / name)  # since transformers reads whatever it names
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, T5 in {folder} only {config.vocab_size}")
+    if low_memory:
+        return _by_layers(encoder, files, dtype, torch.device(device))
+    size = sum(parameter.numel() for parameter in encoder.parameters())
+    check_memory(size * dtype.itemsize, f"T5 in {str(dtype).removeprefix('torch.')}", device)
     with reading(folder, "T5 encoder"):
         options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "output_loading_info": True}
         encoder, loading = T5EncoderModel.from_pretrained(folder, **options)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} tensors: {', '.join(missing[:5])}")
     return encoder.to(device).eval()
+
+
+def _by_layers(encoder: nn.Module, files: Sequence[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """T5 on the meta device, read from its files when it runs.
+
+    Not by transformers' device_map="disk", which computes T5's `wo` in float16, too, where it overflows.
+    """
+    check_accelerate()
+    for name, module in encoder.named_modules():
+        if name.endswith(".wo") and dtype == torch.float16:
+            module.float()
+    room = max(0, free_memory(device) - 2**29) if device.type == "cuda" else 0
+    return offload(encoder, files, device, room)
 
 
 def _cached(file: Path) -> Tensor | None:

@@ -234,7 +234,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the way up, with one layer more than its mirror image; takes its skips from the end of the list."""
+    """One level of the way up, with one layer more than its mirror image, and a skip for each."""
 
     def __init__(self, i: int, o: int, skip_dims: list[int], attention, resnet, last: bool):
         super().__init__()
@@ -244,8 +244,8 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if last else [resnet(o, o, resample="up")])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, keys_values: Iterator[KeysValues]) -> Tensor:
-        for layer, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = resnet(torch.cat([x, skip], dim=1), time)
             if self.attentions:
                 x = self.attentions[layer](x, next(keys_values))
         for upsampler in self.upsamplers:
@@ -312,7 +312,8 @@ class UNet(nn.Module):
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.encoder_hid_dim:
             shape, dim = list(prompt_embeds.shape), self.config.encoder_hid_dim
             raise ValueError(f"prompt_embeds must be [B, L, {dim}] for this UNet, not {shape}")
-        prompt_embeds = prompt_embeds.to(self.encoder_hid_proj.weight)  # its dtype and device
+        weight = self.encoder_hid_proj.weight
+        prompt_embeds = prompt_embeds.to(weight.dtype if weight.is_meta else weight)  # on meta: see `offload`
         projected = self.encoder_hid_proj(prompt_embeds)
         attentions = (layer for block in self._blocks() for layer in block.attentions)
         keys_values = tuple(layer.text_keys_values(projected) for layer in attentions)
@@ -341,7 +342,7 @@ class UNet(nn.Module):
             skips += left_behind
         x = self.mid_block(x, time, keys_values)
         for block in self.up_blocks:
-            x = block(x, skips, time, keys_values)
+            x = block(x, [skips.pop() for _ in block.resnets], time, keys_values)
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
     def _blocks(self) -> Iterator[nn.Module]:

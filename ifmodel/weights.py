@@ -4,17 +4,26 @@ import contextlib
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ddpm.files import FLOATS, check_tensors, first_line, parse_json, read_small, reading, write_atomically
+from ddpm.files import (
+    FLOATS,
+    check_tensors,
+    first_line,
+    mapped,
+    opened,
+    parse_json,
+    read_small,
+    write_atomically,
+)
 from ddpm.memory import check_memory
 from ifmodel.config import UNetConfig
 from ifmodel.cpu import can_pack, pack_convolutions, plain_convolutions
+from ifmodel.offload import offload
 from ifmodel.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -35,6 +44,7 @@ def load_unet(
     variant: str | None = None,
     revision: str | None = None,
     pack: bool = False,
+    room: int | None = None,
 ) -> UNet:
     """The UNet of a folder or a Hub repository, in evaluation mode.
 
@@ -44,6 +54,8 @@ def load_unet(
     revision: the branch, tag or commit of a Hub repository
     pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.cpu`): faster, but a copy
         of them in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
+    room: the bytes of the device that its weights may take, the rest is read from the files at every step (`offload`);
+        None for all that it needs, and nothing is read again
 
     The UNet is built without memory and takes its weights from the memory-mapped files as they are: in the
     dtype of the file on the CPU, and not packed, they are not copied at all.
@@ -54,18 +66,21 @@ def load_unet(
     folder, on_cpu = files[0].parent, torch.device(device).type == "cpu"
     pack = pack and on_cpu and can_pack(dtype)
     with torch.device("meta"):
-        unet = UNet(config)
+        unet = UNet(config).to(dtype).eval().requires_grad_(False)
     held = list(unet.parameters())
     stored = stored_dtypes(files)
     if odd := stored - FLOATS:
         raise ValueError(f"the weights in {folder} are {odd.pop()}, not floating-point numbers of 16 bits or more")
+    if room is not None:
+        check_tensors(f"the weights in {folder} do not fit its config.json", unet.state_dict(), mapped(files))
+        return offload(unet, files, device, room)
     if pack and stored == {dtype}:  # beside the file: a converted copy is given up for the packed one
         held += [convolution.weight for _, _, convolution in plain_convolutions(unet)]
     needed = sum(parameter.numel() for parameter in held) * dtype.itemsize
     check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
     loaded: dict[str, Tensor] = {}
     for path in files:
-        with _opened(path, device) as file:
+        with opened(path, device) as file:
             loaded |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     check_tensors(f"the weights in {folder} do not fit its config.json", unet.state_dict(), loaded)
     unet.load_state_dict(loaded, assign=True)
@@ -73,7 +88,7 @@ def load_unet(
         unet.to(memory_format=torch.channels_last)
     elif pack:
         pack_convolutions(unet)
-    return unet.eval().requires_grad_(False)
+    return unet
 
 
 def find_weights(source: str | Path, variant: str | None = None, revision: str | None = None) -> list[Path]:
@@ -83,17 +98,7 @@ def find_weights(source: str | Path, variant: str | None = None, revision: str |
 
 def stored_dtypes(files: Sequence[Path]) -> set[torch.dtype]:
     """The dtypes of the tensors in safetensors files, which are mapped and not read. Raises ValueError if damaged."""
-    dtypes: set[torch.dtype] = set()
-    for path in files:
-        with _opened(path) as file:
-            dtypes |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    return dtypes
-
-
-@contextlib.contextmanager
-def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
-    with reading(path, "whole safetensors file"), safe_open(path, framework="pt", device=str(device)) as file:
-        yield file
+    return {tensor.dtype for tensor in mapped(files).values()}
 
 
 def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:

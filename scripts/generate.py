@@ -4,6 +4,7 @@
     python scripts/generate.py --steps-grid 2 4 6 8 12 16
     python scripts/generate.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
+    torchrun --nproc-per-node 2 scripts/generate.py --prompts prompts.txt --out out/images
 
 A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
 given. One prompt and one seed give the bare image; more give a labelled grid, with each image beside it in a file of
@@ -11,18 +12,23 @@ its own. Image k of a prompt starts from seed + k, in both stages. --steps-grid 
 several numbers of steps. The prompts are the assignment's three unless others are given. A prompt may be several, with
 weights: "a dog AND a hat :0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none
 of the third. T5 runs only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded;
-stage 1 is freed before stage 2 is loaded.
+stage 1 is freed before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, fills the folder --out
+with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is missing. torchrun
+starts a process for each GPU, or several on the CPU, and each draws its share of the batches: the same images as one
+process.
 """
 
 import re
+from pathlib import Path
 
 from ddpm.estimates import Estimate, compose
 from ddpm.schedule import leading_timesteps
 from ifmodel.cascade import Job, Recipe, Stage
 from ifmodel.stage import SCHEDULE
 from shared.figures import save_image, save_table
+from shared.folder import draw_folder
 from shared.options import parser, positive, run
-from shared.stages import add_cascade_options, open_cascade, prompts_of, settings_of
+from shared.stages import add_cascade_options, draw, open_cascade, prompts_of
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 
@@ -30,10 +36,18 @@ A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a ha
 def main():
     options = parser(__doc__)
     options.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    told = "a prompt on each line, for a folder of images, --out"
+    options.add_argument("--prompts", type=Path, metavar="FILE", help=told)
     options.add_argument("--num-images", type=positive, default=1, help="images of each prompt (default: 1)")
     options.add_argument("--steps-grid", type=positive, nargs="+", metavar="N", help="a row for each number of steps")
     add_cascade_options(options, out="out/generated.png")
     args = options.parse_args()
+    if args.prompts:
+        if args.prompt or args.steps_grid:
+            raise ValueError("--prompts has all prompts, and an image of each: leave --prompt and --steps-grid")
+        if args.out == options.get_default("out"):
+            args.out = args.out.with_suffix("")
+        return draw_folder(args)
     if args.steps_grid:
         return draw_steps_grid(args)
 
@@ -41,7 +55,7 @@ def main():
     prompts = prompts_of(args, cascade, A0_PROMPTS)
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [Job(recipe_of(prompt, args.null_prompt), seeds, timesteps=args.visited) for prompt in prompts]
-    rows = cascade.draw_all(jobs, **settings_of(args))
+    rows = draw(cascade, jobs, args)
     if len(rows) == len(seeds) == 1:
         save_image(args.out, rows[0][0] / 2 + 0.5, args.seed)
         print(args.out)
@@ -81,7 +95,7 @@ def draw_steps_grid(args):
         Job(prompts, [args.seed] * len(prompts), timesteps=leading_timesteps(SCHEDULE.num_timesteps, num_steps))
         for num_steps in args.steps_grid
     ]
-    rows = cascade.draw_all(jobs, **settings_of(args))
+    rows = draw(cascade, jobs, args)
     labels = [f"{num_steps} steps" for num_steps in args.steps_grid]
     save_table(args.out, rows, row_labels=labels, column_labels=prompts, seed=args.seed)
 

@@ -21,7 +21,7 @@ from shared.animation import recede
 from shared.figures import save_gif, save_table
 from shared.images import read_picture
 from shared.options import parser, positive, positive_number, run
-from shared.stages import MODEL, add_cascade_options, grouped, open_cascade, settings_of
+from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
 PAIRS = [  # the assignment's
     ("a lithograph of a skull", "a lithograph of waterfalls"),
@@ -77,7 +77,7 @@ def main():
         )
         return Job(prompts[0], seeds, small, args.visited, upscale=final)
 
-    drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
+    drawn = draw(cascade, [job(prompts) for prompts in groups], args)
     rows = [row for images in drawn for row in (images, *(component.of(images) for component in components))]
     labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
     columns = [f"seed {args.seed + k}" for k in range(args.num_images)]

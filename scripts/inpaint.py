@@ -20,7 +20,7 @@ from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
 from shared.options import parser, positive, run
-from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
+from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 
@@ -63,7 +63,7 @@ def main():
     ]
     rows = [
         [x_orig[0], (2 * mask - 1).expand(1, 3, -1, -1)[0], torch.where(mask > 0, 0.0, x_orig)[0], result[0]]
-        for (x_orig, mask), result in zip(final, cascade.draw_all(jobs, **settings_of(args)), strict=True)
+        for (x_orig, mask), result in zip(final, draw(cascade, jobs, args), strict=True)
     ]
     columns = ["original", "mask", "hole to fill", "result"]
     labels = {"title": prompts[0]} if len(set(prompts)) == 1 else {"row_labels": prompts}

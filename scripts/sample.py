@@ -9,7 +9,7 @@ from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.options import parser, positive, run
-from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
+from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
 TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 
@@ -30,7 +30,7 @@ def main():
     def job(prompt: str, scale: float) -> Job:
         return Job(lambda stage: stage.estimate(prompt, guidance_scale=scale), seeds, timesteps=args.visited)
 
-    rows = cascade.draw_all([job(*line) for line in lines], **settings_of(args))
+    rows = draw(cascade, [job(*line) for line in lines], args)
     labels = [f"γ = {scale:g}" + (f":\n{prompt}" if len(prompts) > 1 else "") for prompt, scale in lines]
     title = prompts[0] if len(prompts) == 1 else ""
     columns = [f"seed {seed}" for seed in seeds]

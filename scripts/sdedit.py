@@ -20,7 +20,7 @@ from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
 from shared.options import parser, run
-from shared.stages import MODEL, add_cascade_options, from_index, open_cascade, settings_of
+from shared.stages import MODEL, add_cascade_options, draw, from_index, open_cascade
 
 
 def main():
@@ -48,7 +48,7 @@ def main():
         return Job(prompts, [args.seed] * len(prompts), algorithm, args.visited, num_steps=counts[i_start])
 
     parts = [slice(first, first + args.batch_size) for first in range(0, len(lines), args.batch_size)]
-    drawn = cascade.draw_all([job(rows, i_start) for i_start in args.i_start for rows in parts], **settings_of(args))
+    drawn = draw(cascade, [job(rows, i_start) for i_start in args.i_start for rows in parts], args)
     columns = torch.cat(drawn).unflatten(0, (len(args.i_start), len(lines)))
     rows = [[*row, original] for row, original in zip(columns.transpose(0, 1), originals, strict=True)]
     row_labels = [f"{Path(image).name}:\n{prompt}" if len(images) > 1 else prompt for image, prompt in lines]

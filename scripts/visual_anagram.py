@@ -16,7 +16,7 @@ from ifmodel.cascade import Job, Stage
 from shared.animation import turn
 from shared.figures import save_gif, save_table
 from shared.options import number, parser, positive, run
-from shared.stages import MODEL, add_cascade_options, grouped, open_cascade, settings_of
+from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
 PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
@@ -66,7 +66,7 @@ def main():
 
         return Job(illusion, seeds, timesteps=args.visited)
 
-    drawn = cascade.draw_all([job(prompts) for prompts in groups], **settings_of(args))
+    drawn = draw(cascade, [job(prompts) for prompts in groups], args)
     rows = [list(view.view(images)) for images in drawn for view in views]
     labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
     save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)

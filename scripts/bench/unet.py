@@ -18,11 +18,12 @@ as JSON; --growth draws what an image costs as there are more of them, more step
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,7 @@ from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
 from ifmodel.stage import generate, upscale
 from ifmodel.text import load_embeds, save_embeds
+from ifmodel.tiny.captions import curated, with_article
 from ifmodel.weights import SHIPPED
 from shared.figures import save_figure
 from shared.options import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
@@ -73,7 +75,7 @@ def arguments() -> Namespace:
 def main():
     args = arguments()
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, float16=True)
     torch.manual_seed(SEED)
     work = Work(args, device, dtype)
     report = {"geometry": args.geometry, "device": where(device), "dtype": short(dtype), "torch": torch.__version__}
@@ -233,14 +235,15 @@ def load_sides(work: Work) -> dict[str, Callable]:
 
 # Runs a script and then says how much memory this process had at most; rusage would count its parent's too.
 MEASURED = """
-import resource, runpy, sys
+import resource, runpy, sys, time
 from pathlib import Path
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 status = Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.exists() else []
 peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-print(1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+peak = 1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(f"measured: {time.process_time()} {peak}\\n", end="", flush=True)
 """
 
 
@@ -371,25 +374,62 @@ def growth(work: Work, rounds: int) -> dict[str, dict[int, float]]:
     grown = {"batch": {batch: step(batch, side) for batch in (1, 2, 4, 8, 16)}}
     if work.noise_level is None:
         grown["steps"] = {steps: sample(steps) for steps in (10, 20, 50, 100, 200)}
-    return grown | {"size": {size: step(1, size) for size in (side, 2 * side, 4 * side, 8 * side)}}
+    grown["size"] = {size: step(1, size) for size in (side, 2 * side, 4 * side, 8 * side)}
+    return grown | (many_prompts(work, (1, 10, 100, 1000)) if work.args.geometry == "tiny" else {})
+
+
+def many_prompts(work: Work, numbers: Sequence[int]) -> dict[str, dict[int, float]]:
+    """One and two processes of generate.py for so many prompts, two steps of 16 × 16 each.
+
+    Of the process that has more: its time of computing, since the two share the cores, and its peak memory.
+    """
+    scripts, folder, grown = Path(__file__).parents[1], Path(work.folder.name), {}
+    (folder / "measured.py").write_text(MEASURED)
+    names = [with_article(name) for name in curated()]
+    environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(folder)}
+    for number in numbers:
+        prompts = [f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)]
+        (folder / "prompts.txt").write_text("\n".join(prompts))
+        for processes in (1, 2) if number > 8 else (1,):  # two want more than a batch
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+            script = [folder / "measured.py", scripts / "generate.py", "--prompts", folder / "prompts.txt"]
+            options = ["--out", folder / f"{number}_{processes}", "--upscaler", "none", "--steps", 2, "--size", 16, 16]
+            options += ["--dtype", short(work.dtype), "--device", work.device]
+            command = [*map(str, torchrun + script + options)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise ValueError(f"a process of generate.py failed: {done.stderr[-200:]}")
+            measured = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
+            seconds, peak = max(float(found[0]) for found in measured), max(int(found[1]) for found in measured) / 1e9
+            grown.setdefault(f"seconds, {processes} process(es)", {})[number] = seconds
+            grown.setdefault(f"GB, {processes} process(es)", {})[number] = peak
+            print(f"  {number} prompts, {processes} process(es): {seconds:.1f} s, {peak:.2f} GB", flush=True)
+    return grown
 
 
 def draw_growth(path: Path, grown: dict[str, dict[int, float]]):
     """What an image costs as there are more of them, more steps, and more pixels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12.5, 3.2), dpi=150, layout="constrained")
     labels = {
         "batch": ("images at a time", "seconds of a step, each"),
         "steps": ("steps", "seconds of an image"),
         "size": ("height and width", "seconds of a step"),
     }
-    for axes, (key, points) in zip(figure.subplots(1, len(grown)), grown.items(), strict=True):
-        axes.plot(list(points), list(points.values()), "o-")
-        axes.set(xlabel=labels[key][0], ylabel=labels[key][1], xscale="log", yscale="log")
-        axes.set_xticks(list(points), [str(value) for value in points])
+    many = {name: points for name, points in grown.items() if name not in labels}
+    panels = [(labels[name], {"": points}) for name, points in grown.items() if name in labels]
+    panels += [(("prompts, 2 steps of 16 × 16", "of computing and memory, a process"), many)] if many else []
+    for axes, ((x, y), lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name, points in lines.items():
+            axes.plot(list(points), list(points.values()), "s--" if "GB" in name else "o-", label=name)
+        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        ticks = sorted({value for points in lines.values() for value in points})
+        axes.set_xticks(ticks, [str(value) for value in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=6)
     save_figure(path, figure, SEED)
 
 

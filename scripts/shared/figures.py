@@ -22,9 +22,10 @@ LONGEST_LABEL = 600  # characters, of any prompt; the PNG's metadata has all of 
 MARGIN, SPACE, LABEL_WIDTH = 15, 8, 300  # pixels: around a grid, between labels and images, of a row's label
 
 
-def figure_metadata(seed: int, labels: Sequence[str] = ()) -> dict[str, str]:
-    """What a PNG says of its making: its labels, the command line, the seed and the versions."""
-    described = {"Description": "\n".join(filter(None, labels))} if any(labels) else {}
+def figure_metadata(seed: int, labels: Sequence[str] = (), settings: str = "") -> dict[str, str]:
+    """What a PNG says of its making: its labels, the command line, the seed, the versions, and settings if any."""
+    described = {"Settings": settings} if settings else {}
+    described |= {"Description": "\n".join(filter(None, labels))} if any(labels) else {}
     return described | {
         "Software": f"torch {torch.__version__}, python {platform.python_version()}",
         "Command": shlex.join(["python", *sys.argv]),
@@ -219,13 +220,13 @@ def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
     write_atomically(path, buffer.getvalue())
 
 
-def save_image(path: Path, image: Tensor, seed: int, labels: Sequence[str] = ()):
+def save_image(path: Path, image: Tensor, seed: int, labels: Sequence[str] = (), settings: str = ""):
     """Write one image [3, H, W] in [0, 1] as it is, pixel for pixel, with its making in the metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     metadata, buffer = PngInfo(), io.BytesIO()
-    for key, value in figure_metadata(seed, labels).items():
+    for key, value in figure_metadata(seed, labels, settings).items():
         metadata.add_itxt(key, value)
     Image.fromarray(to_bytes(image)).save(buffer, format="png", pnginfo=metadata)
     write_atomically(path, buffer.getvalue())

@@ -50,6 +50,11 @@ def add_device_options(
     options.add_argument("--dtype", default=default, choices=["auto", *dtypes], help=told)
 
 
+def add_low_memory_option(options: argparse.ArgumentParser):
+    told = "read what the device's memory cannot hold from its files, layer by layer, at every step; needs accelerate"
+    options.add_argument("--low-memory", action="store_true", help=told)
+
+
 def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int]):
     """The options of both training scripts; `recipe` gives the defaults."""
     options.add_argument(
@@ -131,17 +136,21 @@ def seed_number(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """--device to a device that is there. Raises ValueError otherwise."""
+    """--device to a device that is there, a GPU for each process of torchrun. Raises ValueError otherwise."""
     there = ["cpu"]
     if torch.cuda.is_available():
         there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     elif torch.backends.mps.is_available():
         there = ["mps", "cpu"]
-    if name == "auto":
-        return torch.device(there[0])
-    if name not in there:
+    if name != "auto" and name not in there:
         raise ValueError(f"device {name!r} is not on this machine: choose from auto, {', '.join(there)}")
-    return torch.device(name)
+    device = torch.device(there[0] if name == "auto" else name)
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"torchrun has more processes than GPUs here: give it --nproc-per-node {gpus}")
+        device = torch.device("cuda", local)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.dtype:

@@ -1,17 +1,23 @@
 """What the scripts that run DeepFloyd IF share: their options, and the cascade that these ask for."""
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ddpm.sampling import ALWAYS
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
+from ifmodel.cascade import Job
 from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
 from ifmodel.text import normalised
 from shared.options import (
     SEED,
     add_device_options,
+    add_low_memory_option,
     check_not_overwritten,
     check_writable,
     number,
@@ -20,6 +26,7 @@ from shared.options import (
     positive,
     seed_number,
 )
+from shared.processes import gathered, num_processes, rank, share
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 
@@ -90,17 +97,21 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     scale = "how strong it is, for all of --lora or given once for each (default: 1)"
     options.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
     options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
+    add_low_memory_option(options)
     options.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
     add_device_options(options, ("float32", "bfloat16", "float16"))
 
 
-def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
+def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None = None) -> Cascade:
     """The cascade of the options, whose prompts, sizes and files are checked; `args.visited` are those of stage 1.
 
-    single_stage: for figures of stage 1 alone
+    single_stage: for figures of stage 1 alone, which one process draws
+    out: the first file that is written, where it is not --out
     """
+    if single_stage and num_processes() > 1:
+        raise ValueError("this figure is drawn by one process: run it without torchrun")
     if single_stage and args.upscaler not in (None, "none"):
         raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
     if args.upscaler == "":
@@ -113,7 +124,7 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
     check_not_overwritten(args)
     shipped = args.upscaler == "tiny-if" or (args.upscaler is None and args.model == MODEL)
     upscaler = UPSCALER if shipped else args.upscaler
-    check_writable(args.out, ".png")
+    check_writable(out or args.out, ".png")
     args.visited = pick_timesteps(args)
     device = pick_device(args.device)
     return Cascade(
@@ -128,7 +139,21 @@ def open_cascade(args: Namespace, single_stage: bool = False) -> Cascade:
         compiled=args.compile,
         lora=args.lora,
         lora_scale=scales[0] if len(scales) == 1 else scales,
+        low_memory=args.low_memory,
     )
+
+
+def draw(cascade: Cascade, jobs: Sequence[Job], args: Namespace) -> list[Tensor]:
+    """The images of every job; under torchrun every process draws its share of the batches, and the first goes on."""
+    if num_processes() == 1:
+        return cascade.draw_all(jobs, **settings_of(args))
+    batches = [batch for job in jobs for batch in job.batches(args.batch_size)]
+    mine = share(batches, f"batches of up to {args.batch_size} images: make them smaller with --batch-size")
+    drawn = cascade.draw_all(mine, **settings_of(args), progress=rank() == 0)
+    images = torch.cat(gathered(drawn, [(len(batch.seeds), 3, *cascade.sizes[-1]) for batch in batches]))
+    if rank() > 0:
+        sys.exit(0)
+    return list(images.split([len(job.seeds) for job in jobs]))
 
 
 def settings_of(args: Namespace) -> dict:

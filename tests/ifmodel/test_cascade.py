@@ -14,7 +14,7 @@ from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
 from ifmodel.cascade import Stage
-from ifmodel.stage import SAMPLERS, SCHEDULE
+from ifmodel.stage import SAMPLERS, SCHEDULE, load_stage
 
 FEW = {"num_steps": 3, "upscaler_steps": 2}
 
@@ -125,9 +125,37 @@ def test_in_float16_the_schedule_and_thresholding_stay_in_float32(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "watched", watched_step)
     half, full = (Cascade("tiny-if/I", size=(16, 16), dtype=dtype) for dtype in (torch.float16, torch.float32))
     image = half.draw("a photo of a dog", seeds=[1], sampler="watched", num_steps=3)
-    assert {parameter.dtype for parameter in half._unet.parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in half._unets[1].parameters()} == {torch.float16}
     assert seen == {torch.float32} and image.dtype == torch.float32
     assert (image - full.draw("a photo of a dog", seeds=[1], num_steps=3)).abs().mean() < 0.02
+
+
+def test_both_stages_stay_in_memory_where_they_fit(tiny, drawn, monkeypatch):
+    """Then a second call loads none; where they do not, one is freed for the other, for the same images."""
+    assert tiny.keeps_all()
+    loads = []
+
+    def loading(files, *how, **options):
+        loads.append(files.source)
+        return load_stage(files, *how, **options)
+
+    monkeypatch.setattr(cascade, "load_stage", loading)
+    tiny.draw("a photo of a dog", seeds=[1], **FEW)
+    assert loads == []
+    monkeypatch.setattr(cascade, "free_memory", lambda device: 10_000_000)
+    tight = Cascade("tiny-if")
+    again = tight.draw(["a photo of a dog", "a rocket ship"], seeds=[1, 2], **FEW)
+    assert loads == ["tiny-if/I", "tiny-if/II"] and list(tight._unets) == [2]
+    assert torch.equal(again, drawn)
+
+
+def test_embeddings_do_not_gather_in_memory():
+    small = Cascade("tiny-if/I", size=(16, 16))
+    assert list(small.embed_each(["a photo of a dog", "a hat"])) == ["a photo of a dog", "a hat"]
+    assert not small._found
+    for prompt in ("a photo of a dog", "a hat"):
+        small.draw(prompt, seeds=[1], num_steps=1, progress=False)
+        assert set(small._found) == {prompt, ""}
 
 
 def test_the_model_may_be_stage_1_alone():

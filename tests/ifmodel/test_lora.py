@@ -31,7 +31,7 @@ from ifmodel.lora import (
     save_lora,
 )
 from ifmodel.stage import generate
-from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.text import Tokenizer, embed_each, embed_prompts
 from ifmodel.weights import SHIPPED
 from tests.hub import Hub
 from tests.ifmodel.test_ifmodel import STAGE_1, STAGE_2, inputs, pair, relative_error
@@ -345,6 +345,7 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path / "own")
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", tmp_path / "own")
 
 
 def test_a_cascade_merges_each_lora_into_its_stage(files):

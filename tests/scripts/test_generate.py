@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from ifmodel.text import embed_prompts, load_embeds, save_embeds
+from ifmodel.text import embed_each, embed_prompts, load_embeds, save_embeds
 from tests.ifmodel.test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 
@@ -46,7 +46,9 @@ def cascade(model_folder, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path / "cache")
+    cache = tmp_path / "cache"
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
 def pixels(path) -> numpy.ndarray:
@@ -249,8 +251,8 @@ def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade
 
     change("unet/config.json", sample_size=24)
     assert "multiples of 4, not 30 × 24" in said("--size", 20, 16)
-    change("unet/config.json", sample_size=2**20)
-    assert "an image of 1048576 × 1048576 needs about" in said()
+    change("unet/config.json", sample_size=10**6)
+    assert "an image of 1000000 × 1000000 needs about" in said()
     change("unet/config.json", sample_size=256)
     with monkeypatch.context() as patch:
         patch.setattr("ddpm.memory.free_memory", lambda device: 10**9)

@@ -13,7 +13,7 @@ from ddpm.sampling import iterative_denoise, noise_source
 from ddpm.schedule import leading_timesteps, log_snr_timesteps
 from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
-from ifmodel.text import embed_prompts
+from ifmodel.text import embed_each, embed_prompts
 from shared.figures import save_grid, text_size, wrapped
 from shared.images import read_mask, read_picture
 from tests.ifmodel.test_text import model_folder  # noqa: F401
@@ -24,7 +24,9 @@ PROMPTS = ["a rocket ship", "a photo of a dog"]
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
 @pytest.fixture
@@ -552,7 +554,7 @@ def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, 
     def never(*_, **__):
         raise AssertionError("T5 was asked")
 
-    monkeypatch.setattr("ifmodel.cascade.embed_prompts", never)
+    monkeypatch.setattr("ifmodel.cascade.embed_each", never)
     out = ["--out", tmp_path / "new" / "out.png"]
     assert "no image at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
     assert "no image at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)

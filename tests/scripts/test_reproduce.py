@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ifmodel.text import embed_prompts
+from ifmodel.text import embed_each, embed_prompts
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
 class Page(HTMLParser):

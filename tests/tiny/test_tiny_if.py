@@ -17,7 +17,7 @@ from ddpm.sampling import noise_source, sample
 from ddpm.views import vertical_flip
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.stage import SCHEDULE, STAGE_1_THRESHOLD, generate, stage_1, upscale
-from ifmodel.text import embed_prompts
+from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, training
 from ifmodel.tiny.captions import CaptionedImages, load_captioned
 from ifmodel.weights import SHIPPED
@@ -28,7 +28,9 @@ STAGE_1, STAGE_2 = SHIPPED["tiny-if/I"], SHIPPED["tiny-if/II"]
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
 def test_it_is_small_and_in_safetensors_alone():

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
-from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.text import Tokenizer, embed_each, embed_prompts
 from ifmodel.tiny import export, losses, training
 from ifmodel.tiny.captions import ALIASES, STYLES, curated, held_out, load_captioned, with_article
 from tests.conftest import ROOT
@@ -30,7 +30,9 @@ SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "fl
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
 @pytest.fixture(scope="module")

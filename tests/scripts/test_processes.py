@@ -1,0 +1,151 @@
+"""Several processes draw what one draws, and a folder of images is gone on with where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from ifmodel.text import load_embeds
+from shared.options import pick_device
+from tests.conftest import ROOT
+
+SMALL = ["--model", "tiny-if/I", "--upscaler", "none", "--size", 16, 16, "--dtype", "float32", "--device", "cpu"]
+PROMPTS = ["a photo of a dog", "a rocket ship", "an oil painting of a castle", "a photo of an owl"]
+# A script and its options; with two images in a batch, the processes have unequal shares
+SCRIPTS = {
+    "generate": ["--prompt", PROMPTS[0], "--num-images", 5, *SMALL, "--steps", 2],
+    "visual_anagram": ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--animate", *SMALL, "--steps", 2],
+}
+
+# Runs several scripts in one process, since starting one takes longer than what they do
+DRIVER = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as exit:
+        assert not exit.code, command
+"""
+
+
+def commands(folder: Path, prompts: Path) -> list[list[str]]:
+    """All of SCRIPTS, a folder of images and a file of embeddings, with their outputs below a folder."""
+    made = [(name, [*options, "--batch-size", 2, "--out", folder / f"{name}.png"]) for name, options in SCRIPTS.items()]
+    made.append(("generate", ["--prompts", prompts, *SMALL, "--steps", 2, "--batch-size", 2, "--out", folder / "all"]))
+    embedded = ["--prompts", prompts, "--dtype", "float32", "--device", "cpu", "--out", folder / "all.safetensors"]
+    made.append(("embed_prompts", ["--model", "tiny-if/I", *embedded]))
+    return [[str(part) for part in (ROOT / "scripts" / f"{name}.py", *options)] for name, options in made]
+
+
+def pixels(path: Path) -> numpy.ndarray:
+    with Image.open(path) as image:
+        return numpy.asarray(image.convert("RGB"))
+
+
+def test_two_processes_draw_what_one_draws(tmp_path):
+    """torchrun with two processes on the CPU: every file is the same, pixel for pixel, and none is drawn twice."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    for processes in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        given = json.dumps(commands(tmp_path / str(processes), tmp_path / "prompts.txt"))
+        command = [sys.executable, *torchrun, str(tmp_path / "driver.py"), given]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines().count(str(tmp_path / str(processes) / "generate.png")) == 1
+    one, two = (
+        {path.relative_to(folder) for path in folder.rglob("*.*")} for folder in (tmp_path / "1", tmp_path / "2")
+    )
+    assert one == two and len(one) == 21
+    for name in one:
+        if name.suffix in (".png", ".gif"):
+            assert (pixels(tmp_path / "1" / name) == pixels(tmp_path / "2" / name)).all(), name
+    alone, shared = (load_embeds(tmp_path / name / "all.safetensors") for name in "12")
+    assert list(alone) == list(shared) and all(torch.equal(alone[prompt], shared[prompt]) for prompt in alone)
+
+
+def test_a_folder_is_gone_on_with_after_a_kill(run_script, tmp_path):
+    """What was written before is left as it is, and what is missing is drawn as it would have been."""
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    options = ["--prompts", tmp_path / "prompts.txt", *SMALL, "--steps", 20, "--batch-size", 1]
+    status, out, err = run_script("generate", *options, "--out", tmp_path / "whole")
+    assert status == 0, err
+    assert out.strip() == str(tmp_path / "whole")
+    folder, script = tmp_path / "killed", ROOT / "scripts" / "generate.py"
+    command = [str(part) for part in (sys.executable, script, *options, "--out", folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while len(list(folder.glob("*.png"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 2 <= len(before) < len(PROMPTS)
+
+    status, _, err = run_script("generate", *options, "--out", folder)
+    assert status == 0, err
+    for number in range(len(PROMPTS)):
+        assert (pixels(folder / f"{number:05}.png") == pixels(tmp_path / "whole" / f"{number:05}.png")).all()
+    assert all(path.stat().st_mtime_ns == drawn for path, drawn in before.items())
+
+
+def test_a_folder_of_other_images_is_refused(run_script, refused, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a photo of a dog\n")
+    options = ["--prompts", prompts, *SMALL, "--steps", 2, "--out", out]
+    status, _, err = run_script("generate", *options, "--num-images", 2)
+    assert status == 0, err
+    assert sorted(path.name for path in out.iterdir()) == ["00000_0.png", "00000_1.png"]
+    with Image.open(out / "00000_1.png") as image:
+        assert image.text["Description"] == "a photo of a dog" and image.text["Seed"] == "20040806"
+
+    assert "drawn from another seed: name another folder" in refused(
+        "generate", *options, "--num-images", 2, "--seed", 1
+    )
+    told = refused("generate", *options, "--num-images", 2, "--guidance", 2)
+    assert "00000_0.png is there, drawn with other options" in told
+    prompts.write_text("a photo of a cat\n")
+    assert "drawn of another prompt" in refused("generate", *options, "--num-images", 2)
+    assert "would be a file" in refused("generate", *options[:-1], tmp_path / "out.png")
+    assert "leave --prompt and --steps-grid" in refused("generate", *options, "--prompt", "a hat")
+    prompts.write_text("\n \n")
+    assert "is empty" in refused("generate", *options)
+    assert "no file of prompts at" in refused("generate", "--prompts", tmp_path / "none.txt", *SMALL)
+    (tmp_path / "file").touch()
+    prompts.write_text("a hat\n")
+    assert "cannot write in" in refused("generate", *options[:-1], tmp_path / "file")
+
+
+def test_processes_without_a_share_are_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    told = refused("generate", "--prompt", "a hat", "--num-images", 3, *SMALL, "--out", tmp_path / "out.png")
+    assert "3 processes cannot share 1 batches of up to 8 images: make them smaller with --batch-size" in told
+    assert "is drawn by one process" in refused("one_step_denoise", "--out", tmp_path / "out.png")
+    told = refused("embed_prompts", "--model", "tiny-if/I", "--prompt", "a hat", "--out", tmp_path / "x.safetensors")
+    assert "3 processes cannot share 2 prompts" in told
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more processes than GPUs here: give it --nproc-per-node 2"):
+        pick_device("auto")
