@@ -229,6 +229,14 @@ def test_evaluate_mnist_goes_on_where_it_was(run_script, tmp_path, weights):
     picture(tmp_path / "misread_g1.png")
 
 
+def test_flow_velocity(run_script, refused, tmp_path, weights):
+    out = ("--data", DATA, "--weights", weights["TimeFlow"], "--out", tmp_path / "velocity.png")
+    status, _, err = run_script("flow_velocity", *out)
+    assert status == 0, err
+    picture(tmp_path / "velocity.png")
+    assert "--times must be" in refused("flow_velocity", *out, "--times", 2)
+
+
 def test_evaluate_mnist_compares_samplers(run_script, refused, tmp_path, weights):
     curves = [f"{weights['ClassUNet']}:ddim", f"{weights['ClassFlow']}:heun"]
     options = ("--data", DATA, "--samples", 100, "--guidance", 1, "--evaluations", 1, 2, "--out", tmp_path)
