@@ -5,6 +5,7 @@ It draws along two axes: which estimate, a recipe that builds one from a stage, 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from ifmodel.stage import (
 )
 from ifmodel.text import embed_each, load_embeds, normalised
 from ifmodel.unet import UNet
+from ifmodel.vocabulary import nearest_known
 from ifmodel.weights import find_weights, stored_dtypes
 
 
@@ -353,12 +355,17 @@ class Cascade:
                 raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
 
     def _check_known(self, prompts: Sequence[str]):
-        """With a file of embeddings, refuse prompts that it has not and that no T5 is at hand for."""
+        """Warn of prompts beyond the model's vocabulary; refuse those that a file of embeddings and no T5 knows."""
         known, source = [*self.embeds], Path(self.stages[0].source)
         missing = [prompt for prompt in prompts if normalised(prompt) not in known]
         if self._embeds_file and missing and source.is_dir() and not (source / "tokenizer").is_dir():
             there = f"it has {', '.join(map(repr, known[:5]))}{', …' if len(known) > 5 else ''}"
             raise ValueError(f"{self._embeds_file} has no {missing[0]!r}, and {source} no T5: {there}")
+        vocabulary = None if self.loras else self.stages[0].vocabulary  # a LoRA may have taught it more
+        for prompt in dict.fromkeys(prompts) if vocabulary else ():
+            if nearest := nearest_known(prompt, vocabulary):
+                told = f"{source} does not know {prompt!r} and will draw something else; nearest to it are"
+                warnings.warn(f"{told} {', '.join(nearest)}", stacklevel=4)
 
     def embed_each(self, prompts: Sequence[str]) -> Iterator[str]:
         """Embed prompts into T5's cache, one at a time, so that drawing them needs no T5 and none stays in memory."""

@@ -21,6 +21,7 @@ from ddpm.sampling import Callback, Noise, Step, noise_source, sample
 from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
 from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
+from ifmodel.vocabulary import load_vocabulary
 from ifmodel.weights import SHIPPED, VARIANTS, find_weights, load_config, load_unet, read_json, stored_dtypes
 
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -194,6 +195,7 @@ class StageFiles:
     threshold: Threshold
     variance: str
     settings: dict[str, float]
+    vocabulary: dict | None  # what it can be asked for; None for a model that knows no bounds
 
     def step(self, sampler: str, eta: float) -> Step:
         """One of SAMPLERS for this model."""
@@ -221,8 +223,8 @@ def check_stage(source: str, stage: int, revision: str | None = None) -> UNetCon
 def find_stage(source: str, stage: int, revision: str | None) -> StageFiles:
     """Stage 1 or 2 of a model, by its small files. Raises ValueError for what is not implemented, or is the other."""
     config, threshold = check_stage(source, stage, revision), stage_threshold(source, stage, revision)
-    settings = stage_settings(source, stage, revision)
-    return StageFiles(source, revision, config, threshold, stage_variance(source, revision), settings)
+    settings, vocabulary = stage_settings(source, stage, revision), load_vocabulary(source, revision)
+    return StageFiles(source, revision, config, threshold, stage_variance(source, revision), settings, vocabulary)
 
 
 def stage_settings(source: str, stage: int, revision: str | None = None) -> dict[str, float]:

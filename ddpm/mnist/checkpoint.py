@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm.files import check_tensors, first_line, load_tensors, save_tensors
 from ddpm.memory import check_memory
@@ -80,42 +80,3 @@ def load_start(path: str | Path, model: nn.Module) -> dict:
         raise ValueError(f"{path} does not say how long it was trained")
     model.load_state_dict(loaded.state_dict())
     return metadata
-
-
-def save_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor, metadata: dict):
-    """Write all that a run needs to go on: float32 weights, Adam's moments and the losses so far."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-    tensors["losses"] = losses
-    save_tensors(path, tensors, {"model": type(model).__name__, "config": model.config, **metadata})
-
-
-def load_state(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensor, dict]:
-    """Put a saved run back into a model and its optimizer; returns the losses so far, one a step, and the metadata.
-
-    Raises as `load_tensors` does, and ValueError when
-    the state is of another model or a weights file that holds no optimizer.
-    """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("model") != type(model).__name__ or metadata.get("config") != model.config:
-        found = f"{metadata.get('model')} {metadata.get('config')}"
-        raise ValueError(f"{path} is a run of {found}, not of {type(model).__name__} {model.config}")
-    if "losses" not in tensors or not {"dtype", "seconds"} <= metadata.keys():
-        raise ValueError(f"{path} is a weights file: only a training state (state.safetensors) can be resumed")
-    model.load_state_dict(
-        {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    )
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
-    for index, parameter in enumerate(model.parameters()):
-        state = moments.get(index, {})
-        if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise ValueError(f"{path} lacks Adam's moments: it is not a whole training state")
-        for name in ("exp_avg", "exp_avg_sq"):  # fused Adam walks both in memory order: keep channels_last
-            state[name] = torch.empty_like(parameter).copy_(state[name])
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return tensors["losses"], metadata

@@ -1,11 +1,9 @@
 """Training the MNIST models: the denoiser's loss, the recipes of Part B, and one loop."""
 
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from tqdm import tqdm
 
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
-from ddpm.mnist.checkpoint import load_start, load_state, save_state, save_weights
+from ddpm.mnist.checkpoint import load_start, save_weights
 from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, check_batch
+from ddpm.runs import load_state, save_state, step_seed, stop_signal
 from ddpm.sampling import noise_source
 
 
@@ -74,14 +73,6 @@ def flow_from_ddpm(ddpm: ClassUNet) -> ClassFlow:
     flow.out.weight.neg_()
     flow.out.bias.neg_()
     return flow
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's noise: a resumed run draws what an uninterrupted one would have drawn.
-
-    Spread over the 32 bits that torch's CPU generator keeps of it, so that runs of different seeds differ.
-    """
-    return (seed * 2654435761 + step) % 2**32  # Knuth's multiplier, 2^32 over the golden ratio
 
 
 def train(
@@ -146,7 +137,9 @@ class Run:
         self.steps_per_epoch = math.ceil(digits / recipe.batch_size)
         check_memory(8 * recipe.epochs * self.steps_per_epoch, f"a log of {recipe.epochs} epochs")
         self.losses = torch.zeros(recipe.epochs * self.steps_per_epoch, device=next(model.parameters()).device)
-        self.described = {"recipe": asdict(recipe), "digits": digits, "dtype": str(dtype).removeprefix("torch.")}
+        kind = {"model": type(model).__name__, "config": model.config}
+        run = {"recipe": asdict(recipe), "digits": digits, "dtype": str(dtype).removeprefix("torch.")}
+        self.described = kind | run
         self.seconds_before, self.started = 0.0, time.monotonic()
 
     def restore(self, resume: bool, start: Path | None) -> int:
@@ -155,16 +148,15 @@ class Run:
         if state.exists():
             if not resume:
                 raise ValueError(f"there is a run in {self.folder}: add --resume to go on, or choose another --out")
-            done, found = load_state(state, self.model, self.optimizer)
-            for key in ("recipe", "digits"):
-                if found.get(key) != self.described[key]:
-                    told = f"{found.get(key)}, not {self.described[key]}"
-                    raise ValueError(f"the run in {self.folder} has another {key}: {told}")
-            if found["dtype"] != self.described["dtype"]:
-                told = f"the run was in {found['dtype']} and goes on in {self.described['dtype']}"
+            wanted = {key: value for key, value in self.described.items() if key != "dtype"}
+            others, found = load_state(state, self.model, self.optimizer, wanted)
+            steps = others["losses"].numel() if "losses" in others else 0
+            if not 0 < steps <= len(self.losses) or not isinstance(found.get("seconds"), (int, float)):
+                raise ValueError(f"{state} is damaged: it does not say how far the run came")
+            if found.get("dtype") != self.described["dtype"]:
+                told = f"the run was in {found.get('dtype')} and goes on in {self.described['dtype']}"
                 warnings.warn(told, stacklevel=3)
-            steps = len(done)
-            self.losses[:steps] = done
+            self.losses[:steps] = others["losses"].flatten()
         elif start is not None:
             found = load_start(start, self.model)
             steps = min(round(found["epochs"] * self.steps_per_epoch), len(self.losses))
@@ -181,7 +173,8 @@ class Run:
         seconds = self.seconds_before + time.monotonic() - self.started
         progress = {"epochs": round(steps / self.steps_per_epoch, 4), "seconds": round(seconds, 1)}
         metadata = {**self.described, **progress}
-        save_state(self.folder / "state.safetensors", self.model, self.optimizer, self.losses[:steps], metadata)
+        losses = {"losses": self.losses[:steps]}
+        save_state(self.folder / "state.safetensors", self.model, self.optimizer, losses, metadata)
         save_weights(self.folder / "weights.safetensors", self.model, metadata)
         whole_epochs = self.losses[: steps - steps % self.steps_per_epoch].view(-1, self.steps_per_epoch)
         means = enumerate(whole_epochs.mean(1).tolist(), start=1)
@@ -247,25 +240,3 @@ def fit(
                 after_epoch(epoch, losses[: step + 1].tolist())
                 model.train()
     return step + 1 == len(losses)
-
-
-@contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C or SIGTERM sets a flag, so that the caller can end its step and save; a second one acts."""
-    received: list[int] = []
-    previous: dict = {}
-
-    def note(number: int, frame):
-        received.append(number)
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()

@@ -19,75 +19,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import first_line
-from ifmodel.tiny.captions import pick, read_metadata, with_article
+from ddpm.files import first_line, parse_json
+from ifmodel.tiny.captions import ALIASES, plainly, with_article
 from ifmodel.tiny.styles import STYLES, Style
-
-# Other names, so that every prompt of the assignment finds its image.
-ALIASES = {
-    "snow capped mountain": ("a snowy mountain village", "a snowy mountain"),
-    "rocket": ("a rocket ship",),
-    "camping": ("people around a campfire", "a campfire"),
-    "detective": ("a man wearing a hat",),
-    "nerd face": ("a hipster barista",),
-    "dog face": ("a dog",),
-    "water wave": ("waterfalls", "a waterfall"),
-    "beach with umbrella": ("the amalfi coast", "a beach"),
-    "cat face": ("a cat",),
-    "horse face": ("a horse",),
-    "tiger face": ("a tiger",),
-    "monkey face": ("a monkey",),
-    "cow face": ("a cow",),
-    "pig face": ("a pig",),
-    "mouse face": ("a mouse",),
-    "rabbit face": ("a rabbit",),
-    "dragon face": ("a dragon",),
-    "tropical fish": ("a fish",),
-    "honeybee": ("a bee",),
-    "lady beetle": ("a ladybug",),
-    "evergreen tree": ("a pine tree", "a fir tree"),
-    "red apple": ("an apple",),
-    "ear of corn": ("corn",),
-    "soft ice cream": ("an ice cream",),
-    "hot beverage": ("a cup of coffee",),
-    "beer mug": ("a beer",),
-    "vertical traffic light": ("traffic lights",),
-    "automobile": ("a car",),
-    "hourglass done": ("an hourglass",),
-    "jack o lantern": ("a pumpkin",),
-    "wrapped gift": ("a present",),
-    "soccer ball": ("a football",),
-    "locomotive": ("a train",),
-    "high voltage": ("a lightning bolt",),
-    "santa claus": ("santa claus",),
-}
-
-# Things that at least six artists draw and that can be told apart at 32 × 32, the assignment's first.
-CURATED = """
-snow capped mountain; rocket; camping; old man; detective; dog face; skull; water wave; beach with umbrella; cat face
-horse face; grinning face; smiling face with sunglasses; crying face; angry face; ghost; alien; robot; clown face
-nerd face; pile of poo; red heart; thumbs up; eye; ear; nose; mouth; baby; old woman; footprints; police officer
-princess; santa claus; monkey face; fox; wolf; lion; tiger face; unicorn; deer; cow face; pig face; goat; elephant
-rhinoceros; camel; gorilla; mouse face; rabbit face; bat; bear; koala; panda; rooster; baby chick; penguin; eagle
-duck; owl; dove; frog; crocodile; turtle; snake; dragon face; whale; dolphin; tropical fish; blowfish; shark; octopus
-crab; snail; butterfly; honeybee; lady beetle; ant; spider; scorpion; paw prints; cherry blossom; rose; hibiscus
-sunflower; tulip; evergreen tree; palm tree; cactus; four leaf clover; maple leaf; mushroom; grapes; watermelon
-lemon; banana; pineapple; red apple; pear; peach; cherries; strawberry; kiwi fruit; tomato; avocado; eggplant; carrot
-ear of corn; hot pepper; bread; croissant; pancakes; cheese wedge; meat on bone; hamburger; french fries; pizza
-hot dog; taco; egg; popcorn; sushi; soft ice cream; doughnut; cookie; birthday cake; chocolate bar; lollipop
-honey pot; hot beverage; wine glass; cocktail glass; beer mug; baby bottle; volcano; mount fuji; desert; house
-castle; church; tent; fountain; statue of liberty; night with stars; sunset; ferris wheel; circus tent; locomotive
-bus; ambulance; fire engine; taxi; automobile; tractor; racing car; motorcycle; bicycle; stop sign
-vertical traffic light; fuel pump; anchor; sailboat; ship; airplane; helicopter; hourglass done; alarm clock; watch
-full moon; crescent moon; sun; star; cloud; cloud with rain; high voltage; tornado; rainbow; umbrella; snowflake
-snowman; fire; droplet; jack o lantern; christmas tree; balloon; wrapped gift; ribbon; trophy; soccer ball
-basketball; tennis; bowling; pool 8 ball; ice skate; crystal ball; artist palette; glasses; necktie; t shirt; jeans
-dress; bikini; high heeled shoe; running shoe; top hat; graduation cap; crown; lipstick; handbag; briefcase
-gem stone; bell; headphone; guitar; violin; saxophone; trumpet; drum; musical note; telephone; laptop; floppy disk
-television; camera; candle; light bulb; flashlight; books; money bag; envelope; postbox; package; pencil; pushpin
-scissors; key; hammer; gear; balance scale; crossed swords; bow and arrow; bomb; microscope; pill; door; toilet
-shopping cart; moai; yin yang; radioactive; peace symbol
-"""
 
 # Backgrounds other than white, and what they are called: RGB in [0, 1].
 TINTS = {
@@ -100,11 +34,6 @@ TINTS = {
     "grey": (0.82, 0.83, 0.85),
     "brown": (0.85, 0.76, 0.66),
 }
-
-
-def curated() -> list[str]:
-    """The names in CURATED."""
-    return [name.strip() for line in CURATED.strip().splitlines() for name in line.split(";")]
 
 
 @dataclass(frozen=True)
@@ -137,6 +66,12 @@ class CaptionedImages:
         digest.update(self.images.contiguous().numpy())
         return digest.hexdigest()[:12]
 
+    def vocabulary(self) -> dict:
+        """What a model that was trained on these can be asked for, see `ifmodel.vocabulary`."""
+        named = zip(self.phrases, self.tags, strict=True)
+        things = {phrases[0]: {"aliases": phrases[1:], "tags": tags} for phrases, tags in named}
+        return {"things": things, "anything": [phrase for style in STYLES.values() for phrase in style.anything]}
+
     def caption(self, row: int, generator: torch.Generator, background: str = "") -> str:
         """One of the captions that fit a drawing; in 8 % one that names no thing.
 
@@ -163,10 +98,15 @@ class CaptionedImages:
         return [*said, *(", ".join(tags) for tags in self.tags if tags)]
 
 
-def draw_images(
+def pick(choices: Sequence, generator: torch.Generator):
+    """One of several, each as likely."""
+    return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+
+def draw_rows(
     data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float = 1.0
-) -> tuple[Tensor, list[str]]:
-    """Images [count, 3, size, size] in [-1, 1] of different things as far as there are, each with a caption.
+) -> tuple[Tensor, list[int], list[str]]:
+    """Images [count, 3, size, size] in [-1, 1] of different things as far as there are, their rows, and backgrounds.
 
     Style and artist are drawn at random, and so is how a drawing is shown, see `show`.
     """
@@ -180,6 +120,14 @@ def draw_images(
         share = (weights / counts.clamp(min=1))[data.styles[mine]]  # a style's weight, shared among its drawings
         rows.append(mine[torch.multinomial(share, 1, generator=generator)].item())
     images, backgrounds = show(data, rows, size, generator, variety)
+    return images, rows, backgrounds
+
+
+def draw_images(
+    data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float = 1.0
+) -> tuple[Tensor, list[str]]:
+    """Images as of `draw_rows`, each with a caption."""
+    images, rows, backgrounds = draw_rows(data, size, count, generator, variety)
     return images, [data.caption(row, generator, ground) for row, ground in zip(rows, backgrounds, strict=True)]
 
 
@@ -266,12 +214,14 @@ def load_captioned(
     size: int,
     names: Sequence[str] | None = None,
     part: str = "all",
+    finer: int = 1,
     quiet: bool = False,
 ) -> CaptionedImages:
-    """A folder of images with metadata.jsonl, each in size × size pixels and every style that it has.
+    """A folder of images with metadata.jsonl, for training at size × size, each in every style that it has.
 
     names: the short names to take, in this order; None takes all
     part: "all", or "train" or "held out", see `held_out`
+    finer: kept so many times as large, so that little is lost when they are turned and shrunk
     quiet: no progress bar, which else is shown for a hundred images or more
     Raises FileNotFoundError when the folder or its images are not there, ValueError when a line is broken, a
     caption is missing, an image is too small, or a name is not in the folder; each in one line that names it.
@@ -283,13 +233,13 @@ def load_captioned(
     if names is None:
         names = list(dict.fromkeys(row["text"] for row in rows))
     else:
-        known = {row["text"] for row in rows}
+        known = {plainly(row["text"]) for row in rows}
         if part != "all":
-            names = [name for name in names if name in known]
-        if unknown := [name for name in names if name not in known]:
+            names = [name for name in names if plainly(name) in known]
+        if unknown := [name for name in names if plainly(name) not in known]:
             raise ValueError(f"{folder} has no {', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}")
-    number = {name: k for k, name in enumerate(names)}
-    rows = [row for row in rows if row["text"] in number]
+    number = {plainly(name): k for k, name in enumerate(names)}
+    rows = [row for row in rows if plainly(row["text"]) in number]
     if not rows:
         raise ValueError(f"{folder} has no images of this part: {part}")
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
@@ -299,21 +249,57 @@ def load_captioned(
     images, things, styles, files, tags = [], [], [], [], [[] for _ in names]
     with tqdm(rows, desc="images", unit="image", leave=False, disable=quiet or len(rows) < 100) as bar:
         for row in bar:
-            for style, image in styled(folder / row["file_name"], size, row.get("artist")):
+            for style, image in styled(folder / row["file_name"], size, row.get("artist"), finer):
                 images.append(image)
                 styles.append(style)
-                things.append(number[row["text"]])
+                things.append(number[plainly(row["text"])])
                 files.append(row["file_name"])
-            mine = tags[number[row["text"]]]
+            mine = tags[number[plainly(row["text"])]]
             mine += [tag for tag in row["tags"] if tag not in mine]
-    phrases = [[with_article(name), *ALIASES.get(name, ())] for name in names]
+    phrases = [[with_article(name), *ALIASES.get(plainly(name), ())] for name in names]
     return CaptionedImages(
         torch.stack(images), torch.tensor(things), torch.tensor(styles), list(names), phrases, tags, files
     )
 
 
-def styled(path: Path, size: int, artist: str | None) -> list[tuple[int, Tensor]]:
-    """An image in each of its styles: (the style's number, [4, size, size] uint8, colours times alpha, alpha).
+def read_metadata(folder: str | Path) -> list[dict]:
+    """The lines of a folder's metadata.jsonl. Raises as `load_captioned` does."""
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each image, file_name and text")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, path)
+            row["tags"] = row.get("tags") or []  # null is none
+            fits = isinstance(row["file_name"], str) and isinstance(row["text"], str) and row["text"].strip()
+            fits = fits and isinstance(row["tags"], list) and all(isinstance(tag, str) for tag in row["tags"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            told = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
+            raise ValueError(f"{path}, line {number} is not {told}: {line[:60]!r}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # which no tokenizer takes
+            told = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
+            raise ValueError(f"{path}, line {number} {told}: {line[:60]!r}") from None
+        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
+            raise ValueError(f"{path}, line {number} names {row['file_name']!r}, which is not in the folder")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no captions")
+    return rows
+
+
+def styled(path: Path, size: int, artist: str | None, finer: int = 1) -> list[tuple[int, Tensor]]:
+    """An image in each of its styles: (the style's number, [4, S, S] uint8, colours times alpha, alpha).
 
     Raises ValueError when it is no image or too small.
     """
@@ -324,6 +310,7 @@ def styled(path: Path, size: int, artist: str | None) -> list[tuple[int, Tensor]
         raise ValueError(f"{path} cannot be read as an image: {first_line(error)}") from None
     if min(image.size) < size:
         raise ValueError(f"{path} is too small: {image.size[0]} × {image.size[1]}, for training at {size} × {size}")
+    size *= finer
     if min(image.size) > 256:  # the filters are slow, and nothing finer is seen
         side = max(256, size)
         image = ImageOps.fit(image, (side, side), Image.Resampling.BOX)

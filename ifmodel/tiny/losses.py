@@ -13,12 +13,12 @@ from ddpm.losses import variational_bound
 from ddpm.process import add_noise, predict_x0
 from ifmodel.stage import SCHEDULE, noised_upscaled
 from ifmodel.text import Tokenizer
-from ifmodel.tiny.captions import STYLES, CaptionedImages
+from ifmodel.tiny.data import CaptionedImages, draw_images
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: pictures [B, 3, S, S] in [-1, 1], tokens and their mask [B, 77]."""
+    """What one step sees: images [B, 3, S, S] in [-1, 1], tokens and their mask [B, 77]."""
 
     x_0: Tensor
     tokens: Tensor
@@ -32,38 +32,36 @@ class Batch:
 
 
 def draw_batch(
-    data: CaptionedImages, tokenizer: Tokenizer, size: int, generator: torch.Generator, *, drop: float = 0.1
+    data: CaptionedImages,
+    tokenizer: Tokenizer,
+    count: int,
+    size: int,
+    generator: torch.Generator,
+    *,
+    drop: float = 0.1,
+    variety: float = 1.0,
 ) -> Batch:
-    """A batch of different pictures, each in one style with a fitting caption, some captions dropped.
+    """So many images of size × size with their captions, see `draw_images`.
 
-    Half of the pictures are plain; the others are spread over the styles. Pictures are shifted by up to 1/16.
     drop: the share of captions that become "", for classifier-free guidance
     """
-    count = len(data.names)
-    chosen = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-size // count))])[:size].tolist()
-    styles = torch.randint(2 * (len(STYLES) - 1), (size,), generator=generator)
-    styles = torch.where(styles < len(STYLES) - 1, 0, styles - len(STYLES) + 2).tolist()
-    captions = [data.caption(index, style, generator) for index, style in zip(chosen, styles, strict=True)]
-    dropped = (torch.rand(size, generator=generator) < drop).tolist()
+    x_0, captions = draw_images(data, size, count, generator, variety)
+    dropped = (torch.rand(count, generator=generator) < drop).tolist()
     tokens, mask = tokenizer(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
-    x_0 = data.pictures[chosen, styles].float() / 127.5 - 1
-    return Batch(shifted(x_0, x_0.shape[-1] // 16, generator), tokens, mask)
-
-
-def shifted(x: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Each picture [B, C, S, S] moved by up to so many pixels each way, its edge repeated."""
-    return cropped(F.pad(x, (max_shift,) * 4, mode="replicate"), x.shape[-1], generator)
+    return Batch(x_0, tokens, mask)
 
 
 def cropped(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random size × size part of each picture [B, C, S, S]."""
+    """A random size × size part of each image [B, C, S, S]."""
     corners = torch.randint(x.shape[-1] - size + 1, (len(x), 2), generator=generator).tolist()
-    parts = [picture[:, y : y + size, left : left + size] for picture, (y, left) in zip(x, corners, strict=True)]
+    parts = [image[:, y : y + size, left : left + size] for image, (y, left) in zip(x, corners, strict=True)]
     return torch.stack(parts)
 
 
 def stage_1_loss(model: nn.Module, batch: Batch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """The loss of each picture, [B], at a random t for each.
+    """The loss of each image, [B], at a random t for each.
+
+    What an image is of is decided where noise prevails, so these timesteps count for more, see `hybrid_loss`.
 
     rows: this process's share of the batch; the noise is drawn for all, so that it does not depend on the shares
     """
@@ -72,7 +70,7 @@ def stage_1_loss(model: nn.Module, batch: Batch, generator: torch.Generator, row
     eps = torch.randn(batch.x_0.shape, generator=generator).to(device)[rows]
     batch = batch[rows]
     x_t = add_noise(batch.x_0, eps, t, SCHEDULE)
-    return hybrid_loss(model(x_t, t, batch), batch.x_0, x_t, eps, t)
+    return hybrid_loss(model(x_t, t, batch), batch.x_0, x_t, eps, t, least=0.25, most=4.0)
 
 
 def stage_2_loss(
@@ -86,17 +84,17 @@ def stage_2_loss(
     max_noise_level: int = 100,
     offset: float = 0.1,
 ) -> Tensor:
-    """As `stage_1_loss`, for crops of the pictures beside crops of what stage 2 sees of the small ones.
+    """As `stage_1_loss`, for crops of the images beside crops of what stage 2 sees of the small ones.
 
-    small: the size of stage 1's pictures; crop: of the crops; offset: the noise's own brightness, of each channel
-    The small pictures are noised to a random level, which the model is told, so that in sampling it forgives what
+    small: the size of stage 1's images; crop: of the crops; offset: the noise's own brightness, of each channel
+    The small images are noised to a random level, which the model is told, so that in sampling it forgives what
     stage 1 draws. They are upscaled whole and cropped then: a crop upscaled alone would lie a little differently.
     How a pixel lies still depends on its place, since `noised_upscaled` aligns the corners: near them it moves the
-    small picture by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops
+    small image by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops
     blurs or misplaces edges; a few thousand steps with `crop` the whole size mend that.
-    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a picture is. The mean of so
+    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a image is. The mean of so
     many pixels of x_t does, even at t = 950: a model that reads it there believes pure noise to be of a dull grey
-    picture. An offset of the noise makes it read the small picture instead.
+    image. An offset of the noise makes it read the small image instead.
     Source: Imagen §2.4, arXiv 2205.11487; Guttenberg, Diffusion with Offset Noise, crosslabs.org, 2023.
     """
     device, count = batch.x_0.device, len(batch.x_0)
@@ -109,34 +107,36 @@ def stage_2_loss(
     eps = (eps + offset * torch.randn((count, 3, 1, 1), generator=generator)).to(device)[rows]
     x_t = add_noise(x_0, eps, t, SCHEDULE)
     output = model(torch.cat([x_t, low_res], dim=1), t, batch[rows], noise_level[rows])
-    return hybrid_loss(output, x_0, x_t, eps, t, max_weight=5.0)
+    return hybrid_loss(output, x_0, x_t, eps, t, most=5.0)
 
 
 def small_noised(x_0: Tensor, small: int, noise_level: int | Tensor, generator: torch.Generator) -> Tensor:
-    """What stage 2 would see of pictures [B, 3, S, S], if stage 1 had drawn them small × small pixels large."""
+    """What stage 2 would see of images [B, 3, S, S], if stage 1 had drawn them small × small pixels large."""
     size = x_0.shape[-1]
     noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
     return noised_upscaled(F.avg_pool2d(x_0, size // small), (size, size), noise_level, lambda: noise)
 
 
-def hybrid_loss(output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, max_weight: float = 1.0) -> Tensor:
-    """L_simple + λ L_vlb of each picture, [B]: eps is learned from the first, the variance from the second alone.
+def hybrid_loss(
+    output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, least: float = 1.0, most: float = 1.0
+) -> Tensor:
+    """L_simple + λ L_vlb of each image, [B]: eps is learned from the first, the variance from the second alone.
 
     λ = 1/T and t is uniform, so the bound's term at t has the weight 1.
-    max_weight: 1 weighs all t alike; with more, where noise prevails the error of eps counts 1/SNR times, which is the
-        error of x̂_0, but at most so many times
+    least, most: the error of eps counts 1/SNR times, which is the error of x̂_0, but at least and at most so many
+        times; 1 and 1 weigh all t alike
     Source: Improved DDPM eq. 16, arXiv 2102.09672; 1/SNR, Progressive Distillation §4, arXiv 2202.00512.
     """
     eps_hat, v = output.float().chunk(2, dim=1)
     alphas_cumprod = SCHEDULE.alphas_cumprod.to(t.device)[t].float()
-    weight = ((1 - alphas_cumprod) / alphas_cumprod).clamp(1, max_weight)
+    weight = ((1 - alphas_cumprod) / alphas_cumprod).clamp(least, most)
     simple = weight * (eps_hat - eps).square().flatten(1).mean(1)
     return simple + variational_bound(x_0, x_t, eps_hat.detach(), v, t, SCHEDULE)
 
 
 @torch.no_grad()
 def caption_loss_gap(model: nn.Module, batch: Batch, t: int = 800, seed: int = 0) -> dict[str, float]:
-    """The loss of eps with the right captions, with those of other pictures, and with none; and how alike captions are.
+    """The loss of eps with the right captions, with those of other images, and with none; and how alike captions are.
 
     A model that listens has a smaller one with the right captions; where they are equal, it draws without listening.
     "alike" is the mean cosine between the pooled embeddings of two captions; near 1, the UNet cannot tell them apart.
@@ -164,7 +164,7 @@ def caption_loss_gap(model: nn.Module, batch: Batch, t: int = 800, seed: int = 0
 
 @torch.no_grad()
 def upscaling_error(model: nn.Module, batch: Batch, small: int, t: int = 500, noise_level: int = 50) -> dict:
-    """Mean squared errors of bicubic upscaling and of stage 2's estimate of x_0, from the same small pictures."""
+    """Mean squared errors of bicubic upscaling and of stage 2's estimate of x_0, from the same small images."""
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(batch.x_0.shape, generator=generator).to(batch.x_0.device)
     times, levels = (torch.full((len(eps),), value, device=eps.device) for value in (t, noise_level))

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
-
-from ifmodel.tiny.captions import lithograph, oil, sketch
+import numpy
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 SHADED = ("noto", "fluent-emoji", "emojione")
 FLAT = ("noto-v1", "twemoji", "fluent-emoji-flat", "fxemoji")
@@ -28,6 +27,40 @@ class Style:
     weight: float
     filter: Callable[[Image.Image], Image.Image] | None = None
     ground: tuple[float, float, float] | None = None
+
+
+def oil(plain: Image.Image) -> Image.Image:
+    """Broad strokes in warm, strong colours on an ochre ground."""
+    width = max(3, min(plain.size) // 20) | 1
+    strokes = ImageEnhance.Color(plain.filter(ImageFilter.ModeFilter(width))).enhance(1.4)
+    ground = numpy.array([214, 178, 118], dtype=numpy.float32)
+    pixels = numpy.asarray(strokes, dtype=numpy.float32)
+    generator = numpy.random.default_rng(0)
+    canvas = generator.normal(0, 7, (pixels.shape[0] // 4, pixels.shape[1] // 4, 1)).repeat(4, 0).repeat(4, 1)
+    canvas = numpy.pad(canvas, [(0, pixels.shape[0] - canvas.shape[0]), (0, pixels.shape[1] - canvas.shape[1]), (0, 0)])
+    return Image.fromarray((pixels / 255 * (0.45 * ground + 0.55 * 255) + canvas).clip(0, 255).astype(numpy.uint8))
+
+
+def lithograph(plain: Image.Image) -> Image.Image:
+    """Black ink on grey paper: outlines, and four tones of which the darker ones are hatched."""
+    grey = numpy.asarray(ImageOps.autocontrast(plain.convert("L")), dtype=numpy.float32) / 255
+    h, w = grey.shape
+    y, x = numpy.mgrid[:h, :w]
+    period = max(2, min(h, w) // 16)
+    tones = numpy.floor(grey * 3.999) / 3
+    hatched = numpy.where((tones < 0.9) & ((x + y) % period < period / 3), tones * 0.4, tones)
+    outlines = numpy.asarray(sketch(plain).convert("L"), dtype=numpy.float32) / 255
+    paper = 30 + 175 * hatched * outlines
+    return Image.fromarray(paper.astype(numpy.uint8)).convert("RGB")
+
+
+def sketch(plain: Image.Image) -> Image.Image:
+    """Pencil outlines on white: what a blur of the greys takes away."""
+    grey = numpy.asarray(plain.convert("L"), dtype=numpy.float32)
+    radius = min(plain.size) / 40
+    blurred = numpy.asarray(plain.convert("L").filter(ImageFilter.GaussianBlur(radius)), dtype=numpy.float32)
+    lines = 255 - (3.0 * abs(grey - blurred)).clip(0, 225)
+    return Image.fromarray(lines.astype(numpy.uint8)).convert("RGB")
 
 
 # The first is that of an image without an artist, to which every filter is applied, too.

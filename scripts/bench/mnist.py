@@ -31,8 +31,9 @@ from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.sampling import encoded_once, one_hot
-from ddpm.mnist.training import DDPM, drop_classes, step_seed, train
+from ddpm.mnist.training import DDPM, drop_classes, train
 from ddpm.mnist.unet import IMAGE_SIZE, folded
+from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from tiny_if import STYLES, TEMPLATES, get_judge
+from tiny_if import get_judge
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
 from ddpm.files import load_tensors, save_tensors, write_atomically
@@ -33,8 +33,10 @@ from ddpm.mnist.judge import examine, frechet_distance
 from ddpm.schedule import Schedule, linear_schedule
 from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE
-from ifmodel.tiny.captions import curated, load_captioned
-from ifmodel.tiny.judge import nearest
+from ifmodel.tiny.captions import curated
+from ifmodel.tiny.data import load_captioned, show
+from ifmodel.tiny.judge import judged
+from ifmodel.tiny.styles import STYLES
 from shared.figures import save_figure
 from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
 
@@ -67,9 +69,7 @@ def arguments() -> Namespace:
     options.add_argument("--skip-images", action="store_true")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/guidance"), help="default: out/guidance")
-    args = options.parse_args()
-    args.size = 128  # of the images that tiny-if's judge is trained with
-    return args
+    return options.parse_args()
 
 
 def guider_of(name: str, schedule: Schedule) -> Guider:
@@ -105,10 +105,12 @@ def measure_digits(args: Namespace) -> dict:
 
 def measure_images(args: Namespace) -> dict:
     """For each guider and γ: the share of images that show what was asked for, and their saturation."""
-    data, cascade = load_captioned(args.emoji, args.size, curated() if args.curated else None), Cascade("tiny-if/I")
-    judge, known = get_judge(args, data)
+    cascade = Cascade("tiny-if/I")
+    side = cascade.sizes[0][0]
+    data = load_captioned(args.emoji, side, curated() if args.curated else None, finer=2)
+    judge = get_judge(args, data, side)
     names = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    prompts = [TEMPLATES[0].format(data.phrases[name][0]) for name in names.tolist()]
+    prompts = [STYLES["photo"].templates[0].format(data.phrases[name][0]) for name in names.tolist()]
     seeds, rows = [args.seed + k for k in range(len(prompts))], []
 
     def draw(gamma: float, name: str) -> Tensor:
@@ -121,11 +123,12 @@ def measure_images(args: Namespace) -> dict:
 
     for name, gamma in tqdm([(name, gamma) for name in GUIDERS for gamma in args.guidance], desc="images"):
         images = kept(args, f"images_{name}_g{gamma:g}_{len(names)}_{args.image_steps}", partial(draw, gamma, name))
-        found = nearest(judge, images, known) // len(STYLES) == names
+        found = judged(judge, images)[0] == names
         row = {"guider": name, "guidance": gamma, "hits": found.double().mean().item()}
         rows.append({**row, "saturation": saturation(images)})
         print(rows[-1])
-    real = saturation(data.pictures[names, 0] / 127.5 - 1)
+    drawings = [data.rows(name, 0)[0] for name in names.tolist() if data.rows(name, 0)]
+    real = saturation(show(data, drawings, side, torch.Generator(), variety=0.0)[0])
     return {"count": len(names), "steps": args.image_steps, "saturation": real, "rows": rows}
 
 

@@ -1,26 +1,29 @@
-"""How good a small IF is: does it draw what it was asked for, and do the algorithms work on it?
+"""How good tiny-if is: does it draw what it was asked for, and do the algorithms work on it?
 
     python scripts/evaluate/tiny_if.py --data emoji --curated
 
-For --prompts prompts, half of them plain ("a photo of …"), half with a style, one picture each: is the nearest training
-picture, in the features of an independent judge (ifmodel/tiny/judge.py), the prompted one? And how far are these
-pictures from the training pictures, as a Fréchet distance on the same features? This for every --guidance with 20 steps
-of SDE-DPM-Solver++, then for other samplers and numbers of steps at the best guidance, the one that finds most. At that
-guidance also the assignment's own prompts, "a rocket ship" and its like, which are other names of pictures. Then
-anagrams and hybrids, in which both things must be recognised: of random pairs, and of pairs whose pictures are alike
-when blurred, as one who makes illusions would choose them; one picture each, and the best of --tries. And stage 2
-beside bicubic upscaling.
+A judge of its own (ifmodel/tiny/judge.py) is trained on the drawings that tiny-if learned from; how often it is right
+about held-out drawings is said first. Then it says what it sees in images of stage 1:
 
-Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known; all pictures of stage 1
-are kept there too, so a stopped evaluation goes on where it was.
+- named: things asked for plainly and in a style, for each --guidance, then for other samplers at the best guidance
+- aliases: other names of things, such as the assignment's "a rocket ship"
+- anything: "a high quality photo" and "": how many show some thing, and how many different ones
+- variety: how far ten samples of one prompt lie apart, beside drawings by different artists
+- memory: how near the nearest training drawing is to a sample, beside a held-out drawing
+- holes: the middle of held-out drawings filled again
+- sdedited: our own drawings, started at index 5 to 10 of 34
+- anagrams, hybrids: both things recognised, in random pairs and in pairs that are alike when blurred
+- stage 2: beside bicubic upscaling
+
+Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known. What was drawn is kept
+there too, so a stopped evaluation goes on where it was.
 """
 
 import hashlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,17 +37,20 @@ from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist.judge import frechet_distance
-from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
-from ddpm.sampling import Estimate, anagram, hybrid, noise_source, sample
-from ddpm.schedule import leading_timesteps, linspace_timesteps
-from ddpm.views import View, identity, vertical_flip
-from ifmodel import load_unet
-from ifmodel.stage import SCHEDULE, STAGE_1_THRESHOLD, check_stage, stage_1, upscale
+from ddpm.sampling import anagram, hybrid, inpaint, sdedit
+from ddpm.schedule import strided_timesteps
+from ddpm.views import identity, vertical_flip
+from ifmodel import Cascade, load_unet
+from ifmodel.cascade import Job
+from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
-from ifmodel.tiny.captions import STYLES, CaptionedImages, curated, held_out, load_captioned
-from ifmodel.tiny.judge import ImageJudge, features_of, high_passed, nearest, train_picture_judge
-from ifmodel.weights import read_json
+from ifmodel.tiny.captions import ANYTHING, curated
+from ifmodel.tiny.data import CaptionedImages, load_captioned, show
+from ifmodel.tiny.judge import SURE, ImageJudge, features_of, high_passed, judged, train_judge
+from ifmodel.tiny.styles import STYLES
+from ifmodel.weights import fetch, find_weights
 from shared.figures import save_figure, save_grid
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
 from shared.options import (
     SEED,
     add_device_options,
@@ -54,444 +60,418 @@ from shared.options import (
     pick_device,
     pick_dtype,
     positive,
-    positive_number,
     run,
     seed_number,
 )
-from shared.stages import MODEL, UPSCALER
+from shared.stages import MODEL, UPSCALER, model_name
 
-# each with the spacing of its timesteps: IF's own, or diffusers' for DPM-Solver++, from the noisiest on
-STEPS = {
-    "ddpm": (partial(ddpm_step, variance="learned_range"), leading_timesteps),
-    "ddim": (ddim_step, leading_timesteps),
-    "dpm++": (dpm_solver_step, linspace_timesteps),
-    "sde-dpm++": (partial(dpm_solver_step, eta=1.0), linspace_timesteps),
-}
-FAST = ("sde-dpm++", 20)
-SAMPLERS = [("sde-dpm++", 10), ("dpm++", 20), ("ddim", 20), ("ddpm", 20), ("ddpm", 100), ("sde-dpm++", 5)]
-TEMPLATES = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]  # a STYLES each
-ALIAS_STYLES = (0, 1)  # in which other names are asked for
+SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 0.0, 20), ("ddpm", 0.0, 20)]
+SAMPLERS += [("ddpm", 0.0, 100)]
+FAST = ("dpm++", 1.0, 20)  # SDE-DPM-Solver++
+PARTS = ["named", "aliases", "anything", "variety", "memory", "holes", "sdedited", "anagrams", "hybrids", "stage_2"]
+FLIP, SIGMA = vertical_flip(), 4.0  # the blur that parts far from near, in pixels of a 64-pixel image
+
+
+class Evaluation:
+    """The models, the judge, and the drawings: for training, and held out."""
+
+    def __init__(self, args: Namespace, data: CaptionedImages, held: CaptionedImages):
+        self.args, self.data, self.held = args, data, held
+        device = pick_device(args.device)
+        self.cascade = Cascade(args.model, device=device, dtype=pick_dtype(args.dtype, device))
+        self.side = self.cascade.sizes[0][0]
+        text_encoder = fetch(args.model, "text_encoder", ["*.safetensors"])
+        files = [*find_weights(args.model), *sorted(text_encoder.glob("*.safetensors"))]
+        self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+        self.judge = get_judge(args, data, self.side)
+        self.report = {"seed": args.seed, "things": len(data.names)}
+
+    def draw(self, name: str, jobs: Sequence[Job], guidance: float, sampler=FAST, batch_size: int | None = None):
+        """Images [N, 3, S, S] in [-1, 1] of all jobs, from --out if they are there."""
+        kind, eta, steps = sampler
+        asked = [(job.prompts(), list(job.seeds)) for job in jobs]
+        told = hashlib.sha256(repr((asked, guidance, sampler, self.identity, str(self.cascade.dtype))).encode())
+        path = self.args.out / "images" / f"{name}_{told.hexdigest()[:16]}.safetensors"
+        if not path.is_file():
+            settings = {"sampler": kind, "eta": eta, "num_steps": steps, "guidance_scale": guidance}
+            drawn = self.cascade.draw_all(jobs, batch_size=batch_size or self.args.batch_size, **settings)
+            save_tensors(path, {"images": torch.cat(drawn).clamp(-1, 1)}, {"name": name})
+        return load_tensors(path)[0]["images"]
+
+    def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler=FAST) -> Tensor:
+        return self.draw(
+            name, [Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))], guidance, sampler
+        )
+
+    def keep(self, section: str, measures):
+        """Write the report each time, so that a late failure loses nothing."""
+        self.report[section] = measures
+        write_atomically(self.args.out / "report.json", json.dumps(self.report, indent=2).encode())
+        print(f"{section}: {json.dumps(measures)}", flush=True)
+
+    def figure(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
+        """Rows of images in [-1, 1], of one size."""
+        options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
+        save_grid(self.args.out / name, [[x / 2 + 0.5 for x in row] for row in rows], **options, seed=self.args.seed)
+
+    def things(self, x: Tensor) -> Tensor:
+        return judged(self.judge, x)[0]
+
+    def names_of(self, held_rows: Sequence[int]) -> Tensor:
+        """Which of the things that the judge knows the held-out drawings are of."""
+        return torch.tensor([self.data.names.index(self.held.names[int(self.held.things[row])]) for row in held_rows])
 
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
     check_writable(args.out / "report.json")
-    model = SmallIF(args, device, pick_dtype(args.dtype, device))
-    data = load_captioned(args.data, args.size, curated() if args.curated else None)
+    load = partial(load_captioned, args.data, check_stage(args.model, 1).sample_size, finer=2)
+    data = load(curated() if args.curated else None, part="train" if args.hold_out else "all")
+    held = load(data.names, part="held out") if args.hold_out else data
     if len(data.names) < 2:
-        raise ValueError(f"{args.data} has one picture alone, {data.names[0]}: pairs and shares need two or more")
-    sets = {} if args.upscaler == "none" else upscaling_sets(args, data)  # now, since there may be too few pictures
-    judge, known = get_judge(args, data)
-    asked = prompts_of(data, args.prompts, args.seed)
-    measure = partial(measured, args, model, judge, known, data, asked)
-    report = {"prompts": len(asked), "seed": args.seed}
-
-    def keep(section: str, measures):  # written each time, so that a late failure loses nothing
-        report[section] = measures
-        write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
-
-    keep("judge", judge_report(args, judge, data, known))
-    if "prompts" in args.only:
-        measure_prompts(args, measure, keep, report, known, asked)
-        if asked_otherwise := aliases_of(data):
-            keep("aliases", aliases(args, model, judge, known, data, asked_otherwise, report["best_guidance"]))
-    named = {reduction: "anagrams" if reduction == "mean" else f"anagrams, {reduction}" for reduction in args.reduction}
-    illusions = {name: partial(anagrams, reduction=reduction) for reduction, name in named.items()}
-    for name, measure_pairs in {**illusions, "hybrids": hybrids}.items():
-        for alike in (False, True) if name.split(",")[0] in args.only else ():
-            kind = "alike" if alike else "random"
-            keep(f"{name}, {kind} pairs", measure_pairs(args, model, judge, known, data, alike))
-    for kind, pictures in sets.items() if "stage_2" in args.only else ():
-        keep("stage_2", {**report.get("stage_2", {}), kind: upscaled(args, model, judge, pictures, kind)})
+        raise ValueError(f"{args.data} has one thing alone, {data.names[0]}: pairs and shares need two or more")
+    e = Evaluation(args, data, held)
+    e.keep("judge", judge_report(e))
+    best = args.best or args.guidance[0]
+    if "named" in args.only:
+        e.keep("guidance", [named(e, guidance, FAST) for guidance in args.guidance])
+        best = max(e.report["guidance"], key=lambda row: row["plain"] + row["styled"])["guidance"]
+        e.keep("best guidance", best)
+        e.keep("samplers", [named(e, best, sampler) for sampler in SAMPLERS if sampler[2] <= args.most_steps])
+        curves(e, best)
+    for measure in (aliases, anything, variety, memory, holes, sdedited):
+        if measure.__name__ in args.only:
+            e.keep(measure.__name__, measure(e, best))
+    for alike in (True, False):
+        kind = "alike" if alike else "random"
+        for reduction in args.reduction if "anagrams" in args.only else ():
+            e.keep(f"anagrams, {reduction}, {kind} pairs", anagrams(e, alike, reduction))
+        if "hybrids" in args.only:
+            e.keep(f"hybrids, {kind} pairs", hybrids(e, alike))
+    if "stage_2" in args.only and args.upscaler != "none":
+        e.keep("stage 2", stage_2(e))
     print(args.out / "report.json")
-
-
-def measure_prompts(args: Namespace, measure: Callable, keep: Callable, report: dict, known: Tensor, asked):
-    """Every guidance with few steps, then the samplers at the best of them."""
-    reference = known[[one.row for one in asked]]
-    others = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))[: len(asked)]]
-    keep("distance_floor", frechet_distance(others, reference))
-    print(f"distance of other training pictures, as many: {report['distance_floor']:.1f}")
-    keep("guidance", [measure(guidance, *FAST) for guidance in args.guidance])
-    found = {row["guidance"]: row["plain"] + row["styled"] for row in report["guidance"]}
-    best = max(found, key=found.get)
-    keep("best_guidance", best)
-    keep("samplers", [measure(best, sampler, steps) for sampler, steps in SAMPLERS if steps <= args.most_steps])
-    draw_curves(args.out / "curves.png", report, args.seed)
 
 
 def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
-    options.add_argument("--curated", action="store_true", help="as in train_if.py; 64 other pictures test stage 2")
-    options.add_argument("--model", default=MODEL, metavar="FOLDER", help=f"default: {MODEL}")
-    options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=f"or none (default: {UPSCALER})")
+    options.add_argument("--curated", action="store_true", help="as in train_if.py")
+    options.add_argument("--hold-out", action="store_true", help="as in train_if.py: measure on what was held out")
+    options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER", help=f"default: {MODEL}")
+    help = f"stage 2, or none (default: {UPSCALER})"
+    options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=help)
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
+    options.add_argument("--samples", type=positive, default=100, help="of a prompt without a thing (default: 100)")
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
-    options.add_argument("--tries", type=positive, default=4, help="pictures of each pair (default: 4)")
-    options.add_argument("--anagram-guidance", type=number, default=2.0, help="default: 2")
-    options.add_argument("--reduction", nargs="+", choices=REDUCTIONS, default=["mean"], help="of anagrams")
-    options.add_argument("--hybrid-guidance", type=number, default=2.0, help="default: 2")
-    help = "the blur that parts far from near, in pixels of a 64-pixel picture (default: 4)"
-    options.add_argument("--hybrid-sigma", type=positive_number, default=4.0, help=help)
-    help = "of anagrams and hybrids, with SDE-DPM-Solver++ (default: 50)"
-    options.add_argument("--illusion-steps", type=positive, default=50, help=help)
     options.add_argument("--guidance", type=number, nargs="+", default=[1.0, 2.0, 4.0, 7.0], help="default: 1 2 4 7")
+    options.add_argument("--illusion-guidance", type=number, default=2.0, help="of anagrams and hybrids (default: 2)")
+    options.add_argument("--illusion-steps", type=positive, default=50, help="default: 50")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
-    parts = ["prompts", "anagrams", "hybrids", "stage_2"]
-    options.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
-    options.add_argument("--judge-steps", type=positive, default=2000, help="of the judge's training (default: 2000)")
-    options.add_argument("--noise-level", type=int, default=50, help="of stage 2 (default: 50)")
+    options.add_argument("--reduction", nargs="+", choices=REDUCTIONS, default=["mean"], help="of anagrams")
+    options.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
+    help = "γ for what is not guidance's own measure (default: the best of --guidance, or the first)"
+    options.add_argument("--best", type=number, metavar="G", help=help)
+    options.add_argument("--judge-steps", type=positive, default=4000, help="of the judge's training (default: 4000)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
     add_device_options(options)
     args = options.parse_args()
     if args.prompts < 2:
-        raise ValueError("--prompts must be at least 2: one picture has no covariance")
-    if not 0 <= args.noise_level < SCHEDULE.num_timesteps:
-        raise ValueError(f"--noise-level must be from 0 to 999, not {args.noise_level}")
-    args.model = MODEL if args.model == "tiny-if" else args.model
-    args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
-    check_models(args)
+        raise ValueError("--prompts must be at least 2: one image has no covariance")
+    if args.upscaler != "none":
+        args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
+        check_stage(args.upscaler, 2)
     return args
 
 
-def check_models(args: Namespace):
-    """Find args.small, which stage 1 draws, and args.size, of the data.
-
-    The data are as large as stage 2 draws, or without one the largest multiple of args.small up to 128, or itself.
-    Raises FileNotFoundError or ValueError, in one line, for a model that lacks something or stages that do not fit.
-    """
-    stages = [(args.model, check_stage(args.model, 1))]
-    args.small = stages[0][1].sample_size
-    args.size = max(128 // args.small, 1) * args.small
-    if args.upscaler != "none":
-        stages.append((args.upscaler, check_stage(args.upscaler, 2)))
-        args.size = stages[1][1].sample_size
-        if args.size % args.small:
-            told = f"{args.upscaler} draws pictures of {args.size} pixels, no multiple of the {args.small}"
-            raise ValueError(f"{told} of {args.model}: give another --upscaler, or none")
-    path, encoder = read_json(args.model, "text_encoder", "config.json")
-    if encoder is None:
-        raise FileNotFoundError(f"{path} is not there: {args.model} must hold its text encoder")
-    for source, config in stages:
-        if (width := encoder.get("d_model")) != config.encoder_hid_dim:
-            told = f"{source} takes texts that are {config.encoder_hid_dim} wide, {args.model}'s encoder gives {width}"
-            raise ValueError(f"{told}: give stages with the same text encoder, or --upscaler none")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, and the training picture that it asks for: its name, its style, and its row of name × style."""
-
-    prompt: str
-    name: int
-    style: int
-
-    @property
-    def row(self) -> int:
-        return self.name * len(STYLES) + self.style
-
-
-def prompts_of(data: CaptionedImages, count: int, seed: int) -> list[Asked]:
-    """Half of them plain, the others with the other styles in turn; of random pictures."""
-    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(seed)).tolist()
-    asked = []
-    for k in range(count):
-        name, style = order[k % len(order)], 0 if k % 2 == 0 else 1 + (k // 2) % (len(STYLES) - 1)
-        asked.append(Asked(TEMPLATES[style].format(data.phrases[name][0]), name, style))
-    return asked
-
-
-def aliases_of(data: CaptionedImages) -> list[Asked]:
-    """The other names of pictures, such as the assignment's "a rocket ship": as photos all, then as oil paintings."""
-    return [
-        Asked(TEMPLATES[style].format(phrase), name, style)
-        for style in ALIAS_STYLES
-        for name, phrases in enumerate(data.phrases)
-        for phrase in phrases[1:]
-    ]
-
-
-def pairs_of(
-    data: CaptionedImages, count: int, seed: int, view: View, alike: bool, side: int
-) -> list[tuple[Asked, Asked]]:
-    """Pairs of different pictures, both plain: random ones, or those nearest to each other when blurred.
-
-    alike: the second is compared in its view, at side × side pixels; each picture is in one pair alone
-    """
-    if alike:
-        plain = reduced(data.pictures[:, 0], side)
-        seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
-        distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
-        while len(chosen) < count and distances.isfinite().any():
-            pair = divmod(distances.argmin().item(), len(distances))
-            chosen.append(pair)
-            distances[list(pair), :] = distances[:, list(pair)] = torch.inf
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = [torch.randperm(len(data.names), generator=generator)[:2].tolist() for _ in range(count)]
-    return [tuple(Asked(TEMPLATES[0].format(data.phrases[name][0]), name, 0) for name in pair) for pair in chosen]
-
-
-class SmallIF:
-    """Both stages, with what the evaluation asks of them; what was drawn before is read from --out."""
-
-    def __init__(self, args: Namespace, device: torch.device, dtype: torch.dtype):
-        self.args, self.device = args, device
-        self.unet = load_unet(args.model, dtype, device, pack=True)
-        self.upscaler = None if args.upscaler == "none" else load_unet(args.upscaler, dtype, device, pack=True)
-        weights = b"".join(parameter.detach().float().cpu().numpy().tobytes() for parameter in self.unet.parameters())
-        self.identity = f"{hashlib.sha256(weights).hexdigest()[:12]}_{str(dtype).removeprefix('torch.')}_{args.seed}"
-
-    def embedded(self, prompts: Sequence[str]) -> Tensor:
-        """[N, 77, D_text]"""
-        embeds = embed_prompts(self.args.model, prompts)
-        return torch.stack([embeds[prompt] for prompt in prompts]).to(self.device)
-
-    def estimate(self, prompts: Sequence[str], guidance: float) -> Estimate:
-        return stage_1(self.unet, self.embedded(prompts), self.embedded([""]), guidance)
-
-    def draw_prompts(
-        self, asked: Sequence[Asked], guidance: float, sampler: str, steps: int, kind: str = "prompts"
-    ) -> Tensor:
-        name, prompts = f"{kind}_{len(asked)}_g{guidance:g}_{sampler}_{steps}", [one.prompt for one in asked]
-        return self.draw(name, prompts, lambda rows: self.estimate(prompts[rows], guidance), sampler, steps)
-
-    def draw(
-        self, name: str, prompts: Sequence, estimate_of: Callable, sampler: str = FAST[0], steps: int = FAST[1]
-    ) -> Tensor:
-        """Pictures [N, 3, S, S] in [-1, 1], number k from seed + k, those of estimate_of(rows) at a time.
-
-        prompts: of each picture its prompt, or several: with the text encoder they tell whether it was drawn before
-        """
-        texts = [text for prompt in prompts for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        told = hashlib.sha256(repr(texts).encode() + self.embedded(texts).float().cpu().numpy().tobytes())
-        path = self.args.out / "pictures" / f"{name}_{self.identity}_{told.hexdigest()[:12]}.safetensors"
-        if path.is_file():
-            return load_tensors(path)[0]["pictures"]
-        count = len(prompts)
-        step, spaced = STEPS[sampler]
-        timesteps, loop = spaced(SCHEDULE.num_timesteps, steps), {"step": step, "threshold": STAGE_1_THRESHOLD}
-        side, pictures = self.args.small, []
-        for start in tqdm(range(0, count, self.args.batch_size), desc=name, leave=False):
-            rows = slice(start, min(start + self.args.batch_size, count))
-            seeds = range(self.args.seed + rows.start, self.args.seed + rows.stop)
-            noise = noise_source(seeds, (3, side, side), self.device)
-            pictures.append(sample(estimate_of(rows), timesteps, SCHEDULE, noise=noise, **loop).cpu())
-        drawn = torch.cat(pictures).clamp(-1, 1)
-        save_tensors(path, {"pictures": drawn}, {"name": name})
-        return drawn
-
-
-def get_judge(args: Namespace, data: CaptionedImages) -> tuple[ImageJudge, Tensor]:
-    """The judge of these pictures, trained once and kept in --out, and the features of every name × style."""
-    identity = hashlib.sha256(data.pictures.numpy().tobytes()).hexdigest()[:12]
-    path = args.out / f"judge_{identity}_{args.judge_steps}_{args.seed}.safetensors"
+def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
+    """The judge of these drawings, trained once and kept in --out."""
+    path = args.out / f"judge_{data.fingerprint()}_{side}_{args.judge_steps}_{args.seed}.safetensors"
     if not path.is_file():
-        trained = train_picture_judge(data.pictures, steps=args.judge_steps, seed=args.seed)
+        trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
-    judge = ImageJudge(*data.pictures.shape[:2])
+    judge = ImageJudge(len(data.names))
     judge.load_state_dict(load_tensors(path)[0])
-    judge.eval()
-    return judge, features_of(judge, data.pictures.flatten(0, 1) / 127.5 - 1)
-
-
-def judge_report(args: Namespace, judge: ImageJudge, data: CaptionedImages, known: Tensor) -> dict[str, float]:
-    """How often the judge finds the training pictures themselves, as small as stage 1 draws and moved by one."""
-    small = reduced(data.pictures.flatten(0, 1), args.small).roll((1, -1), (2, 3))
-    blurred, high = low_pass(small, 2.0), high_passed(small)
-    rows = torch.arange(len(known))
-    shares = {}
-    for name, x in (("small and moved", small), ("low-passed", blurred), ("high-passed", high)):
-        shares[name] = share(nearest(judge, x, known) // len(STYLES) == rows // len(STYLES))
-        print(f"the judge finds {shares[name]:.1%} of the training pictures, {name}")
-    return shares
-
-
-def measured(
-    args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float, sampler: str, steps: int
-) -> dict:
-    """How often what was asked for is the nearest, and how far the pictures are from the training pictures."""
-    pictures = model.draw_prompts(asked, guidance, sampler, steps)
-    found, row = nearest(judge, pictures, known), {"guidance": guidance, "sampler": sampler, "steps": steps}
-    same_name = found // len(STYLES) == torch.tensor([one.name for one in asked])
-    rows = torch.tensor([one.row for one in asked])
-    same, plain = found == rows, torch.tensor([one.style == 0 for one in asked])
-    row |= {"plain": share(same_name[plain]), "styled": share(same[~plain]), "named": share(same_name[~plain])}
-    row["distance"] = frechet_distance(features_of(judge, pictures), known[rows])
-    told = f"γ = {guidance:g}, {sampler} {steps}: plain {row['plain']:.0%}, with a style {row['styled']:.0%}"
-    print(f"{told} (the name alone {row['named']:.0%}), distance {row['distance']:.1f}")
-    labels = [one.prompt for one in asked[:8]]
-    name = f"prompts_g{guidance:g}_{sampler.replace('+', 'p')}_{steps}.png"
-    draw(args, name, [pictures[:8], data_rows(data, asked[:8], args.small)], ["drawn", "asked for"], labels)
-    return row
-
-
-def aliases(args, model: SmallIF, judge, known: Tensor, data, asked: Sequence[Asked], guidance: float) -> dict:
-    """Prompts of `aliases_of`: how often the nearest picture has the name that each is another word for."""
-    pictures = model.draw_prompts(asked, guidance, *FAST, kind="aliases")
-    found = nearest(judge, pictures, known) // len(STYLES) == torch.tensor([one.name for one in asked])
-    photos, oils = found.chunk(2)
-    measures = {"photo": share(photos), "oil painting": share(oils), "all": share(found)}
-    told = ", ".join(f"{name} {value:.0%}" for name, value in measures.items())
-    print(f"{len(photos)} other names, γ = {guidance:g}: {told}")
-    measures["prompts"] = {one.prompt: right for one, right in zip(asked, found.tolist(), strict=True)}
-    rows, labels = [], [one.prompt.removeprefix(TEMPLATES[0].format("")) for one in asked[: len(photos)][:8]]
-    for part, prompts in zip(pictures.chunk(2), (asked[: len(photos)], asked[len(photos) :]), strict=True):
-        rows += [part[:8], data_rows(data, prompts[:8], args.small)]
-    named = [label for style in ALIAS_STYLES for label in (TEMPLATES[style].format("…"), "asked for")]
-    draw(args, "aliases.png", rows, named, labels)
-    return measures
-
-
-def anagrams(
-    args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool, reduction: str
-) -> dict[str, float]:
-    """Upright and flipped: how often each thing, and both, are the nearest."""
-    views = [identity(), vertical_flip()]
-    pairs = pairs_of(data, args.pairs, args.seed, views[1], alike, args.small) * args.tries
-    name = f"anagrams_{'alike' if alike else 'random'}" + (f"_{reduction}" if reduction != "mean" else "")
-
-    def estimate_of(rows: slice) -> Estimate:
-        sides = zip(*pairs[rows], strict=True)
-        estimates = [model.estimate([one.prompt for one in side], args.anagram_guidance) for side in sides]
-        return anagram(estimates, views, reduction)
-
-    prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    drawn = f"{name}_{len(pairs)}_g{args.anagram_guidance:g}_{args.illusion_steps}"
-    pictures = model.draw(drawn, prompts, estimate_of, steps=args.illusion_steps)
-    seen = [view.view(pictures) for view in views]
-    found, measures = recognised(name, ["upright", "flipped"], seen, pairs, judge, known, args.tries)
-    draw_best(args, f"{name}.png", seen, ["upright", "flipped"], pairs, found)
-    return measures
-
-
-def hybrids(args, model: SmallIF, judge, known: Tensor, data: CaptionedImages, alike: bool) -> dict[str, float]:
-    """Far and near, always seen through σ = 2, however drawn: how often each thing, and both, are the nearest."""
-    components = low_high_pass(args.hybrid_sigma)
-    pairs = pairs_of(data, args.pairs, args.seed + 1, identity(), alike, args.small) * args.tries
-    name = f"hybrids_{'alike' if alike else 'random'}"
-
-    def estimate_of(rows: slice) -> Estimate:
-        sides = zip(*pairs[rows], strict=True)
-        estimates = [model.estimate([one.prompt for one in side], args.hybrid_guidance) for side in sides]
-        return hybrid(estimates, components)
-
-    prompts = [tuple(one.prompt for one in pair) for pair in pairs]
-    drawn = f"{name}_{len(pairs)}_g{args.hybrid_guidance:g}_s{args.hybrid_sigma:g}_{args.illusion_steps}"
-    pictures = model.draw(drawn, prompts, estimate_of, steps=args.illusion_steps)
-    seen = [low_pass(pictures), high_passed(pictures)]
-    found, measures = recognised(name, ["low pass", "high pass"], seen, pairs, judge, known, args.tries)
-    draw_best(args, f"{name}.png", [pictures, *seen], ["drawn", "low pass", "high pass"], pairs, found)
-    return measures
-
-
-def recognised(what: str, names, seen: Sequence[Tensor], pairs, judge, known: Tensor, tries: int):
-    """Which pictures show both things, whatever their style, [tries, pairs]; and the shares of pairs.
-
-    Of the first try: whose first, second, and both things are the nearest; and for which any try shows both.
-    """
-    first, second = (
-        (nearest(judge, part, known) // len(STYLES) == torch.tensor([pair[k].name for pair in pairs])).view(tries, -1)
-        for k, part in enumerate(seen)
-    )
-    both = first & second
-    shares = {names[0]: share(first[0]), names[1]: share(second[0]), "both": share(both[0])}
-    shares[f"both, in one of {tries}"] = share(both.any(0))
-    print(f"{what}: " + ", ".join(f"{name} {value:.0%}" for name, value in shares.items()))
-    return both, shares
-
-
-def draw_best(args, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], pairs, both: Tensor):
-    """Of eight pairs the picture that shows both things, or the first; pairs in which one does come first."""
-    count = both.shape[1]
-    order = both.any(0).double().argsort(descending=True, stable=True)[:8].tolist()
-    chosen = [int(both[:, k].double().argmax()) * count + k for k in order]
-    labels = [" / ".join(one.prompt.removeprefix("a photo of ") for one in pairs[k]) for k in order]
-    draw(args, name, [row[chosen] for row in rows], row_labels, labels)
-
-
-def upscaling_sets(args: Namespace, data: CaptionedImages) -> dict[str, Tensor]:
-    """Plain pictures [64, 3, S, S] in [-1, 1], S = args.size: of our list, or the first, and those of --hold-out 64."""
-    sets = {"trained on": data.pictures[:64, 0]}
-    if args.curated:
-        sets["never seen"] = load_captioned(args.data, args.size, held_out(args.data, 64)).pictures[:, 0]
-    return {name: pictures / 127.5 - 1 for name, pictures in sets.items()}
-
-
-def upscaled(args: Namespace, model: SmallIF, judge: ImageJudge, pictures: Tensor, kind: str) -> dict[str, float]:
-    """Stage 2, told nothing, and bicubic upscaling of the same small pictures: how near each is to the large ones."""
-    small = F.avg_pool2d(pictures, pictures.shape[-1] // args.small)
-    bicubic = F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(-1, 1)
-    null, drawn = model.embedded([""]), []
-    for start in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
-        part = small[start : start + 8].to(model.device)
-        text = null.expand(len(part), -1, -1)
-        options = {"num_steps": 20, "guidance_scale": 1.0, "noise_level": args.noise_level}
-        seeds = range(args.seed + start, args.seed + start + len(part))
-        drawn.append(upscale(model.upscaler, part, text, text, seeds=seeds, **options).cpu())
-    drawn = torch.cat(drawn).clamp(-1, 1)
-    reference, measures = features_of(judge, pictures), {}
-    for name, x in (("stage 2", drawn), ("bicubic", bicubic)):
-        mse = (x - pictures).square().flatten(1).mean(1)
-        measures[f"{name}, PSNR"] = (10 * torch.log10(4 / mse)).mean().item()
-        near = F.cosine_similarity(features_of(judge, x), reference)
-        measures[f"{name}, feature distance"] = (1 - near).mean().item()
-    print(f"stage 2, pictures {kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items()))
-    rows, labels = [small, bicubic, drawn, pictures], [f"{args.small} px", "bicubic", "stage 2", "original"]
-    rows = [F.interpolate(x[:8], pictures.shape[-2:], mode="nearest") for x in rows]
-    draw(args, f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [""] * 8)
-    return measures
+    return judge.eval()
 
 
 def share(right: Tensor) -> float:
-    return right.double().mean().item() if len(right) else float("nan")
+    return round(right.double().mean().item(), 4) if len(right) else float("nan")
 
 
-def data_rows(data: CaptionedImages, asked: Sequence[Asked], side: int) -> Tensor:
-    """The training pictures that prompts ask for, [N, 3, side, side] in [-1, 1]."""
-    return reduced(torch.stack([data.pictures[one.name, one.style] for one in asked]), side)
+def shown(e: Evaluation, data: CaptionedImages, rows: Sequence[int], variety: float = 0.0, seed: int = 0) -> Tensor:
+    """Drawings as stage 1 would draw them, [N, 3, S, S]."""
+    return show(data, rows, e.side, torch.Generator().manual_seed(seed), variety)[0]
 
 
-def reduced(pictures: Tensor, side: int) -> Tensor:
-    """Pictures [N, 3, S, S] uint8 -> means of their pixels [N, 3, side, side] in [-1, 1]; S is a multiple of side."""
-    return F.avg_pool2d(pictures / 127.5 - 1, pictures.shape[-1] // side)
+def judge_report(e: Evaluation) -> dict[str, float]:
+    """How often the judge is right about drawings, trained on and held out, and how often it is sure."""
+    measures = {}
+    for kind, data in (("trained on", e.data), ("held out", e.held)):
+        rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(e.args.seed))[:1000].tolist()
+        thing, sure, style = judged(e.judge, shown(e, data, rows, 1.0))
+        right = torch.tensor([e.data.names.index(data.names[int(data.things[row])]) for row in rows])
+        measures[kind] = {"thing": share(thing == right), "style": share(style == data.styles[rows])}
+        measures[kind]["sure"] = share(sure > SURE)
+    return measures
 
 
-def draw(args: Namespace, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
-    """A figure in --out, of pictures in [-1, 1], of one size."""
-    pictures = [[x / 2 + 0.5 for x in row] for row in rows]
-    zoom = max(1, 128 // rows[0].shape[-1])
-    options = {"row_labels": row_labels, "column_labels": labels, "zoom": zoom, "seed": args.seed}
-    save_grid(args.out / name, pictures, **options)
+def asked(e: Evaluation) -> tuple[list[str], Tensor, Tensor]:
+    """Prompts for random things, half of them plain, the others in the other styles in turn; things and styles."""
+    styles, names = list(STYLES.values()), e.data.phrases
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(e.args.seed)).tolist()
+    things = [order[k % len(order)] for k in range(e.args.prompts)]
+    chosen = [0 if k % 2 == 0 else 1 + (k // 2) % (len(styles) - 1) for k in range(e.args.prompts)]
+    prompts = [styles[s].templates[0].format(names[thing][0]) for thing, s in zip(things, chosen, strict=True)]
+    return prompts, torch.tensor(things), torch.tensor(chosen)
 
 
-def draw_curves(path: Path, report: dict, seed: int):
+def named(e: Evaluation, guidance: float, sampler: tuple) -> dict:
+    """How often the judge sees the thing that was asked for, and the style; and the distance from training drawings."""
+    prompts, things, styles = asked(e)
+    images = e.prompts("named", prompts, guidance, sampler)
+    thing, _, style = judged(e.judge, images)
+    plain, right = styles == 0, thing == things
+    measures = {"guidance": guidance, "sampler": sampler, "plain": share(right[plain])}
+    measures |= {"styled": share((right & (style == styles))[~plain]), "named": share(right[~plain])}
+    rows = torch.randperm(len(e.data.files), generator=torch.Generator().manual_seed(1))[: len(prompts)].tolist()
+    reference = features_of(e.judge, shown(e, e.data, rows, 1.0))
+    measures["distance"] = round(frechet_distance(features_of(e.judge, images), reference), 1)
+    name = "_".join(map(str, ("named", guidance, *sampler))).replace("+", "p")
+    e.figure(f"{name}.png", [images[:8]], [], prompts[:8])
+    return measures
+
+
+def aliases(e: Evaluation, guidance: float) -> dict:
+    """Other names of things, as photos and as oil paintings."""
+    others = [(phrase, thing) for thing, phrases in enumerate(e.data.phrases) for phrase in phrases[1:]]
+    if not others:
+        return {}
+    things, measures = torch.tensor([thing for _, thing in others]), {}
+    for style in ("photo", "oil"):
+        prompts = [STYLES[style].templates[0].format(phrase) for phrase, _ in others]
+        images = e.prompts("aliases", prompts, guidance)
+        right = e.things(images) == things
+        missed = [prompt for prompt, found in zip(prompts, right, strict=True) if not found]
+        measures[style] = {"right": share(right), "missed": missed}
+        e.figure(f"aliases_{style}.png", list(images[:16].split(8)), [], [])
+    return measures
+
+
+def anything(e: Evaluation, guidance: float) -> dict:
+    """Prompts that name no thing, --samples images each: how many show some thing, and how many different ones."""
+    measures = {}
+    for name, prompt, scale in (
+        ("photo", ANYTHING, guidance),
+        ("photo without guidance", ANYTHING, 1.0),
+        ("none", "", 1.0),
+    ):
+        images = e.prompts("anything", [prompt] * e.args.samples, scale)
+        thing, sure, _ = judged(e.judge, images)
+        measures[name] = {"some thing": share(sure > SURE), "different things": len(thing[sure > SURE].unique())}
+        e.figure(f"anything_{name.replace(' ', '_')}.png", list(images[:24].split(8)), [], [])
+    return measures
+
+
+def apart(features: Tensor) -> float:
+    """The mean of 1 - cosine over all pairs."""
+    unit, count = F.normalize(features, dim=1), len(features)
+    return ((count**2 - unit.sum(0).square().sum()) / (count * (count - 1))).item()
+
+
+def variety(e: Evaluation, guidance: float) -> dict[str, float]:
+    """Ten images of each of a fifth as many things, beside ten drawings of the thing in as many ways."""
+    chosen = torch.randperm(len(e.data.names), generator=torch.Generator().manual_seed(2))[
+        : -(-e.args.samples // 5)
+    ].tolist()
+    prompts = [STYLES["photo"].templates[0].format(e.data.phrases[thing][0]) for thing in chosen for _ in range(10)]
+    images, samples, drawings = e.prompts("variety", prompts, guidance), [], []
+    for k, thing in enumerate(chosen):
+        rows = e.data.rows(thing, 0) * 10
+        samples.append(apart(features_of(e.judge, images[10 * k : 10 * k + 10])))
+        drawings.append(apart(features_of(e.judge, shown(e, e.data, rows[:10], 1.0, thing))))
+    e.figure("variety.png", list(images[:80].split(10)), [e.data.names[thing] for thing in chosen[:8]], [])
+    means = [sum(values) / len(values) for values in (samples, drawings)]
+    return {"samples": round(means[0], 4), "drawings": round(means[1], 4), "ratio": round(means[0] / means[1], 3)}
+
+
+def memory(e: Evaluation, guidance: float) -> dict[str, float]:
+    """1 - cosine between a sample and the nearest training drawing, the median; and of held-out drawings."""
+    prompts, _, styles = asked(e)
+    images = e.prompts("named", prompts, guidance)[styles == 0]
+    known = F.normalize(features_of(e.judge, shown(e, e.data, range(len(e.data.files)))), dim=1)
+    rows = torch.randperm(len(e.held.files), generator=torch.Generator().manual_seed(3))[:200].tolist()
+    measures = {}
+    for name, x in (("samples", images), ("held-out drawings", shown(e, e.held, rows, 1.0))):
+        near, which = (F.normalize(features_of(e.judge, x), dim=1) @ known.T).max(1)
+        measures[name] = round((1 - near).median().item(), 4)
+        nearest = shown(e, e.data, which[:8].tolist())
+        e.figure(f"nearest_to_{name.replace(' ', '_')}.png", [x[:8], nearest], [name, "nearest training drawing"], [])
+    return measures
+
+
+def pairs_of(e: Evaluation, alike: bool, view) -> list[tuple[int, int]]:
+    """Pairs of things: random ones, or those whose drawings are most alike when blurred, one of them in a view."""
+    count, total = e.args.pairs, len(e.data.names)
+    if not alike:
+        generator = torch.Generator().manual_seed(e.args.seed)
+        return [tuple(torch.randperm(total, generator=generator)[:2].tolist()) for _ in range(count)]
+    plain = shown(e, e.data, [(e.data.things == thing).nonzero()[0].item() for thing in range(total)])
+    seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
+    distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
+    while len(chosen) < count and distances.isfinite().any():
+        pair = divmod(distances.argmin().item(), total)
+        chosen.append(pair)
+        distances[list(pair), :] = distances[:, list(pair)] = torch.inf
+    return chosen
+
+
+def illusions(e: Evaluation, name: str, pairs: Sequence[tuple[int, int]], recipe, seen_of, labels) -> dict[str, float]:
+    """Four images of each pair, each judged in both ways of seeing it; how often both things are recognised."""
+    prompts = [tuple(STYLES["photo"].templates[0].format(e.data.phrases[thing][0]) for thing in pair) for pair in pairs]
+    seeds = range(e.args.seed, e.args.seed + 4)
+    jobs = [Job(partial(recipe, pair), seeds) for pair in prompts]
+    sampler = (*FAST[:2], e.args.illusion_steps)
+    images = e.draw(name, jobs, e.args.illusion_guidance, sampler)
+    seen, wanted = seen_of(images), torch.tensor(pairs).repeat_interleave(4, 0)
+    found = [(e.things(x) == wanted[:, k]).view(-1, 4) for k, x in enumerate(seen)]
+    both = found[0] & found[1]
+    best = both.any(1).double().argsort(descending=True, stable=True)[:8]
+    rows = [4 * k.item() + both[k].double().argmax().item() for k in best]
+    titles = [" / ".join(prompt.removeprefix("a photo of ") for prompt in prompts[k]) for k in best.tolist()]
+    e.figure(f"{name}.png", [images[rows], *(x[rows] for x in seen)], ["drawn", *labels], titles)
+    shares = {label: share(right[:, 0]) for label, right in zip(labels, found, strict=True)}
+    return {**shares, "both": share(both[:, 0]), "both, in one of 4": share(both.any(1))}
+
+
+def anagrams(e: Evaluation, alike: bool, reduction: str) -> dict[str, float]:
+    """Upright and flipped."""
+
+    def recipe(pair, stage):
+        return anagram([stage.estimate(pair[0]), stage.estimate(pair[1], view=FLIP)], [identity(), FLIP], reduction)
+
+    pairs, name = pairs_of(e, alike, FLIP), f"anagrams_{reduction}_{'alike' if alike else 'random'}"
+    return illusions(e, name, pairs, recipe, lambda x: [x, FLIP.view(x)], ["upright", "flipped"])
+
+
+def hybrids(e: Evaluation, alike: bool) -> dict[str, float]:
+    """From afar and near by, seen through σ = 2 however they were drawn."""
+
+    def recipe(pair, stage):
+        return hybrid([stage.estimate(prompt) for prompt in pair], low_high_pass(SIGMA))
+
+    pairs, name = pairs_of(e, alike, identity()), f"hybrids_{'alike' if alike else 'random'}"
+    return illusions(e, name, pairs, recipe, lambda x: [low_pass(x), high_passed(x)], ["far", "near"])
+
+
+def holes(e: Evaluation, guidance: float) -> dict[str, float]:
+    """The middle of held-out drawings, a quarter of each, filled with the name as prompt."""
+    rows = [row for row in range(len(e.held.files)) if e.held.styles[row] < 2]
+    rows = [rows[k] for k in torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))[: e.args.pairs]]
+    x_orig, wanted, side = shown(e, e.held, rows), e.names_of(rows), e.side
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., side // 4 : -side // 4, side // 4 : -side // 4] = 1
+    styles = list(STYLES.values())
+    prompts = [
+        styles[int(e.held.styles[row])].templates[0].format(e.data.phrases[t][0])
+        for row, t in zip(rows, wanted, strict=True)
+    ]
+    device, size = e.cascade.device, e.args.batch_size
+    jobs = []
+    for k in range(0, len(rows), size):
+        filling = partial(inpaint, x_orig=x_orig[k : k + size].to(device), mask=mask.to(device))
+        seeds = range(e.args.seed + k, e.args.seed + min(k + size, len(rows)))
+        jobs.append(Job(prompts[k : k + size], seeds, filling))
+    filled = e.draw("holes", jobs, guidance)
+    holed = torch.where(mask > 0, 0.0, x_orig)
+    e.figure("holes.png", [x_orig[:8], holed[:8], filled[:8]], ["held out", "hole", "filled"], prompts[:8])
+    seen = {"filled": filled, "with its hole": holed, "before": x_orig}
+    return {name: share(e.things(x) == wanted) for name, x in seen.items()}
+
+
+def sdedited(e: Evaluation, guidance: float) -> dict[str, float]:
+    """Our own drawings, with their own prompts, from index 5 to 10 of the strided timesteps, eight seeds each."""
+    timesteps, size = strided_timesteps(SCHEDULE.num_timesteps, 30), e.cascade.sizes[0]
+    known = [(name, e.data.phrases.index(p)) for name in DRAWINGS for p in e.data.phrases if DRAWING_PROMPTS[name] in p]
+    if not known:  # the model has never heard of what they show
+        return {}
+    x_0 = {name: read_picture(name, size) for name, _ in known}
+    starts, seeds = range(5, 11), range(e.args.seed, e.args.seed + 8)
+    jobs = [
+        Job(DRAWING_PROMPTS[name], seeds, partial(sdedit, x_0=x_0[name].to(e.cascade.device), i_start=i), timesteps)
+        for name, _ in known
+        for i in starts
+    ]
+    images = e.draw("sdedit", jobs, guidance, ("ddpm", 0.0, len(timesteps))).view(len(known), len(starts) * 8, 3, *size)
+    stacked = torch.cat(list(x_0.values())).flatten(1)
+    recognised, nearer = [], []
+    for k, (_, thing) in enumerate(known):
+        recognised.append(e.things(images[k]) == thing)
+        nearer.append(torch.cdist(images[k].flatten(1), stacked).argmin(1) == k)
+    recognised, nearer = torch.stack(recognised), torch.stack(nearer)
+    labels = ["drawing", *(f"i = {i}" for i in starts)]
+    rows = [torch.cat([x_0[name], images[k][::8]]) for k, (name, _) in enumerate(known)]
+    e.figure("sdedit.png", rows, [DRAWING_PROMPTS[name] for name, _ in known], labels)
+    shares = {name: share(recognised[k]) for k, (name, _) in enumerate(known)}
+    return {"recognised": share(recognised.flatten()), "nearer to its own": share(nearer.flatten()), **shares}
+
+
+def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
+    """Stage 2, told nothing, and bicubic upscaling of the same small drawings: how near each is to the large ones."""
+    args, device = e.args, e.cascade.device
+    unet = load_unet(args.upscaler, e.cascade.dtype, device, pack=True)
+    size, measures = unet.config.sample_size, {}
+    null = embed_prompts(args.model, [""])[""][None].to(device)
+    for kind, part in (
+        (("trained on", "train"), ("held out", "held out")) if args.hold_out else (("trained on", "all"),)
+    ):
+        data = load_captioned(args.data, size, e.data.names, part=part)
+        rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(5))[:64].tolist()
+        large = show(data, rows, size, torch.Generator().manual_seed(5), 1.0)[0]
+        small = F.avg_pool2d(large, size // e.side)
+        bicubic = F.interpolate(small, large.shape[-2:], mode="bicubic").clamp(-1, 1)
+        drawn = []
+        for k in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
+            text = null.expand(len(small[k : k + 8]), -1, -1)
+            options = {"num_steps": 20, "guidance_scale": 1.0, "noise_level": 50}
+            seeds = range(args.seed + k, args.seed + k + len(text))
+            drawn.append(upscale(unet, small[k : k + 8].to(device), text, text, seeds=seeds, **options).cpu())
+        both = {"stage 2": torch.cat(drawn).clamp(-1, 1), "bicubic": bicubic}
+        mse = {name: (x - large).square().flatten(1).mean(1) for name, x in both.items()}
+        measures[kind] = {f"{name}, PSNR": round((10 * torch.log10(4 / mse[name])).mean().item(), 2) for name in both}
+        near = {name: F.cosine_similarity(*(features_of(e.judge, y) for y in (x, large))) for name, x in both.items()}
+        measures[kind] |= {f"{name}, feature distance": round((1 - near[name]).mean().item(), 5) for name in both}
+        rows = [F.interpolate(x[:8], (size, size), mode="nearest") for x in (small, bicubic, both["stage 2"], large)]
+        labels = [f"{e.side} px", "bicubic", "stage 2", "original"]
+        e.figure(f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [])
+    return measures
+
+
+def curves(e: Evaluation, best: float):
     """Share found and distance, against guidance and against steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = sorted(report["guidance"], key=lambda row: row["guidance"])
+    rows = sorted(e.report["guidance"], key=lambda row: row["guidance"])
     for name in ("plain", "styled"):
         left.plot([row["guidance"] for row in rows], [100 * row[name] for row in rows], "o-", label=f"found, {name}, %")
     left.plot([row["guidance"] for row in rows], [row["distance"] for row in rows], "s--", label="distance")
     left.set(xlabel="guidance γ", ylim=(0, None), title="SDE-DPM-Solver++, 20 steps")
-    best = [row for row in report["guidance"] if row["guidance"] == report["best_guidance"]]
-    for sampler in STEPS:
-        rows = sorted(
-            (row for row in [*report["samplers"], *best] if row["sampler"] == sampler), key=lambda r: r["steps"]
-        )
-        right.plot([row["steps"] for row in rows], [row["distance"] for row in rows], "o-", label=sampler)
-    right.axhline(report["distance_floor"], color="0.5", linestyle=":", label="other training pictures")
-    right.set(xlabel="steps", ylabel="distance", xscale="log", ylim=(0, None), title=f"γ = {report['best_guidance']:g}")
+    rows = [*e.report["samplers"], *(row for row in rows if row["guidance"] == best)]
+    for kind, eta in dict.fromkeys(tuple(row["sampler"][:2]) for row in rows):
+        mine = sorted((row for row in rows if tuple(row["sampler"][:2]) == (kind, eta)), key=lambda r: r["sampler"][2])
+        label = f"{kind}, η = {eta:g}"
+        right.plot([row["sampler"][2] for row in mine], [row["distance"] for row in mine], "o-", label=label)
+    right.set(xlabel="steps", ylabel="distance", xscale="log", ylim=(0, None), title=f"γ = {best:g}")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.3)
-    save_figure(path, figure, seed)
+    save_figure(e.args.out / "curves.png", figure, e.args.seed)
 
 
 if __name__ == "__main__":

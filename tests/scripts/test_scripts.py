@@ -15,9 +15,10 @@ from torchvision.datasets import MNIST
 import ddpm.losses
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
-from ddpm.mnist.checkpoint import load_model, save_state, save_weights
+from ddpm.mnist.checkpoint import load_model, save_weights
 from ddpm.mnist.data import FILES
 from ddpm.mnist.judge import Judge
+from ddpm.runs import save_state
 from ddpm.schedule import linear_schedule
 from shared.options import pick_dtype
 from tests.conftest import DATA, ROOT, settled
@@ -441,7 +442,9 @@ def test_a_training_state_can_be_sampled_and_weights_cannot_be_resumed(run_scrip
     model = settled(ClassUNet(4))
     state = tmp_path / "state.safetensors"
     optimizer = torch.optim.Adam(model.parameters())
-    save_state(state, model, optimizer, torch.zeros(1), {})
+    model(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long), torch.zeros(1, 10)).sum().backward()
+    optimizer.step()
+    save_state(state, model, optimizer, {}, {"model": "ClassUNet", "config": model.config})
     status, _, err = run_script("sample_mnist", "--weights", state, "--steps", 1, "--out", tmp_path / "a.png")
     assert status == 0, err
     save_weights(state, model, {})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ifmodel.tiny.data import HELD_OUT_ARTIST, TINTS, curated, draw_images, held_out, load_captioned, show, turn_hue
+from ifmodel.tiny.captions import curated
+from ifmodel.tiny.data import HELD_OUT_ARTIST, TINTS, draw_images, held_out, load_captioned, show, turn_hue
 from ifmodel.tiny.styles import STYLES
 
 ARTISTS = ["noto", "twemoji", "emojione-monotone", "fluent-emoji-high-contrast"]

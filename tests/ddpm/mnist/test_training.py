@@ -11,7 +11,8 @@ from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.data import load_mnist
-from ddpm.mnist.training import DDPM, DENOISER, SIGMAS, denoiser_loss, drop_classes, fit, noisy_digits, step_seed, train
+from ddpm.mnist.training import DDPM, DENOISER, SIGMAS, denoiser_loss, drop_classes, fit, noisy_digits, train
+from ddpm.runs import step_seed
 from ddpm.schedule import linear_schedule
 from tests.conftest import DATA
 
@@ -217,7 +218,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(digits, tmp_path):
     before = (tmp_path / "state.safetensors").read_bytes()
     with pytest.raises(ValueError, match="another recipe"):
         fit(new_model(), class_loss, *digits, RECIPE, tmp_path, resume=True)
-    with pytest.raises(ValueError, match="not of TimeUNet"):
+    with pytest.raises(ValueError, match="another model: ClassUNet, not TimeUNet"):
         fit(TimeUNet(8), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path, resume=True)
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
@@ -268,10 +269,29 @@ def test_every_seed_has_a_generator_of_its_own_for_every_step():
         torch.Generator().manual_seed(seed)
 
 
-def test_a_state_without_moments_is_refused(digits, tmp_path):
-    assert fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path)
-    tensors, metadata = load_tensors(tmp_path / "state.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.0.")}
-    save_tensors(tmp_path / "state.safetensors", kept, metadata)
-    with pytest.raises(ValueError, match="lacks Adam's moments"):
-        fit(new_model(), class_loss, *digits, replace(RECIPE, epochs=1), tmp_path, resume=True)
+@pytest.mark.parametrize("damage", ["missing", "extra", "other shape", "no moments", "no losses", "seconds", "width"])
+def test_a_state_of_another_run_or_damaged_is_refused_in_a_line(digits, tmp_path, damage):
+    recipe, path = replace(RECIPE, epochs=1), tmp_path / "state.safetensors"
+    assert fit(new_model(), class_loss, *digits, recipe, tmp_path)
+    tensors, metadata = load_tensors(path)
+    first = next(name for name in tensors if name.startswith("model."))
+    told = f"not the whole state of this training: 1 missing .{first}"
+    if damage == "missing":
+        del tensors[first]
+    elif damage == "extra":
+        tensors["model.extra"], told = torch.zeros(1), "1 unexpected .model.extra"
+    elif damage == "other shape":
+        tensors[first], told = tensors[first].flatten()[:1], f"1 of another shape .{first} "
+    elif damage == "no moments":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.0.")}
+        told = "3 missing .optimizer.0.exp_avg, "
+    elif damage == "no losses":
+        del tensors["losses"]
+        told = "does not say how far the run came"
+    elif damage == "seconds":
+        metadata["seconds"], told = "x", "does not say how far the run came"
+    else:
+        metadata["config"], told = {"width": 5}, "has another config width: 5, not "
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=told):
+        fit(new_model(), class_loss, *digits, recipe, tmp_path, resume=True)

@@ -1,0 +1,104 @@
+"""What is special in training each stage of tiny-if: its model, its loss, what is watched, and its sheet of samples."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm.sampling import guided, noise_source, sample
+from ddpm.schedule import leading_timesteps
+from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, upscale
+from ifmodel.text import Tokenizer
+from ifmodel.tiny.data import CaptionedImages
+from ifmodel.tiny.export import save_stage_1, save_stage_2
+from ifmodel.tiny.losses import (
+    Batch,
+    caption_loss_gap,
+    small_noised,
+    stage_1_loss,
+    stage_2_loss,
+    upscaling_error,
+)
+from ifmodel.tiny.models import TextToImage, zero_init
+from ifmodel.unet import UNet, UNetConfig
+from ifmodel.weights import fetch, load_unet
+
+
+class Stage1:
+    """What is special in training stage 1: text encoder and UNet learn together."""
+
+    sheet_styles = (
+        "a photo of {}",
+        "a drawing of {}",
+        "an oil painting of {}",
+        "a lithograph of {}",
+        "a woodcut of {}",
+    )
+    sheet_things = ("a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "a pear", "a house")
+
+    def __init__(self, config: dict, encoder, unet: UNet, tokenizer: Path, device: torch.device):
+        self.config, self.folder, self.tokenizer = config, tokenizer, Tokenizer(tokenizer)
+        self.model = TextToImage(encoder, unet).to(device, memory_format=torch.channels_last)
+        self.parameters = [{"params": unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
+        self.loss, self.watch = stage_1_loss, partial(caption_loss_gap, self.model)
+
+    def sheet(self, held: Batch, seed: int) -> tuple[list[Tensor], dict]:
+        """Rows of images in [0, 1], things across, styles down, γ = 4 and 25 steps; and their labels."""
+        unet, device = self.model.unet, held.x_0.device
+        prompts = [style.format(thing) for style in self.sheet_styles for thing in self.sheet_things]
+        tokens, mask = (tensor.to(device) for tensor in self.tokenizer([*prompts, ""]))
+        text = unet.encode_text(self.model.encoder(tokens, attention_mask=mask).last_hidden_state)
+        estimate = guided(unet, text[list(range(len(prompts)))], text[[len(prompts)] * len(prompts)], 4.0)
+        noise = noise_source([seed] * len(prompts), held.x_0.shape[1:], device)
+        loop = {"step": LEARNED, "threshold": STAGE_1_THRESHOLD}
+        images = sample(estimate, leading_timesteps(SCHEDULE.num_timesteps, 25), SCHEDULE, noise=noise, **loop)
+        labels = {"row_labels": [style.format("…") for style in self.sheet_styles], "column_labels": self.sheet_things}
+        return list((images / 2 + 0.5).split(len(self.sheet_things))), labels
+
+    def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
+        save_stage_1(folder, self.config, weights, self.model.encoder, self.folder, data.vocabulary())
+
+
+class Stage2:
+    """What is special in training stage 2: the text encoder is that of a stage 1, and stays as it is."""
+
+    def __init__(self, config: dict, encoder, unet: UNet, tokenizer: Path, device: torch.device, small: int, crop: int):
+        self.config, self.tokenizer, self.small = config, Tokenizer(tokenizer), small
+        self.model = TextToImage(encoder.requires_grad_(False), unet).to(device, memory_format=torch.channels_last)
+        self.parameters = [{"params": unet.parameters()}]
+        self.loss = partial(stage_2_loss, small=small, crop=crop)
+
+    def watch(self, held: Batch) -> dict[str, float]:
+        return upscaling_error(self.model, held[:16], self.small)
+
+    def sheet(self, held: Batch, seed: int) -> tuple[list[Tensor], dict]:
+        """Rows of images in [0, 1]: small ones, what is made of them, and those that the small ones are from."""
+        few, size = held[:6], held.x_0.shape[-1]
+        embeds = self.model.encoder(few.tokens, attention_mask=few.mask).last_hidden_state
+        small = F.avg_pool2d(few.x_0, size // self.small)
+        options = {"num_steps": 25, "guidance_scale": 1.0, "noise_level": 50, "size": (size, size)}
+        images = upscale(self.model.unet, small, embeds, embeds, seeds=[seed] * len(small), **options)
+        enlarged = small_noised(few.x_0, self.small, 0, torch.Generator().manual_seed(0))
+        rows = [(x / 2 + 0.5).clamp(0, 1) for x in (enlarged, images, few.x_0)]
+        return rows, {"row_labels": [f"{self.small} px", "stage 2", f"{size} px"], "column_labels": [""] * len(small)}
+
+    def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
+        save_stage_2(folder, self.config, weights)
+
+
+def load_encoder(source: str):
+    """The T5 encoder of a stage 1, in float32."""
+    from transformers import T5EncoderModel
+
+    folder = fetch(source, "text_encoder", ["*.json", "*.safetensors"])
+    return T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def start_unet(config: dict, start: str | None) -> UNet:
+    """An untrained UNet of this config, or one with the weights of the model `start`, which must be of this shape."""
+    if start is None:
+        zero_init(unet := UNet(UNetConfig.from_dict(config)))
+        return unet
+    return load_unet(start, pack=False).train().requires_grad_(True)

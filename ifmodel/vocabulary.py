@@ -1,0 +1,53 @@
+"""What a small model can be asked for, from the vocabulary.json of its folder.
+
+{"things": {phrase: {"aliases": [phrases that mean the same], "tags": [words that have to do with it]}},
+ "anything": [prompts that name no thing]}
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+from ifmodel.weights import read_json
+
+SMALL_WORDS = {"a", "an", "the", "some", "of", "on", "in", "at", "with", "and"}
+
+
+def load_vocabulary(source: str | Path, revision: str | None = None) -> dict | None:
+    """A model's vocabulary; None for one that knows no bounds. Raises ValueError when the file is damaged."""
+    path, found = read_json(source, "", "vocabulary.json", revision)
+    if found is None:
+        return None
+    things = found.get("things")
+    fits = isinstance(things, dict) and isinstance(found.get("anything"), list)
+    if not fits or not all(isinstance(one, dict) and {"aliases", "tags"} <= one.keys() for one in things.values()):
+        raise ValueError(f"{path} is no vocabulary: things, with aliases and tags each, and anything are needed")
+    return found
+
+
+def nearest_known(prompt: str, vocabulary: dict, count: int = 3) -> list[str]:
+    """Of a prompt that names no thing of the vocabulary, the things that are nearest to it; [] for all other prompts.
+
+    Nearest are those with most of its words among their tags, then those that are spelt alike.
+    """
+    words = [singular(word) for word in re.findall(r"\w+", prompt.lower())]
+    if not words or prompt.lower().strip() in vocabulary["anything"]:
+        return []
+    said = f" {' '.join(words)} "
+    style = {singular(word) for phrase in vocabulary["anything"] for word in phrase.split()}
+    content, scores = set(words) - style - SMALL_WORDS or set(words), {}
+    for thing, more in vocabulary["things"].items():
+        for phrase in (thing, *more["aliases"]):
+            known = [singular(word) for word in re.findall(r"\w+", phrase.lower())]
+            known = known[1:] if known[0] in SMALL_WORDS else known
+            if f" {' '.join(known)} " in said:
+                return []
+        tagged = len({singular(tag.lower()) for tag in more["tags"]} & content)
+        alike = max(difflib.SequenceMatcher(None, word, part).ratio() for word in content for part in known)
+        scores[thing] = (tagged, alike)
+    return sorted(scores, key=scores.get, reverse=True)[:count]
+
+
+def singular(word: str) -> str:
+    """A word without the s of its plural, so that "dogs" names a dog."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
