@@ -145,7 +145,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, options, cascade, ima
     (broken / "dog.jpg").write_bytes(b"no image")
     assert f"no folder at {tmp_path / 'none'}" in line("--images", tmp_path / "none")
     assert "has no images (.png" in line("--images", empty)
-    assert "dog.jpg is no picture" in line("--images", broken)
+    assert "dog.jpg is no image" in line("--images", broken)
     assert "a rank of 500 is above the width of down_blocks" in line("--rank", 500)
     assert "there is no run in" in line("--resume")
     assert "at most 1000, not 1001" in line("--upscaler", cascade[0] / "stage_2", "--max-noise-level", 1001)
