@@ -287,7 +287,7 @@ def test_every_layer_equals_its_namesake(config, dtype, tolerance):
             keys_values = iter([attention.text_keys_values(text) for attention in layer.attentions])
             given = {"encoder_hidden_states": text} if layer.attentions else {}
             expected = other(x, tuple(skips), time, **given)
-            found = layer(x, list(skips), time, keys_values)
+            found = layer(x, skips[::-1], time, keys_values)  # in the order in which they are taken
         else:
             continue
         assert relative_error(found, expected) < tolerance, name
