@@ -214,7 +214,7 @@ def rectify(eps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """c Σ αᵢ epsᵢ with c = 1 / √(Σ αᵢ² + 2 Σ αᵢ αⱼ ρᵢⱼ), so that it has variance 1 as noise does; a mean has less.
 
     eps: [B, C, H, W] each, of variance 1; ρᵢⱼ is the mean of epsᵢ epsⱼ over an image
-    Source: Anagram-MTL §3.4, arXiv 2412.02693.
+    Source: Anagram-MTL, arXiv 2412.02693.
     """
     variance = sum(weight**2 for weight in weights)
     for (a, eps_a), (b, eps_b) in itertools.combinations(zip(weights, eps, strict=True), 2):

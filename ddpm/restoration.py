@@ -92,11 +92,11 @@ def restore(
     y: what was seen, operator.of(x) + noise_std · noise
     noise_std: σ_y. λ = r² / (r² + (σ_y / s)²), with s the gain and r² = 1-ᾱ_t the variance of x_0 given x_t where
         images have variance 1: 1 without noise, then the result fits y exactly, and else the share of y in the
-        posterior mean. (DDNM's own λ, eq. 19, is 1 wherever a step's fresh noise is larger than y's; with short steps
+        posterior mean. (DDNM's own λ is 1 wherever a step's fresh noise is larger than y's; with short steps
         that is nearly always, and all of y's noise stays in the image.)
     jump_length, num_resamples: the paper's time travel, as in `inpaint`; the rest as in `iterative_denoise`
     Raises ValueError for a noise_std below 0, and when y is not what the operator makes of an image of this size.
-    Source: DDNM Algorithm 1 and 2, arXiv 2212.00490; λ: ΠGDM eq. 7 and 8, openreview.net/forum?id=9_gsMA8MRKQ.
+    Source: DDNM Algorithm 1 and 2, arXiv 2212.00490; λ: ΠGDM, openreview.net/forum?id=9_gsMA8MRKQ.
     """
     if noise_std < 0:
         raise ValueError(f"noise_std must not be below 0, it is {noise_std:g}")
