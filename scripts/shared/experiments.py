@@ -345,7 +345,7 @@ EXPERIMENTS = [
         GUIDED,
         (sample_digits, ClassUNet),
         "sample_mnist",
-        ("--animate",),
+        ("--animate", "--steps", "100"),
         "digits.png",
         (
             ("digits.png", "Drawn from noise, now."),
