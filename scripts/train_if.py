@@ -18,6 +18,7 @@ Several processes share each batch, and on several hosts --out, which must be a 
 it goes on for longer than was planned, at the learning rate of a run that long.
 """
 
+import hashlib
 import os
 import sys
 from argparse import Namespace
@@ -154,9 +155,13 @@ def main():
     torch.manual_seed(args.seed)
     chosen = {name: getattr(args, name) for name in ("size", "steps", "batch_size", "seed", "start", "variety")}
     chosen |= {"learning_rate": args.lr, "text_steps": args.text_steps, "text_batch": args.text_batch}
-    crop = args.crop if args.stage_2_of else None
-    recipe = Recipe(**chosen, crop=crop, data=data.fingerprint(), dtype=str(dtype).removeprefix("torch."))
-    stage = new_stage_2(args, device) if args.stage_2_of else new_stage_1(args, data, recipe, device)
+    chosen |= {"crop": args.crop if args.stage_2_of else None, "dtype": str(dtype).removeprefix("torch.")}
+    tokenizer = get_tokenizer(args, data)
+    recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(tokenizer))
+    if args.stage_2_of:
+        stage = new_stage_2(args, tokenizer, device)
+    else:
+        stage = new_stage_1(args, data, recipe, tokenizer, device)
     if args.compile:
         stage.model.unet.compile()
     options = {"resume": args.resume, "every": args.every, "draw": partial(draw_sheet, args)}
@@ -166,8 +171,10 @@ def main():
     print(f"trained: {args.out / 'model'}")
 
 
-def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, device: torch.device) -> Stage1:
-    """Stage 1 before its first step: with a tokenizer, and a text encoder that knows its captions."""
+def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
+    """The folder of the tokenizer: that of stage 1 or of --start, else one that is trained on the captions."""
+    if args.stage_2_of:
+        return fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
     folder = args.out / "tokenizer"
     if rank() == 0 and not args.resume:
         if args.start:
@@ -177,6 +184,19 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, device: 
             train_tokenizer(data.all_captions(), folder)
     if processes() > 1:
         dist.barrier()
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in (folder / "spiece.model", folder / "tokenizer.json"):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:12]
+
+
+def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: Path, device: torch.device) -> Stage1:
+    """Stage 1 before its first step, with a text encoder that knows its captions."""
     tokenizer = Tokenizer(folder)
     unet = start_unet(unet_config(args), args.start)
     encoder = load_encoder(args.start) if args.start else build_encoder(tokenizer.vocab_size, args.text_dim)
@@ -188,9 +208,8 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, device: 
     return stage
 
 
-def new_stage_2(args: Namespace, device: torch.device) -> Stage2:
+def new_stage_2(args: Namespace, tokenizer: Path, device: torch.device) -> Stage2:
     """Stage 2 before its first step, with the text encoder of its stage 1."""
-    tokenizer = fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
     unet = start_unet(unet_config(args), args.start)
     small = load_config(args.stage_2_of).sample_size
     return Stage2(unet_config(args), load_encoder(args.stage_2_of), unet, tokenizer, device, small, args.crop)

@@ -33,7 +33,7 @@ class Recipe:
     size: of the images; crop: stage 2 trains on parts of so many pixels
     text_steps, text_batch: of the text encoder, before the UNet
     variety: how much drawings vary, see `ifmodel.tiny.data.show`
-    data: a hash of it
+    data, tokenizer: a hash of each
     """
 
     size: int
@@ -44,6 +44,7 @@ class Recipe:
     text_batch: int
     variety: float
     data: str
+    tokenizer: str
     dtype: str
     start: str | None = None
     crop: int | None = None
@@ -86,8 +87,7 @@ class Run:
         self.folder, self.stage, self.recipe, self.data = folder, stage, recipe, data
         fused = next(stage.model.parameters()).device.type != "mps"
         self.optimizer = torch.optim.AdamW(stage.parameters, lr=recipe.learning_rate, weight_decay=0.01, fused=fused)
-        self.average, self.log, self.step = EMA(stage.model), [], 0
-        self.seconds, self.started = 0.0, time.monotonic()
+        self.average, self.log, self.step, self.started = EMA(stage.model), [], 0, time.monotonic()
 
     def restore(self):
         """Put the folder's state back; more steps than planned and another dtype are fine. Raises ValueError."""
@@ -118,6 +118,7 @@ class Run:
         self.stage.save(self.folder / "model", self.average.weights, self.data)
 
     def learning_rate(self, step: int) -> float:
+        """It rises for 500 steps, then falls to a tenth."""
         return self.recipe.learning_rate * min(1, (step + 1) / 500) * 0.1 ** (step / self.recipe.steps)
 
 
@@ -199,10 +200,12 @@ def descend(model: TextToImage, optimizer, loss: Tensor, stop: bool) -> tuple[fl
 
 
 def rank() -> int:
+    """This process's number, 0 for the one that writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
+    """How many processes share each batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

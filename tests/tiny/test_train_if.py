@@ -289,7 +289,7 @@ def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, fold
 
 
 def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys, monkeypatch):
-    recipe = training.Recipe(16, 1, 4, 1e-3, 1, 4, 1.0, "", "float32")
+    recipe = training.Recipe(16, 1, 4, 1e-3, 1, 4, 1.0, "", "", "float32")
     for rank in (0, 1):
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
         encoder = models.build_encoder(tokenizer.vocab_size, 32)
@@ -298,7 +298,7 @@ def test_the_first_process_alone_has_a_bar_of_the_text(data, tokenizer, capsys, 
 
 
 def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_path):
-    """Another pixel, another tag; another dtype gives a warning."""
+    """Another pixel, another tag, for stage 2 another tokenizer; another dtype gives a warning."""
     other, out = copied(folder, tmp_path), tmp_path / "1"
     shutil.copytree(trained / "1", out)
     options = stage_1_options(other, out, 4, "--resume", "--every", 1)
@@ -312,6 +312,12 @@ def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_pat
     (other / "metadata.jsonl").write_text(lines)
     with pytest.warns(UserWarning, match="the run was in float32 and goes on in bfloat16"):
         assert run_script("train_if", *options, "--dtype", "bfloat16")[0] == 0
+
+    shutil.copytree(trained / "1" / "model", tmp_path / "model")
+    models.train_tokenizer(["other words"] * 9, tmp_path / "model" / "tokenizer", 20)
+    options = ["--data", folder, "--out", trained / "2", "--stage-2-of", tmp_path / "model", "--size", 32, "--crop", 16]
+    told = refused("train_if", *options, "--steps", 4, *SMALL, "--resume")
+    assert "another recipe tokenizer: " in told and "data" not in told.split("another")[1]
 
 
 @pytest.mark.parametrize("damage", ["no average", "step", "log", "model"])
