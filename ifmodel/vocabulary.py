@@ -5,6 +5,7 @@
 """
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 
@@ -19,8 +20,10 @@ def load_vocabulary(source: str | Path, revision: str | None = None) -> dict | N
     if found is None:
         return None
     things = found.get("things")
-    fits = isinstance(things, dict) and isinstance(found.get("anything"), list)
-    if not fits or not all(isinstance(one, dict) and {"aliases", "tags"} <= one.keys() for one in things.values()):
+    fits = isinstance(things, dict) and all(things) and all(isinstance(more, dict) for more in things.values())
+    lists = [found.get("anything")]
+    lists += [more.get(name) for more in things.values() for name in ("aliases", "tags")] if fits else []
+    if not fits or not all(isinstance(x, list) and all(isinstance(word, str) for word in x) for x in lists):
         raise ValueError(f"{path} is no vocabulary: things, with aliases and tags each, and anything are needed")
     return found
 
@@ -37,14 +40,15 @@ def nearest_known(prompt: str, vocabulary: dict, count: int = 3) -> list[str]:
     style = {singular(word) for phrase in vocabulary["anything"] for word in phrase.split()}
     content, scores = set(words) - style - SMALL_WORDS or set(words), {}
     for thing, more in vocabulary["things"].items():
+        alike = 0.0
         for phrase in (thing, *more["aliases"]):
             known = [singular(word) for word in re.findall(r"\w+", phrase.lower())]
-            known = known[1:] if known[0] in SMALL_WORDS else known
-            if f" {' '.join(known)} " in said:
+            known = known[1:] if known and known[0] in SMALL_WORDS else known
+            if known and f" {' '.join(known)} " in said:
                 return []
-        tagged = len({singular(tag.lower()) for tag in more["tags"]} & content)
-        alike = max(difflib.SequenceMatcher(None, word, part).ratio() for word in content for part in known)
-        scores[thing] = (tagged, alike)
+            pairs = itertools.product(content, known)
+            alike = max([alike, *(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)])
+        scores[thing] = (len({singular(tag.lower()) for tag in more["tags"]} & content), alike)
     return sorted(scores, key=scores.get, reverse=True)[:count]
 
 

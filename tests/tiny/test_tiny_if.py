@@ -17,7 +17,8 @@ from ifmodel import Cascade, UNet, UNetConfig, load_unet
 from ifmodel.stage import generate, upscale
 from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
-from ifmodel.tiny.data import CaptionedImages, load_captioned, show
+from ifmodel.tiny.data import CaptionedImages, draw_rows, load_captioned, show
+from ifmodel.tiny.judge import judged, train_judge
 from ifmodel.tiny.styles import STYLES
 from ifmodel.vocabulary import load_vocabulary, nearest_known
 from ifmodel.weights import SHIPPED
@@ -124,6 +125,20 @@ def test_it_draws_the_assignments_prompts():
 def test_prompts_beyond_the_vocabulary_are_told_what_is_near(prompt, nearest):
     known = nearest_known(prompt, load_vocabulary("tiny-if/I"))
     assert (nearest in known) if nearest else known == []
+
+
+def test_a_vocabulary_may_hold_names_without_letters():
+    known = {"things": {"\U0001f600": {"aliases": [], "tags": ["happy"]}}, "anything": []}
+    assert nearest_known("a happy man", known) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "damaged", [{}, {"things": [], "anything": []}, {"things": {"a dog": {"aliases": [5], "tags": []}}, "anything": []}]
+)
+def test_a_damaged_vocabulary_is_refused(damaged, tmp_path):
+    (tmp_path / "vocabulary.json").write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match="is no vocabulary"):
+        load_vocabulary(tmp_path)
 
 
 def test_generate_warns_of_what_it_does_not_know(run_script, tmp_path, recwarn):
@@ -266,6 +281,23 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
     assert [set(pair) for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
     apart = tiny_if.pairs_of(e, False, vertical_flip())
     assert len(apart) == 5 and all(first != second for first, second in apart)
+
+
+def test_how_far_apart_features_are():
+    features = torch.eye(3, dtype=torch.float64)
+    assert tiny_if.apart(features) == pytest.approx(1)
+    assert tiny_if.apart(5 * features[[0, 0, 0]]) == pytest.approx(0)
+    assert tiny_if.apart(features[[0, 0, 1]]) == pytest.approx(2 / 3)
+
+
+def test_the_judge_tells_things_apart():
+    """Six of very different colours, after few steps, as they are shown in training; by chance it is one in six."""
+    data = load_captioned(DATA / "emoji", 16, ["rocket", "red heart", "sunflower", "penguin", "frog", "skull"])
+    judge = train_judge(data, steps=150, batch_size=32, side=16)
+    x, rows, _ = draw_rows(data, 16, 120, torch.Generator().manual_seed(1))
+    thing, sure, _ = judged(judge, x)
+    assert (thing == data.things[rows]).float().mean() > 0.6
+    assert ((sure > 0) & (sure <= 1)).all()
 
 
 def test_stage_2_keeps_the_colours_of_what_it_enlarges():
