@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
@@ -37,6 +35,7 @@ from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
+from shared.timing import operators
 
 SCHEDULE = linear_schedule()
 
@@ -149,20 +148,12 @@ def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds:
 
 def show_profile(device: torch.device, step: Callable):
     """The share of a step's time beside the convolutions."""
-    if device.type == "mps":
+    outside = {name: share for name, share in operators(step, device).items() if "conv" not in name}
+    if not outside:
         return  # the profiler does not see it
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
-        step()
-    times = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
-        for event in profiled.key_averages()
-        if event.device_type == DeviceType.CPU  # operators; kernels are listed a second time
-    }
-    total, outside = sum(times.values()), {name: t for name, t in times.items() if "conv" not in name}
-    largest = sorted(outside, key=outside.get, reverse=True)[:5]
-    print(f"  outside convolutions: {sum(outside.values()) / total:.0%} of the time, most of it in")
-    print("  " + ", ".join(f"{name} {outside[name] / total:.0%}" for name in largest))
+    largest = list(outside)[:5]
+    print(f"  outside convolutions: {sum(outside.values()):.0%} of the time, most of it in")
+    print("  " + ", ".join(f"{name} {outside[name]:.0%}" for name in largest))
 
 
 if __name__ == "__main__":
