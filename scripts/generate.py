@@ -12,23 +12,21 @@ its own. Image k of a prompt starts from seed + k, in both stages. --steps-grid 
 several numbers of steps. The prompts are the assignment's three unless others are given. A prompt may be several, with
 weights: "a dog AND a hat :0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none
 of the third. T5 runs only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded;
-stage 1 is freed before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, fills the folder --out
-with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is missing. torchrun
-starts a process for each GPU, or several on the CPU, and each draws its share of the batches: the same images as one
-process.
+stage 1 is freed before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or
+without, fills the folder --out with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it
+draws what is missing. torchrun starts a process for each GPU, or several on the CPU, and each draws its share of the
+batches: the same images as one process.
 """
 
-import re
 from pathlib import Path
 
-from ddpm.estimates import Estimate, compose
 from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import Job, Recipe, Stage
+from ifmodel.cascade import Job
 from ifmodel.stage import SCHEDULE
 from shared.figures import save_image, save_table
 from shared.folder import draw_folder
 from shared.options import parser, positive, run
-from shared.stages import add_cascade_options, draw, open_cascade, prompts_of
+from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, recipe_of
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 
@@ -62,23 +60,6 @@ def main():
     else:
         columns = [f"seed {seed}" for seed in seeds]
         save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
-
-
-def recipe_of(prompt: str, null: str) -> Recipe:
-    """What a prompt says: itself, or where it has weights, such as "a dog AND snow :-1", a composition."""
-    parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
-    texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
-    if weights == [1]:
-        return texts[0]
-    rest = 1 - sum(weights)  # is left to the null prompt, so that all of them sum to 1
-
-    def recipe(stage: Stage) -> Estimate:
-        estimates = [stage.estimate(text) for text in texts]
-        if abs(rest) < 1e-6:
-            return compose(estimates, weights)
-        return compose([*estimates, stage.estimate(null, guidance_scale=1.0)], [*weights, rest])
-
-    return recipe
 
 
 def draw_steps_grid(args):

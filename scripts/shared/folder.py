@@ -1,11 +1,13 @@
 """A folder of images for a file of prompts: written as they are ready, and gone on with after a stop."""
 
+import itertools
 import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from ifmodel.cascade import Job
 from ifmodel.text import read_prompts
 from shared.figures import save_image
 from shared.processes import rank, share
-from shared.stages import open_cascade, settings_of
+from shared.stages import open_cascade, recipe_of, settings_of
 
 # Of the options, those that a machine or a run may have its own of: the images are the same
 FREE = {
@@ -56,7 +58,8 @@ def draw_folder(args: Namespace):
     settings = described(args)
     left = [[image for image in batch if not is_there(image, settings)] for batch in mine]
     left = [batch for batch in left if batch]
-    prompts = dict.fromkeys(image.prompt for batch in left for image in batch)
+    jobs = (job for batch in left for job in jobs_of(batch, args))
+    prompts = dict.fromkeys(prompt for job in jobs for prompt in job.prompts())
     prompts = [args.null_prompt, *prompts] if left else []
     for _ in tqdm(cascade.embed_each(prompts), "prompts", len(prompts), unit="prompt", disable=rank() > 0 or not left):
         pass
@@ -74,12 +77,24 @@ def draw_folder(args: Namespace):
 
 def draw_batches(cascade: Cascade, batches: Sequence[Sequence[Wanted]], args: Namespace, settings: str):
     """Draw some images through both stages and write them."""
-    jobs = [
-        Job([one.prompt for one in batch], [one.seed for one in batch], timesteps=args.visited) for batch in batches
-    ]
-    for batch, images in zip(batches, cascade.draw_all(jobs, **settings_of(args), progress=False), strict=True):
-        for one, image in zip(batch, images, strict=True):
-            save_image(one.path, image / 2 + 0.5, one.seed, [one.prompt], settings)
+    jobs = [job for batch in batches for job in jobs_of(batch, args)]
+    images = torch.cat(cascade.draw_all(jobs, **settings_of(args), progress=False))
+    for one, image in zip(itertools.chain(*batches), images, strict=True):
+        save_image(one.path, image / 2 + 0.5, one.seed, [one.prompt], settings)
+
+
+def jobs_of(batch: Sequence[Wanted], args: Namespace) -> list[Job]:
+    """A batch in its order: prompts without weights that follow each other are drawn together, each other by itself."""
+
+    def composition(image: Wanted) -> str | None:
+        return image.prompt if callable(recipe_of(image.prompt, args.null_prompt)) else None
+
+    jobs = []
+    for composed, images in itertools.groupby(batch, composition):
+        prompts, seeds = zip(*((image.prompt, image.seed) for image in images), strict=True)
+        recipes = [recipe_of(prompt, args.null_prompt) for prompt in prompts]
+        jobs.append(Job(recipes[0] if composed else recipes, seeds, timesteps=args.visited))
+    return jobs
 
 
 def wanted_images(args: Namespace, prompts: Sequence[str]) -> list[Wanted]:

@@ -1,5 +1,6 @@
 """What the scripts that run DeepFloyd IF share: their options, and the cascade that these ask for."""
 
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -8,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.sampling import ALWAYS
+from ddpm.estimates import ALWAYS, Estimate, compose
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
-from ifmodel.cascade import Job
+from ifmodel.cascade import Job, Recipe, Stage
 from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
 from ifmodel.text import normalised
 from shared.options import (
@@ -178,6 +179,23 @@ def prompts_of(args: Namespace, cascade: Cascade, default: Sequence[str]) -> lis
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
     return prompts
+
+
+def recipe_of(prompt: str, null: str) -> Recipe:
+    """What a prompt says: itself, or where it has weights, such as "a dog AND snow :-1", a composition."""
+    parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
+    texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
+    if weights == [1]:
+        return texts[0]
+    rest = 1 - sum(weights)  # is left to the null prompt, so that all of them sum to 1
+
+    def recipe(stage: Stage) -> Estimate:
+        estimates = [stage.estimate(text) for text in texts]
+        if abs(rest) < 1e-6:
+            return compose(estimates, weights)
+        return compose([*estimates, stage.estimate(null, guidance_scale=1.0)], [*weights, rest])
+
+    return recipe
 
 
 def from_index(timesteps: Sequence[int], i_start: int) -> list[int]:

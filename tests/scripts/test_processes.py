@@ -100,6 +100,23 @@ def test_a_folder_is_gone_on_with_after_a_kill(run_script, tmp_path):
     assert all(path.stat().st_mtime_ns == drawn for path, drawn in before.items())
 
 
+def test_prompts_of_a_file_may_have_weights(run_script, tmp_path):
+    """Each line is what --prompt makes of it, in its place and with its own words in the file."""
+    lines = [PROMPTS[0], f"{PROMPTS[0]} AND {PROMPTS[1]} :0.5", PROMPTS[1], f"{PROMPTS[1]} :1"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    options = [*SMALL, "--steps", 3]
+    status, _, err = run_script("generate", "--prompts", tmp_path / "prompts.txt", *options, "--out", tmp_path / "all")
+    assert status == 0, err
+    for number, line in enumerate(lines):
+        found, alone = tmp_path / "all" / f"{number:05}.png", tmp_path / f"{number}.png"
+        status, _, err = run_script("generate", "--prompt", line, *options, "--out", alone)
+        assert status == 0, err
+        assert abs(pixels(found).astype(int) - pixels(alone)).max() <= 1
+        assert Image.open(found).text["Description"] == line
+    composed, plain, other, again = (pixels(tmp_path / f"{number}.png").astype(int) for number in (1, 0, 2, 3))
+    assert min(abs(composed - plain).max(), abs(composed - other).max()) > 20 and (other == again).all()
+
+
 def test_a_folder_of_other_images_is_refused(run_script, refused, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a photo of a dog\n")
