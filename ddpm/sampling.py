@@ -57,7 +57,7 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch
 def classical_denoise(x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
     """Denoise x_t [B, C, H, W] without a model: the mean x_t / √ᾱ_t, blurred by a Gaussian as wide as the noise asks.
 
-    Its σ is 2 √((1-ᾱ_t) / ᾱ_t)^0.7 pixels of a 64-pixel picture, which over 46 pictures and eight t was within a
+    Its σ is 2 √((1-ᾱ_t) / ᾱ_t)^0.7 pixels of a 64-pixel image, which over 46 images and eight t was within a
     tenth or so of the σ of least squared error. Returns an estimate of x_0 [B, C, H, W].
     """
     alpha_cumprod, side = schedule.alpha_cumprod(t), min(x_t.shape[-2:])
@@ -175,7 +175,7 @@ def sdedit(
 ) -> Tensor:
     """Image to image: noise x_0 [B, C, H, W] to timesteps[i_start] and denoise it from there.
 
-    i_start: 0 keeps least of the picture, len(timesteps) - 1 nearly all of it
+    i_start: 0 keeps least of the image, len(timesteps) - 1 nearly all of it
     The rest as in `iterative_denoise`. With i_start = N - int(N · strength) this is diffusers' IFImg2ImgPipeline.
     Raises ValueError when i_start is not in the list. Source: SDEdit Algorithm 1, arXiv 2108.01073.
     """

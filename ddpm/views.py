@@ -1,9 +1,9 @@
-"""Views for visual anagrams: ways to look at a picture that rearrange its pixels or change their sign.
+"""Views for visual anagrams: ways to look at an image that rearrange its pixels or change their sign.
 
 A view must be an orthogonal linear map. Then independent Gaussian noise, looked at in that way, is again independent
 Gaussian noise, which is what a diffusion model was trained to see; and its inverse is its transpose. `check_view`
 refuses everything else. Where a model learns its variance v as well, as IF does, a view must move pixels and change
-signs, no more, for only then has each pixel of v a place to go back to: all of VIEWS do so. Views are of pictures
+signs, no more, for only then has each pixel of v a place to go back to: all of VIEWS do so. Views are of images
 [B, C, H, W] of any size that divides, and look the same at 64 and at 256 pixels, so that both stages of a cascade can
 use one. Source: Visual Anagrams §3.3, arXiv 2311.17919.
 """
@@ -19,7 +19,7 @@ Map = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [B, C, H, W]
 
 @dataclass(frozen=True)
 class View:
-    """A way to look at a picture, and the way back."""
+    """A way to look at an image, and the way back."""
 
     name: str
     view: Map
@@ -45,7 +45,7 @@ def permutation(name: str, order_of: Callable[[int, int], Tensor]) -> View:
 
 
 def identity() -> View:
-    """The picture as it is."""
+    """The image as it is."""
     return View("identity", lambda x: x, lambda x: x)
 
 
@@ -60,7 +60,7 @@ def horizontal_flip() -> View:
 
 
 def rotate_90() -> View:
-    """A quarter turn counter-clockwise; for square pictures."""
+    """A quarter turn counter-clockwise; for square images."""
     return View("rotate_90", lambda x: torch.rot90(square(x), 1, (-2, -1)), lambda x: torch.rot90(x, -1, (-2, -1)))
 
 
@@ -75,11 +75,11 @@ def negate() -> View:
 
 
 def patches(grid: int = 4, seed: int = 0) -> View:
-    """The picture cut into grid × grid squares, shuffled."""
+    """The image cut into grid × grid squares, shuffled."""
 
     def order_of(h: int, w: int) -> Tensor:
         if h % grid or w % grid:
-            raise ValueError(f"a picture of {h} × {w} pixels cannot be cut into {grid} × {grid} patches")
+            raise ValueError(f"an image of {h} × {w} pixels cannot be cut into {grid} × {grid} patches")
         patch_of = torch.randperm(grid * grid, generator=torch.Generator().manual_seed(seed))
         cut = torch.arange(h * w).view(grid, h // grid, grid, w // grid).transpose(1, 2).flatten(0, 1)
         return cut[patch_of].view(grid, grid, h // grid, w // grid).transpose(1, 2).reshape(h, w)
@@ -88,7 +88,7 @@ def patches(grid: int = 4, seed: int = 0) -> View:
 
 
 def pixels(side: int = 64, seed: int = 0) -> View:
-    """The pixels of a side × side picture, shuffled; of one that is four times as large, its 4 × 4 patches."""
+    """The pixels of a side × side image, shuffled; of one that is four times as large, its 4 × 4 patches."""
     return replace(patches(side, seed), name="pixels")
 
 
@@ -101,7 +101,7 @@ def jigsaw(grid: int = 4, seed: int = 0) -> View:
 
     def order_of(h: int, w: int) -> Tensor:
         if h != w or h % grid or grid < 4:
-            raise ValueError(f"a jigsaw needs a square picture that {grid} ≥ 4 pieces divide, not {h} × {w}")
+            raise ValueError(f"a jigsaw needs a square image that {grid} ≥ 4 pieces divide, not {h} × {w}")
         side, order, piece_of = h // grid, torch.arange(h * w).view(h, w), _jigsaw_pieces(h, grid)
         generator = torch.Generator().manual_seed(seed)
         inner = [(i, j) for i in range(1, grid - 1) for j in range(1, grid - 1)]
@@ -137,11 +137,11 @@ def _jigsaw_pieces(h: int, grid: int) -> Tensor:
 
 
 def inner_circle(quarters: int = 2) -> View:
-    """The largest disc in a square picture, turned by so many quarters; the corners stay."""
+    """The largest disc in a square image, turned by so many quarters; the corners stay."""
 
     def order_of(h: int, w: int) -> Tensor:
         if h != w:
-            raise ValueError(f"this view turns a disc in a square picture, not in {h} × {w}")
+            raise ValueError(f"this view turns a disc in a square image, not in {h} × {w}")
         order = torch.arange(h * w).view(h, w)
         centre = torch.arange(h) - (h - 1) / 2
         inside = centre[:, None] ** 2 + centre[None] ** 2 < (h / 2) ** 2
@@ -155,7 +155,7 @@ def square_hinge(grid: int = 4) -> View:
 
     def order_of(h: int, w: int) -> Tensor:
         if h != w or h % grid:
-            raise ValueError(f"hinged squares need a square picture that {grid} of them divide, not {h} × {w}")
+            raise ValueError(f"hinged squares need a square image that {grid} of them divide, not {h} × {w}")
         side, order = h // grid, torch.arange(h * w).view(h, w)
         for i in range(grid):
             for j in range(grid):
@@ -195,14 +195,14 @@ VIEWS: dict[str, Callable[[], View]] = {
 def square(x: Tensor) -> Tensor:
     """x itself. Raises ValueError when its height and width differ."""
     if x.shape[-2] != x.shape[-1]:
-        raise ValueError(f"this view needs square pictures, not {x.shape[-2]} × {x.shape[-1]}")
+        raise ValueError(f"this view needs square images, not {x.shape[-2]} × {x.shape[-1]}")
     return x
 
 
 def check_view(
     view: View, shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-4, *, learned_variance: bool = True
 ):
-    """Refuse a view of pictures [C, H, W] that is not linear, does not invert, or changes the statistics of noise.
+    """Refuse a view of images [C, H, W] that is not linear, does not invert, or changes the statistics of noise.
 
     A linear map is orthogonal exactly when its inverse is its transpose, ⟨view(x), y⟩ = ⟨x, view⁻¹(y)⟩: this is
     tried on random x and y.
@@ -214,12 +214,12 @@ def check_view(
     seen = view.view(x)
     told = f"the view {view.name!r} cannot make an anagram:"
     if seen.shape != x.shape:
-        raise ValueError(f"{told} it turns pictures of {list(x.shape[1:])} into {list(seen.shape[1:])}")
+        raise ValueError(f"{told} it turns images of {list(x.shape[1:])} into {list(seen.shape[1:])}")
     if (view.view(x + 2 * y) - seen - 2 * view.view(y)).abs().max() > tolerance * 10:
-        raise ValueError(f"{told} it is not linear, so the view of a noisy picture is not a view plus noise")
+        raise ValueError(f"{told} it is not linear, so the view of a noisy image is not a view plus noise")
     error = (view.inverse(seen) - x).abs().max().item()
     if error > tolerance * 10:
-        raise ValueError(f"{told} its inverse does not undo it, by up to {error:.2g} for pictures of {list(shape)}")
+        raise ValueError(f"{told} its inverse does not undo it, by up to {error:.2g} for images of {list(shape)}")
     difference = (seen * y).flatten(1).sum(1) - (x * view.inverse(y)).flatten(1).sum(1)
     if difference.abs().max() > tolerance * 10 * x[0].numel() ** 0.5:
         raise ValueError(

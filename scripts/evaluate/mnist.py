@@ -95,7 +95,7 @@ def main():
         report["guidance"].append({"guidance": guidance, "confirmed": right.double().mean().item(), "fid": fid})
         print(f"γ = {guidance:g}: {right.double().mean():.2%} confirmed, FID {fid:.2f} ({count} samples)")
         misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
-        misread = {digit: pictures for digit, pictures in misread.items() if len(pictures)}
+        misread = {digit: rows for digit, rows in misread.items() if len(rows)}
         if misread:
             title = f"γ = {guidance:g}: read as another digit than the row's"
             path = args.out / f"misread_g{guidance:g}.png"

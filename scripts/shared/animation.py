@@ -1,4 +1,4 @@
-"""Animations: a picture that turns from one view to the next, and one that goes away and comes back."""
+"""Animations: an image that turns from one view to the next, and one that goes away and comes back."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from ddpm.views import View
 FRAMES = 24
 
 
-def enlarged(picture: Tensor, least: int = 256) -> Tensor:
-    """A picture [3, H, W] with at least so many pixels a side, each a square."""
-    zoom = math.ceil(least / min(picture.shape[-2:]))
-    return picture.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+def enlarged(image: Tensor, least: int = 256) -> Tensor:
+    """An image [3, H, W] with at least so many pixels a side, each a square."""
+    zoom = math.ceil(least / min(image.shape[-2:]))
+    return image.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 
 
-def turn(picture: Tensor, views: Sequence[View]) -> tuple[list[Tensor], list[int]]:
+def turn(image: Tensor, views: Sequence[View]) -> tuple[list[Tensor], list[int]]:
     """From [3, H, W] in [0, 1]: frames that go through the views and back, and each one's milliseconds."""
     frames: list[Tensor] = []
     times: list[int] = []
     for before, after in zip(views, [*views[1:], views[0]], strict=True):
-        start, end = (shown(view, picture) for view in (before, after))
+        start, end = (shown(view, image) for view in (before, after))
         frames.append(enlarged(start))
         times.append(1500)
         for k in range(1, FRAMES):
@@ -34,9 +34,9 @@ def turn(picture: Tensor, views: Sequence[View]) -> tuple[list[Tensor], list[int
     return frames, times
 
 
-def shown(view: View, picture: Tensor) -> Tensor:
-    """A view of a picture in [0, 1]; the view is of pictures in [-1, 1]."""
-    return view.view(picture[None] * 2 - 1)[0] / 2 + 0.5
+def shown(view: View, image: Tensor) -> Tensor:
+    """A view of an image in [0, 1]; the view is of images in [-1, 1]."""
+    return view.view(image[None] * 2 - 1)[0] / 2 + 0.5
 
 
 def between(before: View, after: View, start: Tensor, end: Tensor, s: float) -> Tensor:
@@ -48,19 +48,19 @@ def between(before: View, after: View, start: Tensor, end: Tensor, s: float) -> 
         return rotate(start, angle, InterpolationMode.BILINEAR, fill=[1.0])
     if names in ({"identity", "vertical_flip"}, {"identity", "horizontal_flip"}):
         width = math.cos(math.pi * s)  # as a card is seen that turns over
-        picture, axis = (start if width > 0 else end), (1 if "vertical_flip" in names else 2)
-        size = list(picture.shape[1:])
+        image, axis = (start if width > 0 else end), (1 if "vertical_flip" in names else 2)
+        size = list(image.shape[1:])
         full, size[axis - 1] = size[axis - 1], max(1, round(abs(width) * size[axis - 1]))
-        card = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
-        frame = torch.ones_like(picture)
+        card = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        frame = torch.ones_like(image)
         frame.narrow(axis, (full - size[axis - 1]) // 2, size[axis - 1]).copy_(card)
         return frame
     return (1 - s) * start + s * end
 
 
-def recede(picture: Tensor) -> tuple[list[Tensor], list[int]]:
+def recede(image: Tensor) -> tuple[list[Tensor], list[int]]:
     """From [3, H, W] in [0, 1]: frames that shrink it to an eighth, as when one steps back, and let it grow again."""
-    large = enlarged(picture)
+    large = enlarged(image)
     frames: list[Tensor] = []
     h, w = large.shape[1:]
     for k in [*range(FRAMES + 1), *range(FRAMES - 1, 0, -1)]:

@@ -106,8 +106,8 @@ STARTS = ("--i-start", "4", "7", "8", "9", "10", "12")  # of twenty, as noisy as
 EXPERIMENTS = [
     Experiment(
         ("A0",),
-        "Text to pictures",
-        "More and more steps. All pictures of a column start from the same noise.",
+        "Text to images",
+        "More and more steps. All images of a column start from the same noise.",
         STEP,
         (ddpm_step, denoise_along),
         "generate",
@@ -120,13 +120,13 @@ EXPERIMENTS = [
     Experiment(
         ("A1",),
         "The forward process",
-        "A picture disappears in noise as t grows.",
+        "An image disappears in noise as t grows.",
         NOISED,
         (add_noise,),
         "forward_process",
         (),
         "forward.png",
-        (("forward.png", "One picture at eight timesteps."),),
+        (("forward.png", "One image at eight timesteps."),),
         frozenset(),
         plays=(Play("scrub", "forward", (0,), "Through t."),),
     ),
@@ -145,8 +145,8 @@ EXPERIMENTS = [
     Experiment(
         ("A3",),
         "One-step denoising",
-        "The UNet estimates the noise once, and the clean picture follows. The more noise, the more the answer is the "
-        "mean of all pictures that it may have been.",
+        "The UNet estimates the noise once, and the clean image follows. The more noise, the more the answer is the "
+        "mean of all images that it may have been.",
         ESTIMATE,
         (one_step_denoise,),
         "one_step_denoise",
@@ -159,7 +159,7 @@ EXPERIMENTS = [
     Experiment(
         ("A4",),
         "Iterative denoising",
-        "The same noisy picture, step by step instead of at once.",
+        "The same noisy image, step by step instead of at once.",
         STEP,
         (denoise_along, ddpm_step),
         "iterative_denoise",
@@ -167,10 +167,10 @@ EXPERIMENTS = [
         "iterative.png",
         (
             ("iterative.png", "Every fifth step, and the result."),
-            ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy picture."),
+            ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy image."),
         ),
         STAGE_1,
-        plays=(Play("scrub", "iterative_steps", (0, 1), "At each step: the noisy picture, and the estimate."),),
+        plays=(Play("scrub", "iterative_steps", (0, 1), "At each step: the noisy image, and the estimate."),),
     ),
     Experiment(
         ("A5", "A6"),
@@ -234,7 +234,7 @@ EXPERIMENTS = [
         ("A9",),
         "Inpainting",
         "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
-        "exactly those of the picture.",
+        "exactly those of the image.",
         r"x_t \leftarrow m\, x_t + (1 - m) "
         r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
         (inpaint,),
@@ -253,7 +253,7 @@ EXPERIMENTS = [
     Experiment(
         ("A10",),
         "Visual anagrams",
-        "One picture, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
+        "One image, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
         r"\epsilon = \frac{1}{2} (\epsilon_\theta(x_t, p_1) + \mathrm{flip}(\epsilon_\theta(\mathrm{flip}(x_t), p_2)))",
         (anagram,),
         "visual_anagram",
@@ -262,7 +262,7 @@ EXPERIMENTS = [
         (
             (
                 "anagrams.png",
-                "Each pair of rows is the same pictures, upright and flipped. With tiny-if three pairs come first that "
+                "Each pair of rows is the same images, upright and flipped. With tiny-if three pairs come first that "
                 "are alike when one is flipped; the assignment's are too far apart for so small a model.",
             ),
         ),
@@ -282,8 +282,8 @@ EXPERIMENTS = [
         (
             (
                 "hybrids.png",
-                "Of each pair: the pictures, what is seen of them from afar, and what only near by. With tiny-if three "
-                "pairs come first whose pictures are alike when blurred, and σ is 4 of 64 pixels; else 2.",
+                "Of each pair: the images, what is seen of them from afar, and what only near by. With tiny-if three "
+                "pairs come first whose images are alike when blurred, and σ is 4 of 64 pixels; else 2.",
             ),
         ),
         CASCADE,
@@ -325,7 +325,7 @@ EXPERIMENTS = [
     Experiment(
         ("B4",),
         "A time-conditioned DDPM",
-        "Twenty epochs; the model is told how noisy its picture is, and nothing else. The loss and the digits after "
+        "Twenty epochs; the model is told how noisy its image is, and nothing else. The loss and the digits after "
         "epoch 5 are from the training, the others were drawn now.",
         r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
         (ddpm_loss, TimeUNet),

@@ -48,7 +48,7 @@ def gaussians(count, shape, seed=0):
 
 
 class Mixture:
-    """Pictures [C, H, W] from a mixture of Gaussians, flat means [K, D] and covariances [K, D, D]; its exact eps."""
+    """Images [C, H, W] from a mixture of Gaussians, flat means [K, D] and covariances [K, D, D]; its exact eps."""
 
     def __init__(self, weights, means, covariances, shape=(1, 2, 2), schedule=COSINE):
         self.weights, self.means, self.covariances = weights, means, covariances
@@ -75,7 +75,7 @@ class Mixture:
         return (-math.sqrt(1 - alpha_cumprod) * score).view(x_t.shape), None
 
     def nearest(self, x):
-        """Which mode each picture belongs to, as numbers [B]."""
+        """Which mode each image belongs to, as numbers [B]."""
         return torch.cdist(x.flatten(1), self.means).argmin(1)
 
     def flow(self, x, t, t_to):
@@ -154,7 +154,7 @@ def test_ddpm_samples_the_mixture(variance):
     assert_moments(x, TWO_MODES.mean, TWO_MODES.covariance)
 
 
-def test_few_steps_are_exact_for_white_noise_with_beta_and_for_one_picture_with_beta_tilde():
+def test_few_steps_are_exact_for_white_noise_with_beta_and_for_one_image_with_beta_tilde():
     """What DDPM §3.2 chose the two variances for: then x_t has its true moments at every step, however long."""
     timesteps, count = [999, 700, 500, 250, 100], 20000
     white, one = torch.eye(4).double(), torch.full((4,), 0.3).double()
@@ -326,7 +326,7 @@ def test_there_are_eight_named_lists_and_others_are_refused():
 
 
 class Counting:
-    """A model of pictures with eps = c x_t and v = c, which counts the rows it is asked for."""
+    """A model of images with eps = c x_t and v = c, which counts the rows it is asked for."""
 
     def __init__(self):
         self.rows = []
@@ -373,7 +373,7 @@ def test_a_trajectory_keeps_every_nth_step():
 
 
 def smooth(count=8, size=64, seed=0):
-    """Random pictures in [-1, 1] with the low frequencies of photographs, of different brightness."""
+    """Random images in [-1, 1] with the low frequencies of photographs, of different brightness."""
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.fft.fftfreq(size)
     falloff = 1 / (frequency[:, None] ** 2 + frequency**2 + 1 / size**2)
@@ -384,12 +384,12 @@ def smooth(count=8, size=64, seed=0):
 
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("t", [50, 250, 500, 750])
-def test_a_blur_denoises_a_smooth_picture(t, size):
+def test_a_blur_denoises_a_smooth_image(t, size):
     x_0 = smooth(2 if size == 256 else 8, size)
     x_t = add_noise(x_0, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)), t, COSINE)
     blurred, mean = classical_denoise(x_t, t, COSINE), x_t / math.sqrt(COSINE.alpha_cumprod(t))
     assert ((blurred - x_0) ** 2).mean() < (0.9 if t == 50 else 0.3) * ((mean - x_0) ** 2).mean()
-    assert ((blurred - x_0) ** 2).mean() < 1.5 * x_0.var()  # nearer than noise of the picture's own size
+    assert ((blurred - x_0) ** 2).mean() < 1.5 * x_0.var()  # nearer than noise of the image's own size
 
 
 @pytest.mark.parametrize("t", [50, 500, 750])
@@ -423,7 +423,7 @@ def test_a_late_start_keeps_the_mode_and_an_early_one_forgets_it():
     assert 0.35 < share(30) < 0.95  # between the two
 
 
-def test_image_to_image_starts_at_the_picture_noised_to_its_first_timestep():
+def test_image_to_image_starts_at_the_image_noised_to_its_first_timestep():
     seen, x_0 = Trajectory(), gaussians(2, (1, 2, 2), 5)()
     sdedit(TWO_MODES.estimate, x_0, 97, EVERY_10TH, COSINE, noise=gaussians(2, (1, 2, 2)), callback=seen)
     assert [(step, t) for step, t, _, _ in seen] == [(0, 20), (1, 10), (2, 0)]
@@ -442,7 +442,7 @@ LEFT_KNOWN = tensor([0.0, 1.0], [0.0, 1.0]).view(1, 1, 2, 2)
 
 
 def filled(num_steps, jump_length=1, num_resamples=1, count=4000, known=(1.5, -0.5), seed=0, **options):
-    """Inpaint the right column of GAUSSIAN's pictures; the flat pictures, and the true conditional's moments."""
+    """Inpaint the right column of GAUSSIAN's images; the flat images, and the true conditional's moments."""
     x_orig = tensor(known[0], 9.0, known[1], 9.0).view(1, 1, 2, 2).expand(count, 1, 2, 2)
     x = inpaint(
         GAUSSIAN.estimate,
@@ -596,7 +596,7 @@ def test_an_anagram_is_the_mean_of_what_each_sees():
 
 
 def with_variance(model):
-    """The model's estimate, with a learned variance that depends on the picture and the timestep."""
+    """The model's estimate, with a learned variance that depends on the image and the timestep."""
     return lambda x_t, t: (model.estimate(x_t, t)[0], torch.sin(x_t + t))
 
 
@@ -701,7 +701,7 @@ def test_completion_keeps_the_grey_and_makes_up_the_colour(step):
         assert_moments(x_t.mean(1), mean, (1 - alpha_cumprod) / 3 * torch.eye(4).double())
 
 
-def test_noise_of_two_seeds_completes_two_pictures():
+def test_noise_of_two_seeds_completes_two_images():
     x_orig, noise = torch.zeros(2, 3, 4, 4), noise_source([1, 2], (3, 4, 4))
     x = inpaint_component(toy(0.1, 0.0), x_orig, grey_colour()[0], [9, 5, 0], COSINE, noise=noise, step=ddim_step)
     assert x.shape == (2, 3, 4, 4)

@@ -45,7 +45,7 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def picture(*rows) -> torch.Tensor:
+def image(*rows) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)[None, None]
 
 
@@ -65,7 +65,7 @@ def test_every_view_makes_anagrams(name, side):
     assert torch.equal(MADE[name].view(MADE[name].inverse(x)), x)
     assert torch.equal(seen.abs().flatten().sort()[0], x.abs().flatten().sort()[0])
     assert torch.equal(seen, x) == (name == "identity")
-    assert torch.equal(MADE[name].view(x[:1, :1]), seen[:1, :1])  # every picture and channel in the same way
+    assert torch.equal(MADE[name].view(x[:1, :1]), seen[:1, :1])  # every image and channel in the same way
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -108,24 +108,24 @@ def test_views_by_hand_keep_the_sign_of_a_variance(view, moves):
         ("skew", [[1, 2, 3], [6, 4, 5], [8, 9, 7]]),
     ],
 )
-def test_views_of_a_small_picture(name, expected):
-    assert torch.equal(VIEWS[name]().view(picture([1, 2, 3], [4, 5, 6], [7, 8, 9])), picture(*expected))
+def test_views_of_a_small_image(name, expected):
+    assert torch.equal(VIEWS[name]().view(image([1, 2, 3], [4, 5, 6], [7, 8, 9])), image(*expected))
 
 
 def test_a_permutation_shows_at_each_place_the_pixel_of_another():
     view = permutation("by hand", lambda h, w: torch.tensor([[1, 2], [3, 0]]))
-    assert torch.equal(view.view(picture([10, 11], [12, 13])), picture([11, 12], [13, 10]))
-    assert torch.equal(view.inverse(picture([11, 12], [13, 10])), picture([10, 11], [12, 13]))
+    assert torch.equal(view.view(image([10, 11], [12, 13])), image([11, 12], [13, 10]))
+    assert torch.equal(view.inverse(image([11, 12], [13, 10])), image([10, 11], [12, 13]))
 
 
 def test_half_a_skew_shifts_the_last_rows_by_half_a_width():
-    x = picture(*[[1, 2, 3, 4]] * 4)
-    assert torch.equal(skew(0.5).view(x), picture([1, 2, 3, 4], [1, 2, 3, 4], [4, 1, 2, 3], [4, 1, 2, 3]))
-    assert torch.equal(skew(1.0).view(x), picture([1, 2, 3, 4], [4, 1, 2, 3], [3, 4, 1, 2], [2, 3, 4, 1]))
+    x = image(*[[1, 2, 3, 4]] * 4)
+    assert torch.equal(skew(0.5).view(x), image([1, 2, 3, 4], [1, 2, 3, 4], [4, 1, 2, 3], [4, 1, 2, 3]))
+    assert torch.equal(skew(1.0).view(x), image([1, 2, 3, 4], [4, 1, 2, 3], [3, 4, 1, 2], [2, 3, 4, 1]))
 
 
 def test_patches_stay_whole():
-    """Each patch of the view is a patch of the picture, upright; and each of those is seen once."""
+    """Each patch of the view is a patch of the image, upright; and each of those is seen once."""
 
     def cut(x):
         return [part for row in x[0].split(4, dim=-2) for part in row.split(4, dim=-1)]
@@ -166,9 +166,9 @@ def test_hinged_squares_turn_by_a_quarter_their_neighbours_the_other_way():
             place = (..., slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
             assert torch.equal(seen[place], x[place].rot90(1 if (i + j) % 2 else -1, (-2, -1)))
     hinge = VIEWS["square_hinge"]().view(
-        picture([1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 9]).repeat(1, 1, 2, 2)
+        image([1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 9]).repeat(1, 1, 2, 2)
     )
-    assert torch.equal(hinge[..., :2, :4], picture([5, 1, 4, 8], [6, 2, 3, 7]))  # a clockwise turn, and one back
+    assert torch.equal(hinge[..., :2, :4], image([5, 1, 4, 8], [6, 2, 3, 7]))  # a clockwise turn, and one back
 
 
 @pytest.mark.parametrize("grid", [4, 8])
@@ -253,7 +253,7 @@ def crop(x):
         (lambda x: x**3, lambda x: x.sign() * x.abs() ** (1 / 3), "it is not linear"),
         (lambda x: x + 1, lambda x: x - 1, "it is not linear"),
         (torch.abs, lambda x: x, "it is not linear"),
-        (crop, lambda x: x, r"it turns pictures of \[3, 64, 64\] into \[3, 63, 64\]"),
+        (crop, lambda x: x, r"it turns images of \[3, 64, 64\] into \[3, 63, 64\]"),
         (lambda x: upscaled(x, 2), lambda x: x[..., ::2, ::2], r"into \[3, 128, 128\]"),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_mixing_orthogonal_map_is_accepted_where_no_variance_is_learned():
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("rotate_90", (64, 32), "square pictures, not 64 × 32"),
+        ("rotate_90", (64, 32), "square images, not 64 × 32"),
         ("inner_circle", (64, 32), "not in 64 × 32"),
         ("jigsaw", (64, 32), "not 64 × 32"),
         ("jigsaw", (66, 66), "not 66 × 66"),
@@ -319,7 +319,7 @@ def test_a_mixing_orthogonal_map_is_accepted_where_no_variance_is_learned():
         ("pixels", (32, 32), "cannot be cut into 64 × 64 patches"),
     ],
 )
-def test_pictures_that_do_not_fit_a_view_are_refused(name, shape, reason):
+def test_images_that_do_not_fit_a_view_are_refused(name, shape, reason):
     with pytest.raises(ValueError, match=reason):
         VIEWS[name]().view(torch.zeros(1, 3, *shape))
     if name != "rotate_90":
@@ -333,7 +333,7 @@ def test_a_jigsaw_of_less_than_4_pieces_has_no_inner_ones():
 
 
 @pytest.mark.parametrize("name", ["vertical_flip", "horizontal_flip", "rotate_180", "negate", "skew", "patches"])
-def test_views_of_wide_pictures(name):
+def test_views_of_wide_images(name):
     check_view(VIEWS[name](), (3, 32, 64))
 
 
@@ -342,7 +342,7 @@ def test_views_of_wide_pictures(name):
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 28, 28), (3, 64, 64), (3, 32, 64)])
 @pytest.mark.parametrize("name", sorted(DECOMPOSITIONS))
-def test_every_decomposition_sums_to_the_picture(name, shape):
+def test_every_decomposition_sums_to_the_image(name, shape):
     check_components(DECOMPOSITIONS[name](), shape, tolerance=1e-4)
     x = noise(2, *shape)
     for component in DECOMPOSITIONS[name]():
@@ -353,13 +353,13 @@ def test_every_decomposition_sums_to_the_picture(name, shape):
 
 
 @pytest.mark.parametrize("name", sorted(DECOMPOSITIONS))
-def test_every_decomposition_sums_to_a_large_picture(name):
-    """Of one picture: `check_components` takes four pairs of them, and a blur as wide as 256 pixels ask is slow."""
+def test_every_decomposition_sums_to_a_large_image(name):
+    """Of one image: `check_components` takes four pairs of them, and a blur as wide as 256 pixels ask is slow."""
     x, components = noise(1, 3, 256, 256), DECOMPOSITIONS[name]()
     torch.testing.assert_close(sum(component.of(x) for component in components), x, atol=1e-4, rtol=0)
 
 
-def test_parts_that_do_not_sum_to_the_picture_or_are_not_linear_are_refused():
+def test_parts_that_do_not_sum_to_the_image_or_are_not_linear_are_refused():
     low, high = low_high_pass()
     with pytest.raises(ValueError, match=r"components low pass, low pass do not sum to the image: .* off by up to"):
         check_components([low, low])

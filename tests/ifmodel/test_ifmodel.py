@@ -158,7 +158,7 @@ def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [STAGE_1, STAGE_2])
 def test_packed_convolutions_compute_the_same(config, dtype):
-    """Also for pictures of other shapes than the first, for which they were packed."""
+    """Also for images of other shapes than the first, for which they were packed."""
     if not can_pack(dtype):
         pytest.skip("this CPU cannot pack convolutions in this dtype")
     ours, _ = pair(config, dtype)
@@ -390,7 +390,7 @@ def test_a_square_sample_size_is_one_number():
     assert UNetConfig.from_dict({**STAGE_1, "sample_size": [32, 32]}).sample_size == 32
 
 
-# Values in a scheduler_config.json that would give other pictures than ours, and what is said of each
+# Values in a scheduler_config.json that would give other images than ours, and what is said of each
 SCHEDULER_REFUSALS = [
     ({"_class_name": "DDIMScheduler"}, "_class_name = 'DDIMScheduler', the sampler implements 'DDPMScheduler'"),
     ({"beta_schedule": "linear"}, "beta_schedule = 'linear', the sampler implements 'squaredcos_cap_v2'"),
@@ -424,7 +424,7 @@ def test_schedulers_that_are_not_ifs_are_refused_by_name(tmp_path, change, said)
 
 
 def test_what_a_scheduler_says_of_thresholding_is_done(tmp_path):
-    """Fields that change no picture may be anything; those that the file leaves out are diffusers' defaults."""
+    """Fields that change no image may be anything; those that the file leaves out are diffusers' defaults."""
     x_0 = 2 * torch.randn(2, 3, 8, 8)
     assert stage_threshold(tmp_path, 1) is STAGE_1_THRESHOLD  # no file: as IF does
     assert stage_threshold(tmp_path, 2) is STAGE_2_THRESHOLD
@@ -599,7 +599,7 @@ def pipelines(dtype=torch.float32):
 
 @pytest.mark.parametrize(("num_steps", "guidance_scale"), [(4, 7.0), (20, 3.0), (5, 1.0)])
 def test_the_cascade_equals_diffusers_pipelines(num_steps, guidance_scale):
-    """Two pictures through both stages, from the same seeds: within 1 of 255 in every pixel."""
+    """Two images through both stages, from the same seeds: within 1 of 255 in every pixel."""
     (first, stage_1), (second, stage_2) = pipelines()
     _, _, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
     null_embeds, seeds = torch.zeros_like(prompt_embeds), [20040805, 20040806]
@@ -619,7 +619,7 @@ def test_the_cascade_equals_diffusers_pipelines(num_steps, guidance_scale):
     assert (our_large - large).abs().max() < 2 / 255
 
 
-def test_a_picture_does_not_depend_on_those_beside_it():
+def test_an_image_does_not_depend_on_those_beside_it():
     (first, _), _ = pipelines()
     _, _, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
     null_embeds, options = torch.zeros_like(prompt_embeds), {"num_steps": 4, "size": (8, 16)}

@@ -58,7 +58,7 @@ def pixels(path) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
-def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscaled):
+def test_the_image_is_diffusers_image(run_script, cascade, tmp_path, upscaled):
     """Same folder, prompt, seed, steps, guidance and noise level: within 1 of 255 in every pixel."""
     folder, stage_1, stage_2 = cascade
     out = tmp_path / "out.png"
@@ -85,7 +85,7 @@ def test_the_picture_is_diffusers_picture(run_script, cascade, tmp_path, upscale
 
 
 def test_thresholding_is_what_the_scheduler_says(run_script, cascade, tmp_path):
-    """With another sample_max_value and ratio in both stages' files, the picture is diffusers' with these."""
+    """With another sample_max_value and ratio in both stages' files, the image is diffusers' with these."""
     folder, stage_1, stage_2 = cascade
     said = {"sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.8}
     for name in ("stage_1", "stage_2"):
@@ -111,7 +111,7 @@ def test_thresholding_is_what_the_scheduler_says(run_script, cascade, tmp_path):
     assert abs(pixels(tmp_path / f"{folder.name}.png") - expected).max() > 10
 
 
-def test_a_grid_and_each_picture_beside_it(run_script, cascade, tmp_path):
+def test_a_grid_and_each_image_beside_it(run_script, cascade, tmp_path):
     folder, _, _ = cascade
     options = ["--model", folder / "stage_1", "--steps", 3, "--dtype", "float32", "--prompt", PROMPT]
     status, _, err = run_script(
@@ -226,7 +226,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, number):
-    """Though the UNet's outputs are finite, and thresholding may make the picture so again."""
+    """Though the UNet's outputs are finite, and thresholding may make the image so again."""
     folder, out = cascade[0], tmp_path / "out.png"
     options = ["--model", folder / "stage_1", "--upscaler", folder / "stage_2", "--prompt", PROMPT, "--steps", 1]
     options += ["--upscaler-steps", 1, "--dtype", "float32", "--out", out]

@@ -25,7 +25,7 @@ def random(*shape, seed):
 
 @pytest.fixture(scope="module")
 def pair(cascade):  # noqa: F811
-    """diffusers' two pipelines, a picture each for two prompts, their embeddings, and our estimate for them."""
+    """diffusers' two pipelines, an image each for two prompts, their embeddings, and our estimate for them."""
     folder, pipeline, _ = cascade
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod  # in float64, so that it is its arithmetic we compare with
@@ -34,12 +34,12 @@ def pair(cascade):  # noqa: F811
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
     embeds, null = random(2, 77, 24, seed=1), random(1, 77, 24, seed=2)
-    picture = random(2, 3, 16, 16, seed=3).clamp(-1, 1)
+    image = random(2, 3, 16, 16, seed=3).clamp(-1, 1)
     estimate = stage_1(load_unet(folder / "stage_1"), embeds, null, GUIDANCE)
 
     def call(pipeline, seed, **options):
         return pipeline(
-            image=picture,
+            image=image,
             prompt_embeds=embeds,
             negative_prompt_embeds=null.expand(2, -1, -1),
             num_inference_steps=STEPS,
@@ -49,27 +49,27 @@ def pair(cascade):  # noqa: F811
             **options,
         ).images
 
-    return [partial(call, pipeline) for pipeline in pipelines], picture, estimate
+    return [partial(call, pipeline) for pipeline in pipelines], image, estimate
 
 
 def drawing(seed):
-    """Noise for two pictures from one generator, as diffusers draws it."""
+    """Noise for two images from one generator, as diffusers draws it."""
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(2, 3, 16, 16, generator=generator)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.75, 0.3, 0.1])
 def test_sdedit_is_diffusers_image_to_image(pair, strength):
-    (image_to_image, _), picture, estimate = pair
+    (image_to_image, _), image, estimate = pair
     theirs = image_to_image(4, strength=strength)
     timesteps, i_start = leading_timesteps(1000, STEPS), STEPS - int(STEPS * strength)
-    ours = sdedit(estimate, picture, i_start, timesteps, SCHEDULE, noise=drawing(4), **LOOP)
+    ours = sdedit(estimate, image, i_start, timesteps, SCHEDULE, noise=drawing(4), **LOOP)
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    if i_start < STEPS - 1:  # neighbouring starts are other pictures, so the comparison can tell
+    if i_start < STEPS - 1:  # neighbouring starts are other images, so the comparison can tell
         other = sdedit(
             estimate,
-            picture,
+            image,
             i_start + 1,
             timesteps,
             SCHEDULE,
@@ -80,23 +80,23 @@ def test_sdedit_is_diffusers_image_to_image(pair, strength):
         assert (other - theirs).abs().max() > 1e-2
 
 
-def as_diffusers_draws(picture, timesteps, seed):
-    """Noise for `inpaint`: x_T is the noised picture; the known pixels, which diffusers leaves alone, get none."""
+def as_diffusers_draws(image, timesteps, seed):
+    """Noise for `inpaint`: x_T is the noised image; the known pixels, which diffusers leaves alone, get none."""
     draw = drawing(seed)
-    yield add_noise(picture, draw(), timesteps[0], SCHEDULE)
+    yield add_noise(image, draw(), timesteps[0], SCHEDULE)
     while True:
         yield draw()
-        yield torch.zeros_like(picture)
+        yield torch.zeros_like(image)
 
 
 def test_inpainting_is_diffusers_where_nothing_is_known(pair):
-    (_, inpainting), picture, estimate = pair
+    (_, inpainting), image, estimate = pair
     mask, timesteps = torch.ones(1, 1, 16, 16), leading_timesteps(1000, STEPS)
     theirs = inpainting(5, mask_image=mask, strength=1.0)
-    noise = as_diffusers_draws(picture, timesteps, 5)
+    noise = as_diffusers_draws(image, timesteps, 5)
     ours = inpaint(
         estimate,
-        picture,
+        image,
         mask,
         timesteps,
         SCHEDULE,
@@ -109,7 +109,7 @@ def test_inpainting_is_diffusers_where_nothing_is_known(pair):
 
 def test_diffusers_inpainting_shows_the_model_known_pixels_without_noise_and_ours_with(pair):
     """Both end with the known pixels; but in between, only ours have the noise that the timestep says."""
-    (_, inpainting), picture, estimate = pair
+    (_, inpainting), image, estimate = pair
     mask, timesteps = torch.zeros(1, 1, 16, 16), leading_timesteps(1000, STEPS)
     mask[..., 8:] = 1
     seen, ours_seen = [], []
@@ -117,7 +117,7 @@ def test_diffusers_inpainting_shows_the_model_known_pixels_without_noise_and_our
     noise = drawing(5)
     ours = inpaint(
         estimate,
-        picture,
+        image,
         mask,
         timesteps,
         SCHEDULE,
@@ -128,10 +128,10 @@ def test_diffusers_inpainting_shows_the_model_known_pixels_without_noise_and_our
     )
     assert len(seen) == len(ours_seen) == STEPS
     for x in seen:
-        assert torch.equal(x[..., :8], picture[..., :8])
+        assert torch.equal(x[..., :8], image[..., :8])
     for t, x in zip(timesteps[1:-1], ours_seen[1:-1], strict=True):
-        deviation = (x - SCHEDULE.alpha_cumprod(t) ** 0.5 * picture)[..., :8].std().item()
+        deviation = (x - SCHEDULE.alpha_cumprod(t) ** 0.5 * image)[..., :8].std().item()
         assert deviation == pytest.approx((1 - SCHEDULE.alpha_cumprod(t)) ** 0.5, rel=0.12)
-    assert torch.equal(ours[..., :8], picture[..., :8])
-    assert torch.equal(theirs[..., :8], picture[..., :8])
+    assert torch.equal(ours[..., :8], image[..., :8])
+    assert torch.equal(theirs[..., :8], image[..., :8])
     assert (ours - theirs)[..., 8:].abs().mean() > 0.05

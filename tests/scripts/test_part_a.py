@@ -41,7 +41,7 @@ def upscaler(cascade):  # noqa: F811
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture with something in each quarter, of an odd size."""
+    """An image with something in each quarter, of an odd size."""
     x = torch.linspace(0, 255, 50)
     pixels = torch.stack([x.expand(40, 50), x[:40, None].expand(40, 50), torch.full((40, 50), 90.0)], -1)
     Image.fromarray(pixels.byte().numpy()).save(tmp_path / "photo.png")
@@ -97,8 +97,8 @@ def test_a0_prompts_by_steps(run_script, tmp_path, model):
 def test_a1_forward_process_grows_noisier(run_script, tmp_path, photo):
     options = ["--image", photo, "--size", 16]
     cells = draw(run_script, tmp_path, "forward_process", *options, cells=table(1, 8))
-    with Image.open(photo) as picture:
-        original = numpy.asarray(picture.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    with Image.open(photo) as image:
+        original = numpy.asarray(image.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
     distance = [abs(cells[f"0_{k}"] - original).mean() for k in range(8)]
     assert distance[0] < 5 and distance == sorted(distance)
 
@@ -160,7 +160,7 @@ STEPS = {
 
 
 def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade):  # noqa: F811
-    """The script's picture is that of `iterative_denoise` with the step meant, and of no other."""
+    """The script's image is that of `iterative_denoise` with the step meant, and of no other."""
     folder, prompt = cascade[0] / "stage_1", "a high quality photo"
     unet, embeds = load_unet(folder), embed_prompts(folder, [prompt, ""])
     estimate, drawn = stage_1(unet, embeds[prompt][None], embeds[""][None], 3.0), {}
@@ -193,7 +193,7 @@ def test_a7_a8_later_starts_stay_nearer(run_script, tmp_path, model, upscaler, p
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
-def test_a9_known_pixels_are_the_pictures_own(run_script, tmp_path, model, upscaler, photo, upscaled):
+def test_a9_known_pixels_are_the_images_own(run_script, tmp_path, model, upscaler, photo, upscaled):
     options = [*model, "--image", photo, "--mask", "rectangle:0.5,0,1,0.5", "--jump-length", 1, "--resamples", 2]
     options, size = (options + upscaler, 32) if upscaled else (options, 16)
     cells = draw(run_script, tmp_path, "inpaint", *options, cells=table(1, 4), size=size)
@@ -228,7 +228,7 @@ def blob(height: int, width: int) -> numpy.ndarray:
 @pytest.mark.parametrize("size", [(100, 160), (160, 100), (90, 90)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_mask_lies_where_it_was_painted(tmp_path, recwarn, size, suffix):
-    """A picture that is its own mask: what is light in it is what the mask says."""
+    """An image that is its own mask: what is light in it is what the mask says."""
     path = tmp_path / f"photo.{suffix}"
     painted = Image.fromarray(blob(*size)).resize((10 * size[1], 10 * size[0]), Image.Resampling.NEAREST)
     painted.convert("L").save(path, quality=100)
@@ -272,8 +272,8 @@ def test_masks_of_any_mode_are_read(tmp_path, recwarn):
         "sixteen.pgm": Image.fromarray(numpy.where(hole, 65535, 0).astype(numpy.uint16)),
         "float.tiff": Image.fromarray(hole.astype(numpy.float32)),
     }
-    for name, picture in files.items():
-        picture.save(tmp_path / name)
+    for name, image in files.items():
+        image.save(tmp_path / name)
         mask = read_mask(str(tmp_path / name), (20, 20), tmp_path / name)
         assert (mask[0, 0].bool().numpy() == hole).all(), name
     assert not recwarn.list
@@ -284,15 +284,15 @@ def test_masks_with_transparency_say_what_decided(tmp_path):
     photo[:5] = 255
     erased = Image.fromarray(numpy.dstack([photo, numpy.where(hole, 0, 255).astype(numpy.uint8)]))
     white = Image.fromarray(numpy.dstack([numpy.full_like(photo, 255), numpy.where(hole, 255, 0).astype(numpy.uint8)]))
-    for picture, what in ((erased, "transparent"), (white, "painted white")):
-        picture.save(tmp_path / "mask.png")
+    for image, what in ((erased, "transparent"), (white, "painted white")):
+        image.save(tmp_path / "mask.png")
         with pytest.warns(UserWarning, match=f"mask.png is read from transparency: what is {what} is the hole"):
             mask = read_mask(str(tmp_path / "mask.png"), (20, 20), tmp_path / "mask.png")
         assert (mask[0, 0].bool().numpy() == hole).all()
 
 
 @pytest.mark.parametrize("upscaled", [False, True])
-def test_a10_every_row_is_a_view_of_the_picture(run_script, tmp_path, model, upscaler, upscaled):
+def test_a10_every_row_is_a_view_of_the_image(run_script, tmp_path, model, upscaler, upscaled):
     options = [*model, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 2, "--animate"]
     options, size = (options + upscaler, 32) if upscaled else (options, 16)
     cells = draw(run_script, tmp_path, "visual_anagram", *options, cells=table(2, 2), size=size)
@@ -371,20 +371,20 @@ def test_a_hybrid_of_a_larger_sigma_leaves_more_to_the_near_prompt(run_script, t
     assert contrast[None] == contrast[2] < contrast[4]
 
 
-def test_prompts_for_each_picture(run_script, tmp_path, model):
-    """Several prompts are rows of their own in A5 and A6, and one for each picture in A9."""
+def test_prompts_for_each_image(run_script, tmp_path, model):
+    """Several prompts are rows of their own in A5 and A6, and one for each image in A9."""
     two = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     both = draw(run_script, tmp_path / "both", "sample", *model, *two, "--num-images", 1, cells=table(4, 1))
     second = draw(run_script, tmp_path / "one", "sample", *model, *two[2:], "--num-images", 1, cells=table(2, 1))
     assert all(abs(both[f"{row + 2}_0"] - second[f"{row}_0"]).max() <= 1 for row in (0, 1))
-    pictures = ["--image", "face", "--image", "face"]
-    cells = draw(run_script, tmp_path / "hole", "inpaint", *model, *pictures, *two, cells=table(2, 4))
-    one = draw(run_script, tmp_path / "only", "inpaint", *model, *pictures[:2], *two[2:], cells=table(1, 4))
+    images = ["--image", "face", "--image", "face"]
+    cells = draw(run_script, tmp_path / "hole", "inpaint", *model, *images, *two, cells=table(2, 4))
+    one = draw(run_script, tmp_path / "only", "inpaint", *model, *images[:2], *two[2:], cells=table(1, 4))
     assert abs(cells["1_3"] - one["0_3"]).max() <= 1 < abs(cells["0_3"] - one["0_3"]).max()
 
 
 @pytest.mark.parametrize(("script", "rows"), [("visual_anagram", 2), ("hybrid_image", 3)])
-def test_several_pairs_are_several_pictures(run_script, tmp_path, model, script, rows):
+def test_several_pairs_are_several_images(run_script, tmp_path, model, script, rows):
     """Each as if it had been asked for alone."""
     quick = ["--num-images", 1, "--animate"]
     asked = [part for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0]) for part in ("--prompt", prompt)]
@@ -431,7 +431,7 @@ def test_a11_rows_say_which_component_they_are(labels, model, photo, options, ro
     assert [label.replace("\n", " ") for label in found] == rows
 
 
-def test_a7_rows_of_several_pictures_are_told_apart(labels, model):
+def test_a7_rows_of_several_images_are_told_apart(labels, model):
     options = [*model, "--i-start", 1]
     assert labels("sdedit", *options, "--image", "face", "--prompt", "a") == ["a"]
     told = [f"{image}:\n{prompt}" for image in ("face", "rocket") for prompt in "ab"]
@@ -448,31 +448,31 @@ def test_labels_fill_the_width_they_have():
     assert wrapped("one two\nthree", 1000) == "one two\nthree"
 
 
-def test_labels_touch_no_picture_and_leave_no_gap(tmp_path):
+def test_labels_touch_no_image_and_leave_no_gap(tmp_path):
     red, tall = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 32, 32), "a row that is\ntall" + " and tall" * 12
     labels = {"row_labels": ["a row", tall], "column_labels": ["i_start = 10", "an incomprehensibility"]}
     save_grid(tmp_path / "grid.png", [[red] * 2] * 2, **labels, title="both", zoom=2, seed=0)
     pixels = read(tmp_path / "grid.png")
-    pictures = (pixels == [255, 0, 0]).all(-1)
-    assert pictures.sum() == 4 * 64 * 64  # apart from each other, nothing on them
-    ink, left, top = pixels.max(-1) < 200, pictures.any(0).argmax(), pictures.any(1).argmax()
-    assert not ink[pictures.any(1), left - 5 : left].any() and not ink[top - 5 : top, pictures.any(0)].any()
+    images = (pixels == [255, 0, 0]).all(-1)
+    assert images.sum() == 4 * 64 * 64  # apart from each other, nothing on them
+    ink, left, top = pixels.max(-1) < 200, images.any(0).argmax(), images.any(1).argmax()
+    assert not ink[images.any(1), left - 5 : left].any() and not ink[top - 5 : top, images.any(0)].any()
     assert all(10 <= edge <= 25 for edge in (ink.any(0).argmax(), ink.any(1).argmax()))
 
 
-def test_a11_keeping_the_greys_of_a_picture(run_script, tmp_path, model, photo):
+def test_a11_keeping_the_greys_of_an_image(run_script, tmp_path, model, photo):
     options = [*model, "--keep", photo, "--components", "grey_colour", "--prompt", PROMPTS[0], "--num-images", 1]
     cells = draw(run_script, tmp_path, "hybrid_image", *options, cells=table(3, 1))
     draw(run_script, tmp_path / "b", "forward_process", "--image", photo, "--size", 16, "--timesteps", 0, cells=["0_0"])
     # compared where no channel was clipped
     kept = (cells["0_0"].min(-1) > 0) & (cells["0_0"].max(-1) < 255)
-    with Image.open(photo) as picture:
-        original = numpy.asarray(picture.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    with Image.open(photo) as image:
+        original = numpy.asarray(image.crop((5, 0, 45, 40)).resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
     assert kept.any()
     assert abs(cells["0_0"].mean(-1) - original.mean(-1))[kept].max() <= 1.1
 
 
-def test_pictures_of_any_mode_are_read(run_script, tmp_path):
+def test_images_of_any_mode_are_read(run_script, tmp_path):
     x = numpy.linspace(0, 1, 64)[None].repeat(48, 0)
     rgb = Image.fromarray((x[..., None] * [255, 255, 255]).astype(numpy.uint8))
     clear = rgb.convert("RGBA")
@@ -488,8 +488,8 @@ def test_pictures_of_any_mode_are_read(run_script, tmp_path):
         "sixteen.png": Image.fromarray((x * 65535).astype(numpy.uint16)),
     }
     read_as = {}
-    for name, picture in files.items():
-        picture.save(tmp_path / name)
+    for name, image in files.items():
+        image.save(tmp_path / name)
     turned.save(tmp_path / "turned.png", exif=exif)
     clear.save(tmp_path / "clear.png")
     for name in [*files, "turned.png", "clear.png"]:
@@ -510,7 +510,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
         assert not out[1].exists()
         return line
 
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     assert "is no image" in said("forward_process", "--image", tmp_path / "text.png")
     assert "no image at" in said("forward_process", "--image", tmp_path / "nowhere.png")
     assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
@@ -532,7 +532,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "--noise must not be below 0, it is -1" in said("restore", *model, "--image", photo, "--noise", -1)
     assert "one for each of the 1 images, not 2" in said("restore", *model, "--image", photo, *two)
     line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "rotate_90")
-    assert "needs square pictures, not 16 × 24" in line
+    assert "needs square images, not 16 × 24" in line
     line = said("visual_anagram", *model, *two, "--size", 16, 24, "--view", "identity", "--view", "pixels")
     assert "16 × 24 pixels cannot be cut into 16 × 16 patches" in line
     assert "give 3 --prompt for the components coarse, middle, fine, not 2" in said(
@@ -550,7 +550,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "of stage 1 alone" in said("one_step_denoise", *model, "--upscaler", "x")
 
 
-def test_pictures_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, model, monkeypatch):
+def test_images_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, model, monkeypatch):
     def never(*_, **__):
         raise AssertionError("T5 was asked")
 

@@ -21,7 +21,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """The page's pictures, links and unclosed tags."""
+    """The page's images, links and unclosed tags."""
 
     def __init__(self, path):
         super().__init__()
@@ -115,7 +115,7 @@ def test_refused(refused, tmp_path):
 
 
 def test_figures_and_files_that_the_documents_name_are_committed():
-    """A missing picture shows as nothing at all."""
+    """A missing image shows as nothing at all."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("this is no clone")

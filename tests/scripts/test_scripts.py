@@ -39,10 +39,10 @@ def weights(tmp_path_factory):
     return files
 
 
-def picture(path):
+def checked(path):
     """A PNG that is not blank, and what its metadata says."""
     with Image.open(path) as image:
-        greys = image.convert("L").histogram()  # text and frames are black and white: pictures are what is between
+        greys = image.convert("L").histogram()  # text and frames are black and white: images are what is between
         assert sum(greys[40:216]) > 0.01 * sum(greys)
         return image.size, image.text
 
@@ -101,7 +101,7 @@ def test_train_ddpm_stopped_and_resumed_to_the_same_weights(run_script, monkeypa
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for figure in ("loss.png", "samples_epoch01.png", "samples_epoch02.png"):
-        _, metadata = picture(tmp_path / "whole" / figure)
+        _, metadata = checked(tmp_path / "whole" / figure)
         assert metadata["Seed"] == "20040805" and "train_ddpm.py --condition" in metadata["Command"]
     assert len((tmp_path / "whole" / "log.csv").read_text().splitlines()) == 3
 
@@ -112,7 +112,7 @@ def test_train_flow_stopped_and_resumed_to_the_same_weights(run_script, monkeypa
     whole, parts = states_of_a_stopped_run(run_script, monkeypatch, name, loss, options, tmp_path)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for figure in ("loss.png", "samples_epoch01.png", "samples_epoch02.png"):
-        picture(tmp_path / "whole" / figure)
+        checked(tmp_path / "whole" / figure)
     assert load_tensors(tmp_path / "whole" / "weights.safetensors")[1]["model"] == "ClassFlow"
 
 
@@ -135,7 +135,7 @@ def test_train_denoiser_stopped_and_resumed_to_the_same_weights(run_script, monk
         run_script, monkeypatch, "train_denoiser", "ddpm.mnist.training.denoiser_loss", options, tmp_path
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    picture(tmp_path / "whole" / "denoised_epoch01.png")
+    checked(tmp_path / "whole" / "denoised_epoch01.png")
     assert load_tensors(tmp_path / "whole" / "weights.safetensors")[1]["model"] == "UNet"
 
 
@@ -145,7 +145,7 @@ def test_sample_mnist_saves_what_it_draws(run_script, tmp_path, weights):
     status, printed, err = run_script("sample_mnist", *common, "--per-class", 2)
     assert status == 0, err
     assert printed.splitlines() == [str(out), str(save)]
-    picture(out)
+    checked(out)
     saved, metadata = load_tensors(save)
     assert saved["images"].shape == (20, 1, 28, 28) and saved["images"].dtype == torch.float32
     assert saved["images"].min() >= 0 and saved["images"].max() <= 1
@@ -178,7 +178,7 @@ def test_sample_mnist_draws_with_flows_and_samplers(run_script, tmp_path, weight
     ]:
         status, _, err = run_script("sample_mnist", "--weights", weights[name], *common, *options)
         assert status == 0, err
-        picture(tmp_path / "digits.png")
+        checked(tmp_path / "digits.png")
 
 
 def test_flows_and_ddpms_are_not_taken_for_one_another(refused, tmp_path, weights):
@@ -207,7 +207,7 @@ def test_sample_mnist_without_classes(run_script, tmp_path, weights):
 def test_denoise_mnist(run_script, tmp_path, weights):
     status, _, err = run_script("denoise_mnist", "--data", DATA, "--weights", weights["UNet"], "--out", tmp_path)
     assert status == 0, err
-    (_, rows_b1), (_, rows_b3) = (picture(tmp_path / name)[0] for name in ("b1_noising.png", "b3_denoised.png"))
+    (_, rows_b1), (_, rows_b3) = (checked(tmp_path / name)[0] for name in ("b1_noising.png", "b3_denoised.png"))
     assert rows_b3 > 1.8 * rows_b1
 
 
@@ -226,15 +226,15 @@ def test_evaluate_mnist_goes_on_where_it_was(run_script, tmp_path, weights):
     assert [row["guidance"] for row in second["guidance"]] == [1, 3]
     assert second["denoiser_mse"].keys() == {"0.0", "0.2", "0.4", "0.5", "0.6", "0.8", "1.0"}
     assert second["fid_floor"] < second["guidance"][0]["fid"]  # an untrained model is further away than real digits
-    picture(tmp_path / "guidance.png")
-    picture(tmp_path / "misread_g1.png")
+    checked(tmp_path / "guidance.png")
+    checked(tmp_path / "misread_g1.png")
 
 
 def test_flow_velocity(run_script, refused, tmp_path, weights):
     out = ("--data", DATA, "--weights", weights["TimeFlow"], "--out", tmp_path / "velocity.png")
     status, _, err = run_script("flow_velocity", *out)
     assert status == 0, err
-    picture(tmp_path / "velocity.png")
+    checked(tmp_path / "velocity.png")
     assert "--times must be" in refused("flow_velocity", *out, "--times", 2)
 
 
@@ -245,7 +245,7 @@ def test_evaluate_mnist_compares_samplers(run_script, refused, tmp_path, weights
     assert status == 0, err
     made = json.loads((tmp_path / "samplers.json").read_text())["curves"]
     assert [[row["evaluations"] for row in made[curve]] for curve in curves] == [[1, 2], [2]]  # heun asks twice a step
-    picture(tmp_path / "samplers.png")
+    checked(tmp_path / "samplers.png")
     assert "--curves are WEIGHTS:SAMPLER" in refused("evaluate/mnist", *options, "--curves", "ddpm_class")
 
 
@@ -257,8 +257,8 @@ def test_digits_gallery_with_the_shipped_weights(run_script, tmp_path):
     measures = json.loads((tmp_path / "measures.json").read_text())
     assert measures["anagram"]["both"] >= 0.7
     assert measures["inpaint"]["confirmed"] >= 0.7
-    picture(tmp_path / "anagram.png")
-    picture(tmp_path / "inpaint.png")
+    checked(tmp_path / "anagram.png")
+    checked(tmp_path / "inpaint.png")
     assert "both" in out
 
 
@@ -267,8 +267,8 @@ def test_digits_gallery_draws_the_others(run_script, tmp_path, weights):
     status, _, err = run_script("digits_gallery", *options, "sdedit", "hybrid", "--out", tmp_path)
     assert status == 0, err
     assert json.loads((tmp_path / "measures.json").read_text()).keys() >= {"sdedit", "hybrid", "steps", "guidance"}
-    picture(tmp_path / "sdedit.png")
-    picture(tmp_path / "hybrid.png")
+    checked(tmp_path / "sdedit.png")
+    checked(tmp_path / "hybrid.png")
 
 
 def test_bench_mnist(run_script):

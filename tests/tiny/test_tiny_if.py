@@ -44,14 +44,14 @@ def test_it_is_small_and_in_safetensors_alone():
     }
 
 
-def test_diffusers_draws_the_same_pictures(run_script, tmp_path):
+def test_diffusers_draws_the_same_images(run_script, tmp_path):
     """Both stages by our script, in float32, and by diffusers' pipelines from the same folders."""
     prompt, out = "a photo of a rocket ship", tmp_path / "out.png"
     options = ["--prompt", prompt, "--steps", 6, "--upscaler-steps", 4, "--upscaler-guidance", 2]
     status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
     assert status == 0, err
-    with Image.open(out) as picture:
-        found = numpy.asarray(picture).astype(int)
+    with Image.open(out) as image:
+        found = numpy.asarray(image).astype(int)
 
     stage_1 = IFPipeline.from_pretrained(STAGE_1, torch_dtype=torch.float32)
     shared = {"tokenizer": stage_1.tokenizer, "text_encoder": stage_1.text_encoder}
@@ -70,7 +70,7 @@ def test_diffusers_draws_the_same_pictures(run_script, tmp_path):
 
 
 def test_it_draws_what_it_is_asked_for():
-    """Twelve prompts; at least ten pictures are nearer to their own training picture than to the eleven others."""
+    """Twelve prompts; at least ten images are nearer to their own training image than to the eleven others."""
     data = load_captioned(DATA / "emoji", 32)
     prompts = [f"a photo of {phrases[0]}" for phrases in data.phrases]
     embeds = embed_prompts("tiny-if/I", [*prompts, ""])
@@ -163,8 +163,8 @@ def test_upscaler_none_leaves_stage_2_out(run_script, tmp_path):
         options = ["--prompt", "a skull", "--steps", 1, "--upscaler-steps", 1, *more, "--out", out]
         status, _, err = run_script("generate", *options)
         assert status == 0, err
-        with Image.open(out) as picture:
-            assert picture.size == (side, side)
+        with Image.open(out) as image:
+            assert image.size == (side, side)
 
 
 QUICK = ["--judge-steps", 5, "--prompts", 4, "--pairs", 2, "--samples", 2, "--guidance", 2, "--illusion-steps", 2]

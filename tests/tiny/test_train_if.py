@@ -38,13 +38,13 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six pictures, each of another colour and shape, and what they are called."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Six images, each of another colour and shape, and what they are called."""
+    folder = tmp_path_factory.mktemp("images")
     lines = []
     for k, colour in enumerate(COLOURS):
-        picture = Image.new("RGBA", (64, 64))
-        ImageDraw.Draw(picture).regular_polygon((32, 32, 24), 3 + k, fill=colour)
-        picture.save(folder / f"{k}.png")
+        image = Image.new("RGBA", (64, 64))
+        ImageDraw.Draw(image).regular_polygon((32, 32, 24), 3 + k, fill=colour)
+        image.save(folder / f"{k}.png")
         lines.append(json.dumps({"file_name": f"{k}.png", "text": f"{colour} shape", "tags": ["polygon"]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -118,18 +118,18 @@ def test_captions_said_in_full_get_no_article():
         assert with_article(name.split(maxsplit=1)[1]) == name
 
 
-def test_pictures_lie_as_their_exif_says(tmp_path):
-    picture = Image.new("RGB", (32, 16), "blue")
-    picture.paste("red", (0, 0, 16, 16))
+def test_images_lie_as_their_exif_says(tmp_path):
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[274] = 6  # turned by 90° to the left: its left is the top
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "turned.png", "text": "flag"}')
     top, bottom = load_captioned(tmp_path, 16).images[0, :3].float()[:, [0, -1]].mean(2).T.tolist()
     assert top == [255, 0, 0] and bottom == [0, 0, 255]
 
 
-def test_a_bar_shows_how_many_of_many_pictures_are_loaded(folder, tmp_path, capsys):
+def test_a_bar_shows_how_many_of_many_images_are_loaded(folder, tmp_path, capsys):
     other = copied(folder, tmp_path)
     for count, quiet, shown in ((99, False, False), (100, True, False), (100, False, True)):
         (other / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "shape"}\n' * count)
@@ -164,7 +164,7 @@ def test_the_log_measures_on_what_is_held_out(monkeypatch, folder, tmp_path):
     assert not drawn[0] & drawn[1] and len(drawn[1]) >= 2  # twemoji's alone have this style
 
 
-def test_text_and_pictures_find_each_other(data, tokenizer):
+def test_text_and_images_find_each_other(data, tokenizer):
     torch.manual_seed(0)
     contrast = models.ContrastiveText(models.build_encoder(tokenizer.vocab_size, 32), dim=16)
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=3e-3)
@@ -216,7 +216,7 @@ def test_the_variance_alone_learns_from_the_bound(data, tokenizer):
 
 
 def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tokenizer):
-    """Else a model reads a picture's brightness off the mean of the noisiest x_t, where sampling begins without any."""
+    """Else a model reads an image's brightness off the mean of the noisiest x_t, where sampling begins without any."""
     seen = []
     monkeypatch.setattr(losses, "hybrid_loss", lambda output, x_0, x_t, eps, t, most: seen.append(eps) or eps.mean())
     model = small_model(tokenizer, export.stage_2_config(16, [32, 32], 1, 32))
@@ -229,13 +229,13 @@ def test_the_noise_of_stage_2_has_a_brightness_of_its_own(monkeypatch, data, tok
     assert 0.95 < (eps - eps.mean((2, 3), keepdim=True)).std() < 1.05
 
 
-def test_a_crop_of_what_stage_2_sees_lies_where_its_picture_does(data):
-    """The small picture is upscaled whole, so a crop of both is of the same place."""
+def test_a_crop_of_what_stage_2_sees_lies_where_its_image_does(data):
+    """The small image is upscaled whole, so a crop of both is of the same place."""
     x_0 = draw_images(data, 16, 6, torch.Generator().manual_seed(0), variety=0.0)[0]
     low_res = losses.small_noised(x_0, 8, 0, torch.Generator().manual_seed(0))
     crops = losses.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
-    picture, seen = crops.chunk(2, dim=1)
-    assert (picture - seen).square().mean() < 0.25 * (picture - seen.roll(1, 0)).square().mean()
+    image, seen = crops.chunk(2, dim=1)
+    assert (image - seen).square().mean() < 0.25 * (image - seen.roll(1, 0)).square().mean()
 
 
 def test_the_gap_is_zero_for_a_model_that_does_not_listen(data, tokenizer):
@@ -407,14 +407,14 @@ def test_two_processes_are_as_good_as_one(folder, tmp_path):
 
 
 def test_generate_draws_with_both_stages_as_diffusers_does(run_script, trained, tmp_path):
-    """diffusers loads the folders that were written, and its pictures are ours."""
+    """diffusers loads the folders that were written, and its images are ours."""
     prompt, out = "a red shape", tmp_path / "out.png"
     options = ["--model", trained / "1" / "model", "--upscaler", trained / "2" / "model", "--prompt", prompt]
     options += ["--steps", 4, "--guidance", 3, "--upscaler-steps", 3, "--upscaler-guidance", 2, "--noise-level", 50]
     status, _, err = run_script("generate", *options, "--dtype", "float32", "--device", "cpu", "--out", out)
     assert status == 0, err
-    with Image.open(out) as picture:
-        found = numpy.asarray(picture).astype(int)
+    with Image.open(out) as image:
+        found = numpy.asarray(image).astype(int)
 
     stage_1 = IFPipeline.from_pretrained(trained / "1" / "model", torch_dtype=torch.float32)
     shared = {"tokenizer": stage_1.tokenizer, "text_encoder": stage_1.text_encoder}
@@ -437,8 +437,8 @@ def test_the_sheets_and_logs(trained):
         header, row = (trained / stage / "log.csv").read_text().splitlines()
         assert header == columns
         assert row.startswith("3,") and len(row.split(",")) == len(columns.split(","))
-        with Image.open(trained / stage / "samples.png") as picture:
-            assert numpy.asarray(picture.convert("L")).std() > 10
+        with Image.open(trained / stage / "samples.png") as image:
+            assert numpy.asarray(image.convert("L")).std() > 10
 
 
 def copied(folder, tmp_path):
@@ -481,7 +481,7 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     assert "too small: 64 × 64" in told("--size", 128)
     assert "has no snow capped mountain" in told("--curated")
     assert "--variety must be from 0 to 1, but is 2" in told("--variety", 2)
-    (other / "3.png").write_bytes(b"no picture")
+    (other / "3.png").write_bytes(b"no image")
     assert "3.png cannot be read as an image" in told()
     (other / "3.png").unlink()
     assert "lacks 1 images: 3.png" in told()

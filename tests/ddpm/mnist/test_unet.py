@@ -107,7 +107,7 @@ def test_conditioning_is_c_times_plus_t_at_g_and_at_u1():
         constant(block, 0)
     torch.testing.assert_close(call(timed), call(plain))  # zero added
 
-    # c2 = 0 hides all below u2; what is left of u1 is t2, so the picture still matters, c1 and t1 do not
+    # c2 = 0 hides all below u2; what is left of u1 is t2, so the image still matters, c1 and t1 do not
     constant(model.c2, 0)
     before = call(model)
     constant(model.c1, 7)
