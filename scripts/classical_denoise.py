@@ -5,11 +5,12 @@
 Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise asks. Needs no model.
 """
 
-from ddpm.sampling import classical_denoise
-from ifmodel.stage import SCHEDULE
 from shared.figures import save_table
 from shared.noisy import add_noisy_options, noisy_pictures
 from shared.options import parser, positive, run
+
+from ddpm.sampling import classical_denoise
+from ifmodel.stage import SCHEDULE
 
 
 def main():

@@ -8,6 +8,9 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 
 from pathlib import Path
 
+from shared.figures import save_grid
+from shared.options import SEED, check_writable, parser, pick_device, run, seed_number
+
 import torch
 
 from ddpm.mnist import UNet
@@ -15,8 +18,6 @@ from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.sampling import check_finite
-from shared.figures import save_grid
-from shared.options import SEED, check_writable, parser, pick_device, run, seed_number
 
 
 def main():

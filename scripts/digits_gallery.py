@@ -15,6 +15,20 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+from shared.figures import save_grid
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,19 +44,6 @@ from ddpm.mnist.unet import check_batch
 from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
 from ddpm.schedule import linear_schedule, linspace_timesteps
 from ddpm.views import identity, rotate_180
-from shared.figures import save_grid
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
 
 SHOWN = 10  # of each experiment's samples
 HYBRID_SIGMA = 3.0  # of the low pass, at 64 pixels

@@ -11,8 +11,6 @@ layer by layer.
 
 from pathlib import Path
 
-from ifmodel.offload import check_accelerate
-from ifmodel.text import embed_each, embed_prompts, load_embeds, normalised, read_prompts, save_embeds
 from shared.options import (
     add_device_options,
     add_low_memory_option,
@@ -23,6 +21,9 @@ from shared.options import (
     run,
 )
 from shared.processes import num_processes, rank, share, wait
+
+from ifmodel.offload import check_accelerate
+from ifmodel.text import embed_each, embed_prompts, load_embeds, normalised, read_prompts, save_embeds
 
 
 def main():

@@ -9,6 +9,9 @@ nothing tells which digit it will be; near t = 1 the noise is hard to see, and w
 
 from pathlib import Path
 
+from shared.figures import save_grid
+from shared.options import SEED, check_writable, number, parser, pick_device, run, seed_number
+
 import torch
 from torch import Tensor
 
@@ -17,8 +20,6 @@ from ddpm.mnist import ClassFlow, TimeFlow, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.sampling import one_hot
 from ddpm.sampling import noise_source
-from shared.figures import save_grid
-from shared.options import SEED, check_writable, number, parser, pick_device, run, seed_number
 
 
 def main():

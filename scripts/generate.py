@@ -20,13 +20,14 @@ batches: the same images as one process.
 
 from pathlib import Path
 
-from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import Job
-from ifmodel.stage import SCHEDULE
 from shared.figures import save_image, save_table
 from shared.folder import draw_folder
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, recipe_of
+
+from ddpm.schedule import leading_timesteps
+from ifmodel.cascade import Job
+from ifmodel.stage import SCHEDULE
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 

@@ -12,15 +12,16 @@ With --resamples, RePaint goes back by --jump-length steps, so many times.
 
 from functools import partial
 
+from shared.figures import save_table
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
+from shared.options import parser, positive, run
+from shared.stages import MODEL, add_cascade_options, draw, open_cascade
+
 import torch
 
 from ddpm.sampling import inpaint, resampling_path
 from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
-from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
-from shared.options import parser, positive, run
-from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 

@@ -6,13 +6,14 @@ First row: x_t at every 5th step from --i-start, and the result. Second row: the
 step and all steps make of the same noisy image. x_t and x̂_0 of every step lie beside them, OUT_steps_ROW_STEP.png.
 """
 
-from ddpm.process import add_noise
-from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
 from shared.figures import save_cells, save_table
 from shared.images import read_picture
 from shared.noisy import add_image_option
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, from_index, open_cascade, settings_of
+
+from ddpm.process import add_noise
+from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
 
 
 def main():

@@ -5,12 +5,13 @@
 Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many images.
 """
 
-from ddpm.sampling import one_step_denoise
-from ifmodel.cascade import Job
 from shared.figures import save_table
 from shared.noisy import add_noisy_options, batch, noisy_pictures
 from shared.options import parser, run
 from shared.stages import add_cascade_options, open_cascade, settings_of
+
+from ddpm.sampling import one_step_denoise
+from ifmodel.cascade import Job
 
 
 def main():

@@ -20,11 +20,12 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+from shared.options import check_writable, parser, positive, run
+
 from PIL import Image
 from tqdm import tqdm
 
 from ddpm.files import first_line, reading, write_atomically
-from shared.options import check_writable, parser, positive, run
 
 SKIPPED = re.compile(
     r"-(light|medium|dark|skin-tone)$(?<!traffic-light)(?<!car-light)|-(light|medium|dark)-|^flag-|-flag$|^keycap|"

@@ -22,15 +22,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared.experiments import EXPERIMENTS, Experiment, Made
+from shared.options import SEED, check_writable, parser, run, seed_number
+from shared.page import LivePage
+from shared.stages import model_name
+
 import torch
 
 from ddpm.files import parse_json, read_small, write_atomically
 from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
-from shared.experiments import EXPERIMENTS, Experiment, Made
-from shared.options import SEED, check_writable, parser, run, seed_number
-from shared.page import LivePage
-from shared.stages import model_name
 
 ROOT = Path(__file__).parent.parent
 FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype")

@@ -17,6 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from shared.figures import save_table
+from shared.images import DRAWING_PROMPTS, read_mask, read_picture
+from shared.options import number, parser, positive, run
+from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,10 +29,6 @@ from ddpm.restoration import Operator, chain, check_operator, downscale, grey, h
 from ddpm.sampling import noise_source, resampling_path
 from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
-from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, read_mask, read_picture
-from shared.options import number, parser, positive, run
-from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
 
 TASKS = ("colour", "upscale", "fill", "all")
 COLUMNS = ["seen", "without a model", "restored", "original"]

@@ -5,11 +5,12 @@
 Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
-from ifmodel.cascade import Job
-from ifmodel.tiny.captions import ANYTHING
 from shared.figures import save_table
 from shared.options import parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, open_cascade
+
+from ifmodel.cascade import Job
+from ifmodel.tiny.captions import ANYTHING
 
 TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
 

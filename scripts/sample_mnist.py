@@ -14,17 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.files import save_tensors
-from ddpm.flow import flow_times
-from ddpm.memory import check_memory
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
-from ddpm.mnist.checkpoint import SHIPPED, load_model
-from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_step, visited_timesteps
-from ddpm.schedule import linear_schedule
 from shared.figures import save_cells, save_gif, save_grid
 from shared.options import (
     SEED,
@@ -38,6 +27,18 @@ from shared.options import (
     run,
     seed_number,
 )
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.files import save_tensors
+from ddpm.flow import flow_times
+from ddpm.memory import check_memory
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
+from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_step, visited_timesteps
+from ddpm.schedule import linear_schedule
 
 MOST_ROWS = 40  # more are sampled and saved, but not drawn
 

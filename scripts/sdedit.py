@@ -12,15 +12,16 @@ photo" unless said otherwise; with tiny-if our drawings come with prompts of the
 from functools import partial
 from pathlib import Path
 
+from shared.figures import save_table
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
+from shared.options import parser, run
+from shared.stages import MODEL, add_cascade_options, draw, from_index, open_cascade
+
 import torch
 
 from ddpm.sampling import sdedit
 from ifmodel.cascade import Job
 from ifmodel.tiny.captions import ANYTHING
-from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
-from shared.options import parser, run
-from shared.stages import MODEL, add_cascade_options, draw, from_index, open_cascade
 
 
 def main():

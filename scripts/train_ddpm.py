@@ -9,13 +9,14 @@ bit for bit, as an uninterrupted run on the same CPU with as many threads.
 
 from pathlib import Path
 
+from shared.figures import save_grid, save_loss_curve
+from shared.options import add_training_options, end_training, parser, run, start_training
+
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.training import DDPM, drop_classes, fit
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from shared.figures import save_grid, save_loss_curve
-from shared.options import add_training_options, end_training, parser, run, start_training
 
 
 def main():

@@ -9,14 +9,15 @@ the same weights, bit for bit, as an uninterrupted run on the same CPU with as m
 
 from pathlib import Path
 
+from shared.figures import save_grid, save_loss_curve
+from shared.options import add_training_options, end_training, parser, run, start_training
+
 import torch
 
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import DENOISER, denoiser_loss, fit, noisy_digits
-from shared.figures import save_grid, save_loss_curve
-from shared.options import add_training_options, end_training, parser, run, start_training
 
 
 def main():

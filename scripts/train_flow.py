@@ -10,12 +10,13 @@ network, and takes a tenth of the learning rate: for those who cannot wait. Ctrl
 
 from pathlib import Path
 
+from shared.figures import save_grid, save_loss_curve
+from shared.options import add_training_options, end_training, parser, positive, run, start_training
+
 from ddpm.flow import flow_loss
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, load_model, sample_flow
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, fit, flow_from_ddpm
-from shared.figures import save_grid, save_loss_curve
-from shared.options import add_training_options, end_training, parser, positive, run, start_training
 
 
 def main():

@@ -26,20 +26,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from ddpm.files import write_atomically
-from ifmodel.text import Tokenizer
-from ifmodel.tiny.captions import curated
-from ifmodel.tiny.data import CaptionedImages, load_captioned
-from ifmodel.tiny.export import stage_1_config, stage_2_config
-from ifmodel.tiny.models import build_encoder, train_tokenizer
-from ifmodel.tiny.stages import Stage1, Stage2, load_encoder, start_unet
-from ifmodel.tiny.training import Recipe, fit, processes, rank, train_text
-from ifmodel.unet import UNetConfig
-from ifmodel.weights import fetch, load_config
 from shared.figures import save_grid
 from shared.options import (
     SEED,
@@ -54,6 +40,21 @@ from shared.options import (
     seed_number,
 )
 from shared.stages import MODEL, UPSCALER
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpm.files import write_atomically
+from ifmodel.text import Tokenizer
+from ifmodel.tiny.captions import curated
+from ifmodel.tiny.data import CaptionedImages, load_captioned
+from ifmodel.tiny.export import stage_1_config, stage_2_config
+from ifmodel.tiny.models import build_encoder, train_tokenizer
+from ifmodel.tiny.stages import Stage1, Stage2, load_encoder, start_unet
+from ifmodel.tiny.training import Recipe, fit, processes, rank, train_text
+from ifmodel.unet import UNetConfig
+from ifmodel.weights import fetch, load_config
 
 
 def arguments() -> Namespace:

@@ -21,19 +21,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-from ddpm.files import load_tensors, save_tensors
-from ddpm.losses import ddpm_loss
-from ddpm.mnist.training import step_seed, stop_signal
-from ifmodel import Cascade, Text, UNet, load_unet
-from ifmodel.cascade import Job
-from ifmodel.lora import ATTENTION, FILES, RESNETS, LoRALayer, add_lora, save_lora
-from ifmodel.stage import SCHEDULE, find_variant, noised_upscaled
-from ifmodel.text import embed_prompts
 from shared.figures import save_grid
 from shared.images import read_picture
 from shared.options import (
@@ -50,6 +37,20 @@ from shared.options import (
     seed_number,
 )
 from shared.stages import MODEL, UPSCALER, model_name
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.files import load_tensors, save_tensors
+from ddpm.losses import ddpm_loss
+from ddpm.mnist.training import step_seed, stop_signal
+from ifmodel import Cascade, Text, UNet, load_unet
+from ifmodel.cascade import Job
+from ifmodel.lora import ATTENTION, FILES, RESNETS, LoRALayer, add_lora, save_lora
+from ifmodel.stage import SCHEDULE, find_variant, noised_upscaled
+from ifmodel.text import embed_prompts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN = 4  # images before, of training and after, in row.png

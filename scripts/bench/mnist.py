@@ -18,13 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
+from shared.timing import operators
+
 import torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
@@ -34,8 +37,6 @@ from ddpm.mnist.unet import IMAGE_SIZE, folded
 from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule, linspace_timesteps
-from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
-from shared.timing import operators
 
 SCHEDULE = linear_schedule()
 

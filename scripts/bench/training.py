@@ -13,16 +13,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
+from shared.timing import operators, race, short, where
+
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
 from ifmodel.tiny.models import TextToImage, build_encoder, zero_init
 from ifmodel.unet import UNet, UNetConfig
-from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
-from shared.timing import operators, race, short, where
 
 try:
     import diffusers

@@ -28,12 +28,16 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.figures import save_figure
+from shared.options import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
+from shared.timing import in_turns, short, where
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import write_atomically
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
@@ -42,9 +46,6 @@ from ifmodel.stage import generate, upscale
 from ifmodel.text import load_embeds, save_embeds
 from ifmodel.tiny.captions import curated, with_article
 from ifmodel.weights import SHIPPED
-from shared.figures import save_figure
-from shared.options import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
-from shared.timing import in_turns, short, where
 
 try:
     import diffusers

@@ -17,12 +17,14 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.figures import save_figure
+from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+
 import torch
+from tiny_if import get_judge
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from tiny_if import get_judge
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
 from ddpm.files import load_tensors, save_tensors, write_atomically
@@ -37,8 +39,6 @@ from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import load_captioned, show
 from ifmodel.tiny.judge import judged
 from ifmodel.tiny.styles import STYLES
-from shared.figures import save_figure
-from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
 
 GUIDERS = ("plain", "rescaled", "projected")
 

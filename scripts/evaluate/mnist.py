@@ -21,20 +21,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from ddpm.files import load_tensors, save_tensors, write_atomically
-from ddpm.memory import check_memory
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
-from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
-from ddpm.mnist.data import load_mnist
-from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
-from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS
-from ddpm.mnist.training import SIGMAS, noisy_digits
-from ddpm.schedule import linear_schedule
 from shared.figures import save_figure, save_grid
 from shared.options import (
     SEED,
@@ -48,6 +35,20 @@ from shared.options import (
     run,
     seed_number,
 )
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.memory import check_memory
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
+from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
+from ddpm.mnist.data import load_mnist
+from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS
+from ddpm.mnist.training import SIGMAS, noisy_digits
+from ddpm.schedule import linear_schedule
 
 CHUNK = 100
 DRAWING = (ClassUNet, TimeUNet, ClassFlow, TimeFlow)

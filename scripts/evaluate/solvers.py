@@ -16,19 +16,20 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.stages import MODEL, model_name
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.files import write_atomically
 from ddpm.process import dpm_solver_step
 from ddpm.sampling import Estimate, iterative_denoise, noise_source
 from ifmodel import load_unet
 from ifmodel.stage import SCHEDULE, spaced_timesteps, stage_1, stage_threshold
 from ifmodel.text import embed_prompts
-from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
-from shared.stages import MODEL, model_name
 
 PROMPTS = ["a photo of a dog", "a rocket ship"]
 CONVERGED = 100  # steps

@@ -27,12 +27,28 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.figures import save_figure, save_grid
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
+from shared.options import (
+    SEED,
+    add_device_options,
+    check_writable,
+    number,
+    parser,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    seed_number,
+)
+from shared.stages import MODEL, UPSCALER, model_name
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
 from ddpm.files import load_tensors, save_tensors, write_atomically
@@ -49,21 +65,6 @@ from ifmodel.tiny.data import CaptionedImages, load_captioned, show
 from ifmodel.tiny.judge import SURE, ImageJudge, features_of, high_passed, judged, train_judge
 from ifmodel.tiny.styles import STYLES
 from ifmodel.weights import fetch, find_weights
-from shared.figures import save_figure, save_grid
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
-from shared.stages import MODEL, UPSCALER, model_name
 
 SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 0.0, 20), ("ddpm", 0.0, 20)]
 SAMPLERS += [("ddpm", 0.0, 100)]

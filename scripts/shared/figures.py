@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from shared.options import SEED
+
 import torch
 from torch import Tensor
 
 from ddpm.files import write_atomically
-from shared.options import SEED
 
 DPI = 150
 FONT = {"fontsize": 9, "parse_math": False}  # of labels, in which "$5" is no formula

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.figures import save_image
+from shared.processes import rank, share
+from shared.stages import open_cascade, recipe_of, settings_of
+
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -14,9 +18,6 @@ from tqdm import tqdm
 from ifmodel import Cascade
 from ifmodel.cascade import Job
 from ifmodel.text import read_prompts
-from shared.figures import save_image
-from shared.processes import rank, share
-from shared.stages import open_cascade, recipe_of, settings_of
 
 # Of the options, those that a machine or a run may have its own of: the images are the same
 FREE = {

@@ -3,6 +3,9 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from shared.images import DRAWINGS, read_picture
+from shared.options import SEED, check_not_overwritten, check_writable, seed_number
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,6 @@ from ddpm.memory import check_memory
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source
 from ifmodel.stage import SCHEDULE
-from shared.images import DRAWINGS, read_picture
-from shared.options import SEED, check_not_overwritten, check_writable, seed_number
 
 TIMESTEPS = list(range(0, 1000, 125))
 

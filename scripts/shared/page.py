@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from shared.experiments import EXPERIMENTS, Experiment, Made, Play
+
 import torch
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
 from ddpm.files import write_atomically
-from shared.experiments import EXPERIMENTS, Experiment, Made, Play
 
 BEAT = 2  # seconds
 SCRIPT = Path(__file__).with_suffix(".js").read_text()

@@ -6,15 +6,6 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from ddpm.estimates import ALWAYS, Estimate, compose
-from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
-from ifmodel import Cascade
-from ifmodel.cascade import Job, Recipe, Stage
-from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
-from ifmodel.text import normalised
 from shared.options import (
     SEED,
     add_device_options,
@@ -28,6 +19,16 @@ from shared.options import (
     seed_number,
 )
 from shared.processes import gathered, num_processes, rank, share
+
+import torch
+from torch import Tensor
+
+from ddpm.estimates import ALWAYS, Estimate, compose
+from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
+from ifmodel import Cascade
+from ifmodel.cascade import Job, Recipe, Stage
+from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
+from ifmodel.text import normalised
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 

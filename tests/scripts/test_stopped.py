@@ -1,15 +1,17 @@
-"""Trainings that are stopped at random moments, by Ctrl-C and by SIGKILL, go on to the same end."""
+"""Ctrl-C while torch is imported; and trainings that are stopped at random moments, and go on to the same end."""
 
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from ddpm.files import load_tensors
-from tests.conftest import DATA
+from tests.conftest import DATA, ROOT
 from tests.forked import run_all, stopped_at
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_campaign import models  # noqa: F401
@@ -20,6 +22,39 @@ TRAININGS = {
     "train_ddpm": ["--condition", "class", "--sample-steps", 1, *DIGITS],
     "train_denoiser": DIGITS,
 }
+
+SCRIPTS = [path for path in (ROOT / "scripts").rglob("*.py") if "\n    run(main" in path.read_text()]
+# Runs a script that is sent SIGINT when it imports a module.
+INTERRUPTED = """
+import runpy, signal, sys
+_, moment, script, *_ = sys.argv
+sys.argv, sys.path[0] = sys.argv[2:], script.rpartition("/")[0]
+sys.addaudithook(lambda event, args: event == "import" and args[0] == moment and signal.raise_signal(signal.SIGINT))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def interrupted_at(moment: str, script, *options) -> tuple[int, str, str]:
+    command = [sys.executable, "-c", INTERRUPTED, moment, script, *map(str, options)]
+    stopped = subprocess.run(command, capture_output=True, text=True)
+    return stopped.returncode, stopped.stdout, stopped.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_ctrl_c_before_torch_is_imported_ends_a_script_at_once(script):
+    """Without a word, killed by the signal, which shells call status 130; whatever the script imports first."""
+    assert interrupted_at("torch", script) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("moment", ["torch._C", "numpy", "torch.nn", "torch._meta_registrations", "PIL", "ifmodel"])
+def test_ctrl_c_while_torch_is_imported_does_so_too(moment):
+    assert interrupted_at(moment, ROOT / "scripts" / "generate.py", "--help") == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_after_that_is_the_scripts_own(tmp_path):
+    """Which may end in order, here with status 130 while matplotlib is imported to write the figure."""
+    options = ["--size", 16, "--timesteps", 500, "--out", tmp_path / "noisy.png"]
+    assert interrupted_at("matplotlib", ROOT / "scripts" / "forward_process.py", *options) == (130, "", "")
 
 
 @pytest.mark.slow
