@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ddpm.estimates import compose
 from ddpm.flow import as_estimate, as_velocity, euler_step, flow_loss, integrate, interpolate, velocity_of
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
 from ddpm.mnist.training import denoiser_loss, noisy_digits
 from ddpm.process import add_noise, ddpm_step
+from ddpm.restoration import restore
 from ddpm.sampling import (
     anagram,
     classical_denoise,
@@ -399,5 +401,42 @@ EXPERIMENTS = [
         "velocity.png",
         (("velocity.png", "At four t: x_t, the velocity to this digit, the model's, and the error."),),
         frozenset({"data", "device"}),
+    ),
+    Experiment(
+        ("C1",),
+        "Several prompts at once",
+        "Estimates with weights, each beside that of the empty prompt. With one prompt this is guidance.",
+        r"\epsilon = \epsilon_u + \gamma \sum_i w_i\, (\epsilon_i - \epsilon_u)",
+        (compose,),
+        "generate",
+        (
+            *TWENTY,
+            *("--num-images", "4", "--prompt", "a photo of a lion", "--prompt", "a photo of a sunflower"),
+            *("--prompt", "a photo of a lion AND a photo of a sunflower"),
+            *("--prompt", "a photo of a lion AND a photo of a sunflower :-0.5"),
+        ),
+        "composed.png",
+        (("composed.png", "Each alone, both, and the first without the second; the same noise in each column."),),
+        CASCADE,
+        QUICK,
+    ),
+    Experiment(
+        ("C2",),
+        "Restoration",
+        "DDNM: a model that was never trained for it gives back colours, details and what a hole hid. At every step "
+        "the estimate is moved to the nearest image that fits what is seen.",
+        r"\hat x_0 \leftarrow \hat x_0 - A^{+} (A \hat x_0 - y)",
+        (restore,),
+        "restore",
+        ("--upscaler", "none", "--steps", "50"),
+        "restored.png",
+        (
+            (
+                "restored.png",
+                "A row for each task: what is seen, what is done without a model, the result, the original.",
+            ),
+        ),
+        STAGE_1,
+        ("--steps", "10"),
     ),
 ]

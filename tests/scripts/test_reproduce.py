@@ -133,6 +133,6 @@ def test_every_experiment_of_the_assignment_is_there():
     from shared.experiments import EXPERIMENTS
 
     keys = [key for experiment in EXPERIMENTS for key in experiment.keys]
-    assert sorted(keys) == sorted([f"A{k}" for k in range(12)] + [f"B{k}" for k in range(1, 9)])
+    assert sorted(keys) == sorted([f"A{k}" for k in range(12)] + [f"B{k}" for k in range(1, 9)] + ["C1", "C2"])
     for experiment in EXPERIMENTS:
         assert (ROOT / "scripts" / f"{experiment.script}.py").is_file()
