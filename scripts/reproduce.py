@@ -4,10 +4,10 @@
     python scripts/reproduce.py --only A7,A10
     python scripts/reproduce.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 --out out/if-xl
 
-A0 to A11, and C1 and C2, which go beyond it, run on the tiny IF that is shipped, or on --model; B1 to B8 on the shipped
-digits. Each is one of the other scripts, with the command line that the page shows. What was made before with the same command, code and weights is
-left as it is, so a stopped run goes on where it was, and what --only leaves out stays on the page. --fast is a tour of
-a minute or two, with fewer images and steps.
+A0 to A11 run on the tiny IF that is shipped, or on --model, and so do C1 and C2, which go beyond the assignment; B1 to
+B8 run on the shipped digits. Each is one of the other scripts, with the command line that the page shows. What was made
+before with the same command, code and weights is left as it is, so a stopped run goes on where it was, and what --only
+leaves out stays on the page. --fast is a tour of a minute or two, with fewer images and steps.
 """
 
 import hashlib

@@ -64,7 +64,7 @@ def arguments() -> Namespace:
     options.add_argument("--digit-steps", type=positive, default=50, help="default: 50")
     options.add_argument("--images", type=positive, default=100, help="of each kind (default: 100)")
     options.add_argument("--image-steps", type=positive, default=20, help="of SDE-DPM-Solver++ (default: 20)")
-    options.add_argument("--judge-steps", type=positive, default=2000, help="of tiny-if's judge (default: 2000)")
+    options.add_argument("--judge-steps", type=positive, default=6000, help="of tiny-if's judge (default: 6000)")
     options.add_argument("--skip-digits", action="store_true")
     options.add_argument("--skip-images", action="store_true")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")

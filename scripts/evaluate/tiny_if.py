@@ -159,6 +159,8 @@ def arguments() -> Namespace:
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
     options.add_argument("--curated", action="store_true", help="as in train_if.py")
     options.add_argument("--hold-out", action="store_true", help="as in train_if.py: measure on what was held out")
+    help = "how much the judge's drawings vary, as in train_if.py (default: 1)"
+    options.add_argument("--variety", type=number, default=1.0, help=help)
     options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER", help=f"default: {MODEL}")
     help = f"stage 2, or none (default: {UPSCALER})"
     options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=help)
@@ -175,12 +177,14 @@ def arguments() -> Namespace:
     )
     help = "γ for what is not guidance's own measure (default: the best of --guidance, or the first)"
     options.add_argument("--best", type=number, metavar="G", help=help)
-    options.add_argument("--judge-steps", type=positive, default=4000, help="of the judge's training (default: 4000)")
+    options.add_argument("--judge-steps", type=positive, default=6000, help="of the judge's training (default: 6000)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
     add_device_options(options)
     args = options.parse_args()
+    if not 0 <= args.variety <= 1:
+        raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
     if args.prompts < 2:
         raise ValueError("--prompts must be at least 2: one image has no covariance")
     if args.upscaler != "none":
@@ -193,7 +197,8 @@ def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
     """The judge of these drawings, trained once and kept in --out."""
     path = args.out / f"judge_{data.fingerprint()}_{side}_{args.judge_steps}_{args.seed}.safetensors"
     if not path.is_file():
-        trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed)
+        dtype = pick_dtype("auto", torch.device("cpu"))
+        trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
     judge = ImageJudge(len(data.names))
     judge.load_state_dict(load_tensors(path)[0])
@@ -214,7 +219,7 @@ def judge_report(e: Evaluation) -> dict[str, float]:
     measures = {}
     for kind, data in (("trained on", e.data), ("held out", e.held)):
         rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(e.args.seed))[:1000].tolist()
-        thing, sure, style = judged(e.judge, shown(e, data, rows, 1.0))
+        thing, sure, style = judged(e.judge, shown(e, data, rows, e.args.variety))
         right = torch.tensor([e.data.names.index(data.names[int(data.things[row])]) for row in rows])
         measures[kind] = {"thing": share(thing == right), "style": share(style == data.styles[rows])}
         measures[kind]["sure"] = share(sure > SURE)
@@ -240,7 +245,7 @@ def named(e: Evaluation, guidance: float, sampler: tuple) -> dict:
     measures = {"guidance": guidance, "sampler": sampler, "plain": share(right[plain])}
     measures |= {"styled": share((right & (style == styles))[~plain]), "named": share(right[~plain])}
     rows = torch.randperm(len(e.data.files), generator=torch.Generator().manual_seed(1))[: len(prompts)].tolist()
-    reference = features_of(e.judge, shown(e, e.data, rows, 1.0))
+    reference = features_of(e.judge, shown(e, e.data, rows, e.args.variety))
     measures["distance"] = round(frechet_distance(features_of(e.judge, images), reference), 1)
     name = "_".join(map(str, ("named", guidance, *sampler))).replace("+", "p")
     e.figure(f"{name}.png", [images[:8]], [], prompts[:8])
@@ -294,7 +299,7 @@ def variety(e: Evaluation, guidance: float) -> dict[str, float]:
     for k, thing in enumerate(chosen):
         rows = e.data.rows(thing, 0) * 10
         samples.append(apart(features_of(e.judge, images[10 * k : 10 * k + 10])))
-        drawings.append(apart(features_of(e.judge, shown(e, e.data, rows[:10], 1.0, thing))))
+        drawings.append(apart(features_of(e.judge, shown(e, e.data, rows[:10], e.args.variety, thing))))
     e.figure("variety.png", list(images[:80].split(10)), [e.data.names[thing] for thing in chosen[:8]], [])
     means = [sum(values) / len(values) for values in (samples, drawings)]
     return {"samples": round(means[0], 4), "drawings": round(means[1], 4), "ratio": round(means[0] / means[1], 3)}
@@ -307,7 +312,7 @@ def memory(e: Evaluation, guidance: float) -> dict[str, float]:
     known = F.normalize(features_of(e.judge, shown(e, e.data, range(len(e.data.files)))), dim=1)
     rows = torch.randperm(len(e.held.files), generator=torch.Generator().manual_seed(3))[:200].tolist()
     measures = {}
-    for name, x in (("samples", images), ("held-out drawings", shown(e, e.held, rows, 1.0))):
+    for name, x in (("samples", images), ("held-out drawings", shown(e, e.held, rows, e.args.variety))):
         near, which = (F.normalize(features_of(e.judge, x), dim=1) @ known.T).max(1)
         measures[name] = round((1 - near).median().item(), 4)
         nearest = shown(e, e.data, which[:8].tolist())
@@ -432,7 +437,7 @@ def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
     ):
         data = load_captioned(args.data, size, e.data.names, part=part)
         rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(5))[:64].tolist()
-        large = show(data, rows, size, torch.Generator().manual_seed(5), 1.0)[0]
+        large = show(data, rows, size, torch.Generator().manual_seed(5), args.variety)[0]
         small = F.avg_pool2d(large, size // e.side)
         bicubic = F.interpolate(small, large.shape[-2:], mode="bicubic").clamp(-1, 1)
         drawn = []
