@@ -30,7 +30,8 @@ from shared.figures import save_grid
 from shared.options import (
     SEED,
     add_device_options,
-    check_writable,
+    check_run,
+    end_training,
     parser,
     pick_device,
     pick_dtype,
@@ -144,11 +145,7 @@ def main():
     args = arguments()
     device = start_processes(args)
     dtype = pick_dtype(args.dtype, device)
-    state = args.out / "state.safetensors"
-    check_writable(state)
-    if state.exists() != args.resume:
-        there = "is a run in {}: add --resume, or choose another --out"
-        raise ValueError(f"there {'is no run in {} to resume' if args.resume else there}".format(args.out))
+    check_run(args)
     names, finer = curated() if args.curated else None, 1 if args.stage_2_of else 2
     load = partial(load_captioned, args.data, args.size, names, finer=finer, quiet=rank() > 0)
     data = load(part="train" if args.hold_out else "all")
@@ -166,10 +163,7 @@ def main():
     if args.compile:
         stage.model.unet.compile()
     options = {"resume": args.resume, "every": args.every, "draw": partial(draw_sheet, args)}
-    if not fit(stage, data, watched, recipe, args.out, **options):
-        print(f"stopped and saved: go on with the same command and --resume (the run is in {args.out})")
-        raise SystemExit(130)
-    print(f"trained: {args.out / 'model'}")
+    end_training(args, fit(stage, data, watched, recipe, args.out, **options), "model")
 
 
 def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:

@@ -15,10 +15,9 @@ Source: DreamBooth §3, arXiv 2208.12242; LoRA, arXiv 2106.09685.
 """
 
 import hashlib
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shared.figures import save_grid
@@ -26,7 +25,8 @@ from shared.images import read_picture
 from shared.options import (
     SEED,
     add_device_options,
-    check_writable,
+    check_run,
+    end_training,
     number,
     parser,
     pick_device,
@@ -41,11 +41,10 @@ from shared.stages import MODEL, UPSCALER, model_name
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm.files import load_tensors, save_tensors
 from ddpm.losses import ddpm_loss
-from ddpm.mnist.training import step_seed, stop_signal
+from ddpm.runs import STATE, Run, check_same, step_seed
 from ifmodel import Cascade, Text, UNet, load_unet
 from ifmodel.cascade import Job
 from ifmodel.lora import ATTENTION, FILES, RESNETS, LoRALayer, add_lora, save_lora
@@ -56,7 +55,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN = 4  # images before, of training and after, in row.png
 WARMUP = 20  # steps until the learning rate is the whole one
 RECIPE = ("prompt", "class_prompt", "class_images", "class_weight", "model", "upscaler", "max_noise_level", "rank")
-RECIPE += ("layers", "steps", "batch_size", "lr", "seed")  # what decides the weights, beside the images
+RECIPE += ("layers", "steps", "batch_size", "lr", "seed")
 
 
 def arguments() -> Namespace:
@@ -90,13 +89,7 @@ def arguments() -> Namespace:
 
 def main():
     args = arguments()
-    state = args.out / "state.safetensors"
-    check_writable(state)
-    if state.exists() != args.resume:
-        told = (
-            "there is no run in {} to resume" if args.resume else "there is a run in {}: add --resume, or another --out"
-        )
-        raise ValueError(told.format(args.out))
+    check_run(args)
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     stages = cascade_of(args).stages
@@ -111,7 +104,8 @@ def main():
         add_lora(UNet(learning.config), args.rank, targets)  # so that a rank is refused before anything is drawn
     images = read_folder(args.images, learning.config.sample_size)
     args.fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
-    before = read_state(args) if args.resume else None
+    if args.resume:  # of another recipe, perhaps
+        check_same(args.out / STATE, load_tensors(args.out / STATE)[1], {"recipe": recipe_of(args)})
     embeds = embed_prompts(args.model, [args.prompt, *args.class_prompt], dtype=args.dtype, device=args.device)
     kept = class_images(args)
     unet = load_unet(learning.source, args.dtype, args.device, find_variant(learning, args.dtype))
@@ -127,7 +121,7 @@ def main():
                 loss = loss + weight * eps_loss(unet, x_0.to(args.device), prompt_embeds, generator, upscaling)
         return loss
 
-    fit(args, layers, loss_of, learning.source, before)
+    fit(args, layers, loss_of, learning.source)
     draw_row(args, images)
 
 
@@ -201,83 +195,32 @@ def eps_loss(
     return ddpm_loss(model, x_0, (unet.encode_text(prompt_embeds),), SCHEDULE, on_device)
 
 
-def fit(
-    args: Namespace,
-    layers: dict[str, LoRALayer],
-    loss_of: Callable[[torch.Generator], Tensor],
-    base: str,
-    before: tuple[dict[str, Tensor], dict] | None = None,
-):
+def fit(args: Namespace, layers: dict[str, LoRALayer], loss_of: Callable[[torch.Generator], Tensor], base: str):
     """Train the updates to --steps, or until stopped; a step's batch and noise follow from the seed and its number.
 
-    base: the model's name, for the file; before: the state to go on from, see `read_state`
+    base: the model's name, for the file
     """
-    weights = {
-        f"{name}.{piece}": getattr(layer, piece).weight for name, layer in layers.items() for piece in ("down", "up")
-    }
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, weight_decay=0.01)
-    first, seconds = 0, 0.0
-    if before is not None:
-        restore(weights, optimizer, before[0])
-        first, seconds = before[1]["step"], before[1]["seconds"]
-    started, losses, step = time.monotonic() - seconds, [], first - 1
-    with stop_signal() as stopped, tqdm(total=args.steps, initial=first, unit="step") as bar:
-        for step in range(first, args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (step + 1) / WARMUP) * (1 - step / args.steps)
-            loss = loss_of(torch.Generator().manual_seed(step_seed(args.seed, step)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            if not losses[-1] < 1e3:
-                raise ValueError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr")
-            bar.set_description(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-            bar.update()
-            if stopped():
-                break
-    save_run(args, weights, optimizer, step + 1, time.monotonic() - started)
-    save_lora(args.out / FILES[0], layers, base)
-    if step + 1 < args.steps:
-        print(
-            f"stopped and saved: go on with the same command and --resume (the run is in {args.out})", file=sys.stderr
-        )
-        raise SystemExit(130)
-    print(f"trained: {args.out / FILES[0]}, {len(layers)} layers, {time.monotonic() - started:.0f} s")
+    pieces = {f"{name}.{piece}": getattr(layer, piece) for name, layer in layers.items() for piece in ("down", "up")}
+    weights = {name: piece.weight for name, piece in pieces.items()}
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.01)
+    write = partial(save_lora, args.out / FILES[0], layers, base)
+    run = Run(args.out, {"lora": weights}, optimizer, args.steps, {"recipe": recipe_of(args)}, args.dtype, write=write)
+    if args.resume:
+        run.restore()
+    for step in run.steps(args.batch_size):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / WARMUP) * (1 - step / args.steps)
+        loss = loss_of(torch.Generator().manual_seed(step_seed(args.seed, step)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.losses[step] = loss.detach()
+    end_training(args, run.step == args.steps, FILES[0])
 
 
 def recipe_of(args: Namespace) -> dict:
-    described = {name: getattr(args, name) for name in RECIPE}
-    return {**described, "images": args.fingerprint, "dtype": str(args.dtype).removeprefix("torch.")}
-
-
-def save_run(args: Namespace, weights: dict[str, Tensor], optimizer, step: int, seconds: float):
-    """Write state.safetensors: the updates, Adam's moments, and how they came about."""
-    tensors = dict(weights)
-    for name, weight in weights.items():
-        tensors |= {f"{name}.{kind}": value for kind, value in optimizer.state[weight].items()}
-    metadata = {"recipe": recipe_of(args), "step": step, "seconds": round(seconds, 1)}
-    save_tensors(args.out / "state.safetensors", tensors, metadata)
-
-
-def read_state(args: Namespace) -> tuple[dict[str, Tensor], dict]:
-    """The state of --out: tensors and metadata. Raises ValueError for that of another recipe, or one that is done."""
-    tensors, metadata = load_tensors(args.out / "state.safetensors")
-    before, now = metadata.get("recipe") or {}, recipe_of(args)
-    if differ := [f"{name} {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]]:
-        raise ValueError(f"the run in {args.out} has another recipe: {', '.join(differ)}")
-    if metadata["step"] >= args.steps:
-        raise ValueError(f"the run in {args.out} has done its {args.steps} steps")
-    return tensors, metadata
-
-
-@torch.no_grad()
-def restore(weights: dict[str, Tensor], optimizer, tensors: dict[str, Tensor]):
-    """Put a state back into the updates and Adam's moments."""
-    for name, weight in weights.items():
-        weight.copy_(tensors[name])
-        moments = {kind: tensors[f"{name}.{kind}"].to(weight.device) for kind in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[weight] = {"step": tensors[f"{name}.step"], **moments}
+    """What decides the weights."""
+    return {name: getattr(args, name) for name in RECIPE} | {"images": args.fingerprint}
 
 
 def draw_row(args: Namespace, images: Tensor):

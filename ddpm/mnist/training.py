@@ -1,22 +1,18 @@
 """Training the MNIST models: the denoiser's loss, the recipes of Part B, and one loop."""
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddpm.files import write_atomically
-from ddpm.memory import check_memory
 from ddpm.mnist.checkpoint import load_start, save_weights
 from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, check_batch
-from ddpm.runs import load_state, save_state, step_seed, stop_signal
+from ddpm.runs import Run, check_folder, step_seed
 from ddpm.sampling import noise_source
 
 
@@ -83,26 +79,26 @@ def train(
     labels: Tensor,
     recipe: Recipe,
     *,
-    first_step: int = 0,
+    steps: Iterable[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, Tensor]]:
     """Train in place, one optimizer step each time the caller asks for the next item.
 
     images: [N, 1, 28, 28] uint8, labels: [N], on the model's device
     loss_of(model, x_0, labels, generator): the loss of one batch, x_0 [B, 1, 28, 28] in [0, 1]
-    first_step: where to go on; the order and the noise of every step follow from the seed and the step
+    steps: which; all of the recipe's when None. The order and the noise of each follow from the seed and the step
         alone, so a resumed run sees what an uninterrupted one would have seen
     dtype: torch.bfloat16 runs the model under autocast
 
     Yields (step, loss) after each step.
     """
-    device = images.device
-    steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
+    device, per_epoch, epoch = images.device, math.ceil(len(images) / recipe.batch_size), None
     order_generator, generator = torch.Generator(), torch.Generator(device)
     model.train()
-    for step in range(first_step, recipe.epochs * steps_per_epoch):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == first_step:
+    for step in range(recipe.epochs * per_epoch) if steps is None else steps:
+        i = step % per_epoch
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
             order = torch.randperm(len(images), generator=order_generator.manual_seed(recipe.seed + epoch)).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * recipe.decay ** (epoch / recipe.epochs)
@@ -116,70 +112,6 @@ def train(
         loss.backward()
         optimizer.step()
         yield step, loss.detach()
-
-
-class Run:
-    """A run's files in a folder: state.safetensors to resume, weights.safetensors to use, log.csv to read.
-
-    losses: [steps of the whole run], filled as it goes; NaN for steps before a `start`
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        recipe: Recipe,
-        digits: int,
-        dtype: torch.dtype,
-    ):
-        self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.steps_per_epoch = math.ceil(digits / recipe.batch_size)
-        check_memory(8 * recipe.epochs * self.steps_per_epoch, f"a log of {recipe.epochs} epochs")
-        self.losses = torch.zeros(recipe.epochs * self.steps_per_epoch, device=next(model.parameters()).device)
-        kind = {"model": type(model).__name__, "config": model.config}
-        run = {"recipe": asdict(recipe), "digits": digits, "dtype": str(dtype).removeprefix("torch.")}
-        self.described = kind | run
-        self.seconds_before, self.started = 0.0, time.monotonic()
-
-    def restore(self, resume: bool, start: Path | None) -> int:
-        """Put the folder's state, or the weights of `start`, into the model; returns how many steps are done."""
-        state = self.folder / "state.safetensors"
-        if state.exists():
-            if not resume:
-                raise ValueError(f"there is a run in {self.folder}: add --resume to go on, or choose another --out")
-            wanted = {key: value for key, value in self.described.items() if key != "dtype"}
-            others, found = load_state(state, self.model, self.optimizer, wanted)
-            steps = others["losses"].numel() if "losses" in others else 0
-            if not 0 < steps <= len(self.losses) or not isinstance(found.get("seconds"), (int, float)):
-                raise ValueError(f"{state} is damaged: it does not say how far the run came")
-            if found.get("dtype") != self.described["dtype"]:
-                told = f"the run was in {found.get('dtype')} and goes on in {self.described['dtype']}"
-                warnings.warn(told, stacklevel=3)
-            self.losses[:steps] = others["losses"].flatten()
-        elif start is not None:
-            found = load_start(start, self.model)
-            steps = min(round(found["epochs"] * self.steps_per_epoch), len(self.losses))
-            self.losses[:steps] = math.nan  # not in a weights file
-        elif resume:
-            raise ValueError(f"there is no run in {self.folder} to resume")
-        else:
-            return 0
-        self.seconds_before = found["seconds"]
-        return steps
-
-    def save(self, steps: int):
-        """Write the three files, each whole or not at all."""
-        seconds = self.seconds_before + time.monotonic() - self.started
-        progress = {"epochs": round(steps / self.steps_per_epoch, 4), "seconds": round(seconds, 1)}
-        metadata = {**self.described, **progress}
-        losses = {"losses": self.losses[:steps]}
-        save_state(self.folder / "state.safetensors", self.model, self.optimizer, losses, metadata)
-        save_weights(self.folder / "weights.safetensors", self.model, metadata)
-        whole_epochs = self.losses[: steps - steps % self.steps_per_epoch].view(-1, self.steps_per_epoch)
-        means = enumerate(whole_epochs.mean(1).tolist(), start=1)
-        lines = ["epoch,mean_loss", *(f"{epoch},{mean:.6f}" for epoch, mean in means if math.isfinite(mean)), ""]
-        write_atomically(self.folder / "log.csv", "\n".join(lines).encode())
 
 
 def fit(
@@ -206,37 +138,32 @@ def fit(
     Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume` is
     false, when that run is of another recipe, or when the loss is not finite.
     """
-    device = images.device
+    check_folder(folder, resume)
+    device, per_epoch = images.device, math.ceil(len(images) / recipe.batch_size)
     model.to(device, memory_format=torch.channels_last)
     check_batch(model, min(recipe.batch_size, len(images)), numbers=33)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
-    run = Run(folder, model, optimizer, recipe, len(images), dtype)
-    first_step = run.restore(resume, start)
-    per_epoch, losses, size = run.steps_per_epoch, run.losses, recipe.batch_size
-    if resume and first_step % per_epoch == 0:  # stopped between an epoch and its figures
-        after_epoch(first_step // per_epoch, losses[:first_step].tolist())
-    if first_step == len(losses):  # nothing left to do but to write what it came to
-        run.save(first_step)
 
-    step, saved = first_step - 1, time.monotonic()
-    bar = tqdm(total=len(losses) * size, initial=first_step * size, unit="img", smoothing=0.05)
-    with stop_signal() as stopped, bar:
-        for step, loss in train(model, optimizer, loss_of, images, labels, recipe, first_step=first_step, dtype=dtype):
-            losses[step] = loss
-            bar.update(size)
-            epoch, end_of_epoch = step // per_epoch + 1, (step + 1) % per_epoch == 0
-            saving = end_of_epoch or stopped() or time.monotonic() - saved > save_every
-            if saving or step % 10 == 0:
-                recent = losses[max(first_step, step - 99) : step + 1].mean().item()
-                bar.set_description(f"epoch {epoch}/{recipe.epochs}, loss {recent:.4f}", refresh=False)
-                if not math.isfinite(recent):  # before it could overwrite a good state
-                    raise ValueError(f"the loss is not finite at step {step}: try --dtype float32, or --resume the run")
-            if saving:
-                run.save(step + 1)
-                saved = time.monotonic()
-            if stopped():
-                break
-            if end_of_epoch:
-                after_epoch(epoch, losses[: step + 1].tolist())
-                model.train()
-    return step + 1 == len(losses)
+    def write():
+        epochs = {"epochs": round(run.step / per_epoch, 4)}
+        save_weights(folder / "weights.safetensors", model, run.metadata | epochs)
+        whole = run.losses[: run.step - run.step % per_epoch].view(-1, per_epoch).mean(1).tolist()
+        lines = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(whole, start=1) if math.isfinite(mean)]
+        write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *lines, ""]).encode())
+
+    described = {"model": type(model).__name__, "config": model.config, "recipe": asdict(recipe), "digits": len(images)}
+    total, parts = recipe.epochs * per_epoch, {"model": model.state_dict()}
+    run = Run(folder, parts, optimizer, total, described, dtype, write=write)
+    if resume:
+        run.restore()
+    elif start is not None:
+        found = load_start(start, model)
+        run.step, run.seconds_before = min(round(found["epochs"] * per_epoch), total), found["seconds"]
+        run.losses[: run.step] = math.nan  # not in a weights file
+    steps = run.steps(recipe.batch_size, save_every=save_every, epoch=per_epoch)
+    for step, loss in train(model, optimizer, loss_of, images, labels, recipe, steps=steps, dtype=dtype):
+        run.losses[step] = loss
+        if (step + 1) % per_epoch == 0:
+            after_epoch((step + 1) // per_epoch, run.losses[: step + 1].tolist())
+            model.train()
+    return run.step == total

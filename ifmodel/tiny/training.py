@@ -5,11 +5,10 @@ share them. So a run that was stopped and resumed ends with the same weights, bi
 """
 
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
-from ddpm.runs import load_state, save_state, step_seed, stop_signal
+from ddpm.runs import Run, step_seed, stop_signal
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.losses import draw_batch
@@ -80,48 +79,6 @@ def train_text(encoder, data: CaptionedImages, tokenizer: Tokenizer, recipe: Rec
     return True
 
 
-class Run:
-    """A run's files in a folder: state.safetensors to resume, model/ to use, log.csv to read."""
-
-    def __init__(self, folder: Path, stage: Stage1 | Stage2, recipe: Recipe, data: CaptionedImages):
-        self.folder, self.stage, self.recipe, self.data = folder, stage, recipe, data
-        fused = next(stage.model.parameters()).device.type != "mps"
-        self.optimizer = torch.optim.AdamW(stage.parameters, lr=recipe.learning_rate, weight_decay=0.01, fused=fused)
-        self.average, self.log, self.step, self.started = EMA(stage.model), [], 0, time.monotonic()
-
-    def restore(self):
-        """Put the folder's state back; more steps than planned and another dtype are fine. Raises ValueError."""
-        path = self.folder / "state.safetensors"
-        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in ("steps", "dtype")}
-        others, found = load_state(path, self.stage.model, self.optimizer, {"recipe": recipe})
-        step, seconds, log = found.get("step"), found.get("seconds"), found.get("log")
-        shapes = {f"average.{name}": weight.shape for name, weight in self.average.weights.items()}
-        fits = {name: tensor.shape for name, tensor in others.items()} == shapes and isinstance(log, list)
-        if not (fits and isinstance(step, int) and isinstance(seconds, (int, float))):
-            raise ValueError(f"{path} is damaged: its averaged weights, or how far the run came, are not there")
-        for name, weight in self.average.weights.items():
-            weight.copy_(others[f"average.{name}"])
-        self.step, self.log, self.started = step, log, time.monotonic() - seconds
-        if found.get("dtype") != self.recipe.dtype and rank() == 0:
-            warnings.warn(f"the run was in {found.get('dtype')} and goes on in {self.recipe.dtype}", stacklevel=3)
-
-    def save(self):
-        """Write the files, each whole or not at all."""
-        if rank() > 0:
-            return
-        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in ("steps", "dtype")}
-        progress = {"step": self.step, "seconds": round(time.monotonic() - self.started, 1), "log": self.log}
-        metadata = {"recipe": recipe, "dtype": self.recipe.dtype, "steps": self.recipe.steps, **progress}
-        averages = {f"average.{name}": weight for name, weight in self.average.weights.items()}
-        save_state(self.folder / "state.safetensors", self.stage.model, self.optimizer, averages, metadata)
-        write_atomically(self.folder / "log.csv", "\n".join([*self.log, ""]).encode())
-        self.stage.save(self.folder / "model", self.average.weights, self.data)
-
-    def learning_rate(self, step: int) -> float:
-        """It rises for 500 steps, then falls to a tenth."""
-        return self.recipe.learning_rate * min(1, (step + 1) / 500) * 0.1 ** (step / self.recipe.steps)
-
-
 def fit(
     stage: Stage1 | Stage2,
     data: CaptionedImages,
@@ -139,11 +96,21 @@ def fit(
     draw(step, rows, labels) makes a figure of the stage's sheet every so many steps.
     Returns whether the run is complete. Raises ValueError when the loss is not finite, or the state is of another run.
     """
-    model, run = stage.model, Run(folder, stage, recipe, data)
+    model, average = stage.model, EMA(stage.model)
     device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(stage.parameters, weight_decay=0.01, fused=device.type != "mps")
     if processes() > 1:  # the text encoders were trained apart, on GPUs not to the same bit
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
+
+    def write():
+        write_atomically(folder / "log.csv", "\n".join([*run.log, ""]).encode())
+        stage.save(folder / "model", average.weights, data)
+
+    described = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "dtype")}
+    parts, dtype = {"model": model.state_dict(), "average": average.weights}, getattr(torch, recipe.dtype)
+    options = {"write": write, "leads": rank() == 0, "agree": partial(any_process, device)}
+    run = Run(folder, parts, optimizer, recipe.steps, {"recipe": described}, dtype, **options)
     if resume:
         run.restore()
     shown = {"variety": recipe.variety}
@@ -151,52 +118,50 @@ def fit(
     held = draw_batch(watched, stage.tokenizer, 64, recipe.size, seeded, drop=0, **shown).to(device)
     share = recipe.batch_size // processes()
     mine = slice(rank() * share, (rank() + 1) * share)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
-    losses, saved, first = [], time.monotonic(), run.step
-    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", disable=rank() > 0)
-    with stop_signal() as stopped, bar:
-        for step in bar:
-            for group in run.optimizer.param_groups:
-                group["lr"] = run.learning_rate(step) * group.get("share", 1)
-            generator = torch.Generator().manual_seed(step_seed(recipe.seed, step))
-            batch = draw_batch(data, stage.tokenizer, recipe.batch_size, recipe.size, generator, **shown).to(device)
-            with autocast:
-                loss = stage.loss(model, batch, generator, mine).mean()
-            loss, stop = descend(model, run.optimizer, loss, stopped())
-            run.average.update(model, step)
-            run.step = step + 1
-            losses.append(loss)
-            if not loss < 1e3:
-                raise ValueError(f"the loss is {loss} at step {step}: try a smaller learning rate, or resume the run")
-            if step % 10 == 0:
-                bar.set_description(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
-            if run.step % every == 0 and rank() == 0:
-                with averaged(model, run.average), autocast, torch.no_grad():
-                    add_row(run.log, run.step, losses[-every:], stage.watch(held), bar)
-                    draw(run.step, *stage.sheet(held, recipe.seed))
-            if stop:
-                break
-            if time.monotonic() - saved > save_every:
-                run.save()
-                saved = time.monotonic()
-    run.save()
-    return run.step >= recipe.steps
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    for step in run.steps(recipe.batch_size, save_every=save_every):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step) * group.get("share", 1)
+        generator = torch.Generator().manual_seed(step_seed(recipe.seed, step))
+        batch = draw_batch(data, stage.tokenizer, recipe.batch_size, recipe.size, generator, **shown).to(device)
+        with autocast:
+            loss = stage.loss(model, batch, generator, mine).mean()
+        run.losses[step] = descend(model, optimizer, loss)
+        average.update(model, step)
+        if (done := step + 1) % every == 0 and rank() == 0:
+            with averaged(model, average), autocast, torch.no_grad():
+                add_row(run.log, done, run.losses[done - every : done].mean().item(), stage.watch(held))
+                draw(done, *stage.sheet(held, recipe.seed))
+    return run.step == recipe.steps
 
 
-def descend(model: TextToImage, optimizer, loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """One step of the optimizer; returns the loss, the mean over all processes, and whether any of them is to stop."""
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """It rises for 500 steps, then falls to a tenth."""
+    return recipe.learning_rate * min(1, (step + 1) / 500) * 0.1 ** (step / recipe.steps)
+
+
+def descend(model: TextToImage, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """One step of the optimizer; returns the loss, the mean over all processes."""
     optimizer.zero_grad()
     loss.backward()
-    told = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
+    loss = loss.detach()
     if processes() > 1:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= processes()
-        dist.all_reduce(told)  # so that all processes stop when one is told to
+        dist.all_reduce(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return told[0].item() / processes(), told[1].item() > 0
+    return loss / processes()
+
+
+def any_process(device: torch.device, stop: bool) -> bool:
+    """Whether any of the processes is to stop, so that all of them do after the same step."""
+    if processes() == 1:
+        return stop
+    dist.all_reduce(stops := torch.tensor(float(stop), device=device))
+    return stops.item() > 0
 
 
 def rank() -> int:
@@ -209,14 +174,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_row(log: list[str], step: int, losses: list[float], seen: dict[str, float], bar: tqdm):
-    """Add the mean loss, and what was seen, to the log and show it; warn where captions are not listened to."""
+def add_row(log: list[str], step: int, loss: float, seen: dict[str, float]):
+    """Add the mean loss, and what was seen, to the log and show it; warn of a model that ignores its captions."""
     if not log:
         log.append(",".join(["step", "loss", *seen]))
-    log.append(",".join([str(step), *(f"{x:.5f}" for x in (sum(losses) / len(losses), *seen.values()))]))
-    bar.write(f"{log[0]}: {log[-1]}")
+    log.append(",".join([str(step), *(f"{x:.5f}" for x in (loss, *seen.values()))]))
+    tqdm.write(f"{log[0]}: {log[-1]}")
     if step > 1000 and seen.get("others", math.inf) < 1.05 * seen.get("right", 0):
-        bar.write("warning: it draws without listening: others' captions serve it as well as the right ones")
+        tqdm.write("warning: it ignores its captions: others' serve it as well as the right ones")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import Recipe
+from ddpm.runs import STATE, check_folder
 
 SEED = 20040805
 LARGEST = 1_000_000  # of anything that is counted
@@ -84,22 +85,26 @@ def start_training(args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, Te
     """From the training options: the recipe, the training digits and labels on the device, and the dtype."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    check_writable(args.out / "state.safetensors")
+    check_run(args)
     images, labels = load_mnist(args.data, "train", args.limit)
     recipe = replace(recipe, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
     torch.manual_seed(args.seed)  # the model that the script builds next starts from it
     return recipe, images.to(device), labels.to(device), dtype
 
 
-def end_training(args: argparse.Namespace, complete: bool):
+def check_run(args: argparse.Namespace):
+    """Refuse --out, before anything is made, that a run cannot be written to or resumed from. Raises ValueError."""
+    check_writable(args.out / STATE)
+    check_folder(args.out, args.resume)
+
+
+def end_training(args: argparse.Namespace, complete: bool, trained: str = "weights.safetensors"):
     """Say where the weights are, or how to go on; a stopped run ends with status 130, as Ctrl-C does."""
-    if complete:
-        print(f"trained: {args.out / 'weights.safetensors'}")
-    else:
-        print(
-            f"stopped and saved: go on with the same command and --resume (the run is in {args.out})", file=sys.stderr
-        )
+    if not complete:
+        told = "stopped and saved: go on with the same command and --resume"
+        print(f"{told} (the run is in {args.out})", file=sys.stderr)
         sys.exit(130)
+    print(f"trained: {args.out / trained}")
 
 
 def positive(text: str) -> int:

@@ -157,11 +157,12 @@ def test_a_run_is_neither_overwritten_nor_continued_by_another(run_script, refus
     options = [*options, "--upscaler", cascade[0] / "stage_2", "--steps", 1]
     status, _, err = run_script("train_lora", *options)
     assert status == 0, err
-    assert "add --resume, or another --out" in refused("train_lora", *options)
-    assert "another recipe: prompt a photo of a zwx dog, not a cat" in refused(
+    assert "add --resume to go on" in refused("train_lora", *options)
+    assert "another recipe prompt: a photo of a zwx dog, not a cat" in refused(
         "train_lora", *options, "--resume", "--prompt", "a cat"
     )
-    assert "another recipe: class_prompt [], not ['a dog']" in refused(
+    assert "another recipe class_prompt: [], not ['a dog']" in refused(
         "train_lora", *options, "--resume", "--class-prompt", "a dog"
     )
-    assert "has done its 1 steps" in refused("train_lora", *options, "--resume")
+    status, out, err = run_script("train_lora", *options, "--resume")  # with nothing left to do
+    assert status == 0 and "trained" in out, err

@@ -5,6 +5,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 
 import pytest
@@ -18,7 +19,6 @@ from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_di
 from ddpm.mnist.checkpoint import load_model, save_weights
 from ddpm.mnist.data import FILES
 from ddpm.mnist.judge import Judge
-from ddpm.runs import save_state
 from ddpm.schedule import linear_schedule
 from shared.options import pick_dtype
 from tests.conftest import DATA, ROOT, settled
@@ -439,17 +439,13 @@ def test_weights_that_are_missing_damaged_or_of_another_model(sample, refused, w
 
 
 def test_a_training_state_can_be_sampled_and_weights_cannot_be_resumed(run_script, refused, tmp_path):
-    model = settled(ClassUNet(4))
-    state = tmp_path / "state.safetensors"
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long), torch.zeros(1, 10)).sum().backward()
-    optimizer.step()
-    save_state(state, model, optimizer, {}, {"model": "ClassUNet", "config": model.config})
+    options, state = ("--condition", "class", *TRAIN, "--out", tmp_path), tmp_path / "state.safetensors"
+    status, _, err = run_script("train_ddpm", *options, "--epochs", 1, "--sample-steps", 2)
+    assert status == 0, err
     status, _, err = run_script("sample_mnist", "--weights", state, "--steps", 1, "--out", tmp_path / "a.png")
     assert status == 0, err
-    save_weights(state, model, {})
-    options = ("--condition", "class", *TRAIN, "--out", tmp_path, "--resume")
-    assert "only a training state" in refused("train_ddpm", *options)
+    shutil.copy(tmp_path / "weights.safetensors", state)
+    assert "only a training state" in refused("train_ddpm", *options, "--resume")
 
 
 def test_mnist_that_is_missing(refused, tmp_path, monkeypatch):

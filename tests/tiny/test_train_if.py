@@ -260,7 +260,7 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
     options = stage_1_options(folder, tmp_path / "parts", 4)
     assert run_script("train_if", *options)[0] == 130
     monkeypatch.setattr(training, "draw_batch", draw)
-    assert load_tensors(tmp_path / "parts" / "state.safetensors")[1]["step"] == 2
+    assert len(load_tensors(tmp_path / "parts" / "state.safetensors")[0]["losses"]) == 2
     status, _, err = run_script("train_if", *options, "--resume")
     assert status == 0, err
     whole, parts = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("whole", "parts"))
@@ -320,20 +320,21 @@ def test_resume_notices_other_data(run_script, refused, folder, trained, tmp_pat
     assert "another recipe tokenizer: " in told and "data" not in told.split("another")[1]
 
 
-@pytest.mark.parametrize("damage", ["no average", "step", "log", "model"])
+@pytest.mark.parametrize("damage", ["no average", "losses", "log", "seconds", "model"])
 def test_a_state_that_is_damaged_is_refused_in_a_line(refused, folder, trained, tmp_path, damage):
     out = tmp_path / "1"
     shutil.copytree(trained / "1", out)
     tensors, metadata = load_tensors(out / "state.safetensors")
     if damage == "no average":
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("average.unet.conv_in")}
-    elif damage == "model":
-        del tensors["model.unet.conv_in.weight"]
+    elif damage in tensors or damage == "model":
+        del tensors["model.unet.conv_in.weight" if damage == "model" else damage]
     else:
         metadata[damage] = "x"
     save_tensors(out / "state.safetensors", tensors, metadata)
     told = refused("train_if", *stage_1_options(folder, out, 4, "--resume"))
-    assert ("1 missing (model.unet.conv_in.weight)" if damage == "model" else "is damaged") in told
+    missing = {"no average": "2 missing (average.unet.conv_in", "model": "1 missing (model.unet.conv_in.weight)"}
+    assert missing.get(damage, "is damaged: it does not say how far the run came") in told
 
 
 def test_a_run_that_is_done_writes_its_model_again(run_script, folder, trained, tmp_path):
@@ -508,6 +509,8 @@ def test_a_full_disk_leaves_no_tokenizer(refused, folder, tmp_path, monkeypatch)
 def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     assert "no run" in refused("train_if", *stage_1_options(folder, tmp_path / "none", 2, "--resume"))
     assert "--resume" in refused("train_if", *stage_1_options(folder, trained / "1", 3))
+    fewer = stage_1_options(folder, trained / "1", 2, "--resume")
+    assert "3 steps done, more than the 2" in refused("train_if", *fewer)
     assert "another recipe learning_rate" in refused(
         "train_if", *stage_1_options(folder, trained / "1", 4, "--resume", "--lr", 1)
     )

@@ -170,7 +170,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(digits, tmp_path, stop):
     assert fit(
         resumed, class_loss, *digits, RECIPE, parts, resume=True, after_epoch=lambda epoch, _: drawn.append(epoch)
     )
-    assert drawn == ([1, 2] if stop <= 5 else [2])
+    assert drawn == ([1, 2] if stop < 5 else [2])
     expected, found = weights_after(whole), weights_after(parts)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -224,7 +224,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(digits, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path):
-    with pytest.raises(ValueError, match="not finite at step 0"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|-?inf) at step 0"):
         fit(new_model(), lambda model, x_0, *_: model.a(x_0).sum() * torch.inf, *digits, RECIPE, tmp_path)
     assert not (tmp_path / "state.safetensors").exists()
 
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path):
         steps.append(1)
         return class_loss(*arguments) * (torch.nan if len(steps) == 3 else 1)
 
-    with pytest.raises(ValueError, match="not finite at step 2"):  # though every step is saved
+    with pytest.raises(ValueError, match="the loss is nan at step 2"):  # though every step is saved
         fit(new_model(), breaks_at_the_third, *digits, RECIPE, tmp_path, save_every=0)
     assert all(tensor.isfinite().all() for tensor in weights_after(tmp_path).values())
     assert len(weights_after(tmp_path)["losses"]) == 2
