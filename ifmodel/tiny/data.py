@@ -311,9 +311,8 @@ def styled(path: Path, size: int, artist: str | None, finer: int = 1) -> list[tu
     if min(image.size) < size:
         raise ValueError(f"{path} is too small: {image.size[0]} × {image.size[1]}, for training at {size} × {size}")
     size *= finer
-    if min(image.size) > 256:  # the filters are slow, and nothing finer is seen
-        side = max(256, size)
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BOX)
+    side = min(max(256, size), *image.size)  # the filters are slow, and nothing finer is seen
+    image = ImageOps.fit(image, (side, side), Image.Resampling.BOX)
     plain = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     found = []
     for number, style in enumerate(STYLES.values()):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.mnist import ClassUNet, UNet
+from ddpm.mnist import ClassFlow, ClassUNet, UNet
 from ddpm.mnist.checkpoint import save_weights
 from shared.options import OneLineParser, number, positive, seed_number
 from shared.stages import model_name, steps_or_name
@@ -21,6 +21,7 @@ from tests.conftest import DATA, ROOT, settled
 from tests.forked import PRELOADED, SERVER, run_all
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
+from tests.scripts.test_prepare_emoji import RED, pack
 
 TRILLION, LONG = "1" + "0" * 12, "9" * 400
 TEXTS = ["", " ", "x" * 300, "ü \u202e<script>$\\frac{", "\udcff", "a/../b", "two words " * 500]
@@ -48,8 +49,9 @@ def models(cascade, tmp_path_factory):  # noqa: F811
     for stage in ("stage_1", "stage_2"):
         (folder / stage).symlink_to(cascade[0] / stage)
     torch.manual_seed(0)
-    for model in (UNet(4), ClassUNet(4)):
+    for model in (UNet(4), ClassUNet(4), ClassFlow(4)):
         save_weights(folder / f"{type(model).__name__}.safetensors", settled(model), {})
+    pack(folder, "icons", {"red-apple": RED})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -61,10 +63,13 @@ def models(cascade, tmp_path_factory):  # noqa: F811
 
 def bases(models: Path) -> dict[str, list]:
     """A short command line of each script, which is right."""
-    stage_1 = ["--model", models / "stage_1", "--dtype", "float32", "--device", "cpu", "--stride", 400]
+    cpu = ["--dtype", "float32", "--device", "cpu"]
+    stage_1 = ["--model", models / "stage_1", *cpu, "--stride", 400]
     digits = ["--data", DATA, "--weights", models / "ClassUNet.safetensors", "--steps", 1, "--samples", 2]
     training = ["--data", DATA, "--width", 4, "--limit", 20, "--epochs", 1]
     pair = ["--prompt", "a dog", "--prompt", "a hat"]
+    one_step = ["--steps", 1, "--batch-size", 1, *cpu]
+    small = ["--size", 16, "--widths", 32, 32, "--text-dim", 32, "--text-steps", 1, "--every", 1]
     return {
         "forward_process": ["--size", 16, "--timesteps", 0, 500],
         "classical_denoise": ["--size", 16, "--timesteps", 0, 500],
@@ -73,6 +78,7 @@ def bases(models: Path) -> dict[str, list]:
         "sample": [*stage_1, "--prompt", "a dog", "--num-images", 1],
         "sdedit": [*stage_1, "--image", "face", "--i-start", 1],
         "inpaint": [*stage_1, "--image", "face"],
+        "restore": [*stage_1, "--image", "face", "--task", "upscale"],
         "visual_anagram": [*stage_1, *pair, "--num-images", 1],
         "hybrid_image": [*stage_1, *pair, "--num-images", 1],
         "generate": [*stage_1, "--prompt", "a dog", "--upscaler", models / "stage_2", "--upscaler-steps", 1],
@@ -82,6 +88,11 @@ def bases(models: Path) -> dict[str, list]:
         "digits_gallery": [*digits, "--only", "anagram"],
         "train_ddpm": ["--condition", "class", "--sample-steps", 1, *training],
         "train_denoiser": training,
+        "train_flow": ["--condition", "class", "--sample-steps", 1, *training],
+        "flow_velocity": ["--data", DATA, "--weights", models / "ClassFlow.safetensors"],
+        "train_if": ["--data", DATA / "emoji", *small, *one_step],
+        "train_lora": [*stage_1[:2], "--images", DATA / "boxing_glove", "--prompt", "a dog", "--rank", 2, *one_step],
+        "prepare_emoji": [models / "icons.tgz", "--artists", 1, "--size", 16],
         "reproduce": ["--only", "B2"],
         "evaluate/mnist": [*digits, "--digits", 2, "--denoiser", models / "UNet.safetensors"],
     }
@@ -100,7 +111,11 @@ def options_of(script: str, monkeypatch) -> list[argparse.Action]:
     with monkeypatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(OneLineParser, "parse_known_args", see)
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
-    return [action for action in seen.value.args[0]._actions if not SKIPPED & {*action.option_strings}]
+    return [
+        action
+        for action in seen.value.args[0]._actions
+        if action.option_strings and not SKIPPED & {*action.option_strings}
+    ]
 
 
 def wrong_values(models: Path, monkeypatch, each: int = 2) -> list[list]:

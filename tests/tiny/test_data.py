@@ -1,6 +1,7 @@
 """The data of the next tiny-if: many drawings of a thing, each shown in another way every time."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,25 @@ def test_an_artist_has_a_style_and_filters_make_others(folder):
     assert sorted(styles) == sorted(
         [*("photo", "oil", "sketch"), *("drawing", "oil", "sketch"), "lithograph", "woodcut"]
     )
+
+
+@pytest.mark.parametrize(
+    ("image_size", "size", "seen"),
+    [((4000, 3000), 32, 256), ((3000, 200), 32, 200), ((64, 64), 32, 64), ((800, 600), 300, 600)],
+)
+def test_filters_which_are_slow_see_a_small_square(tmp_path, monkeypatch, image_size, size, seen):
+    """Of 256 pixels, or of as many as are wanted, twice the size."""
+    Image.effect_noise(image_size, 50).save(tmp_path / "photo.jpg")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "photo.jpg", "text": "snow"}')
+    sizes = []
+
+    def recorded(style):
+        return style.filter and replace(style, filter=lambda plain: sizes.append(plain.size) or style.filter(plain))
+
+    monkeypatch.setattr("ifmodel.tiny.data.STYLES", {name: recorded(style) or style for name, style in STYLES.items()})
+    data = load_captioned(tmp_path, size, finer=2)
+    assert data.images.shape[2:] == (2 * size, 2 * size)
+    assert sizes == [(seen, seen)] * 3
 
 
 def test_without_variety_a_drawing_is_shown_as_it_is_on_white(folder):
