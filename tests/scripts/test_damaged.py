@@ -159,9 +159,10 @@ def test_a_folder_with_a_damaged_unet(models, tmp_path):  # noqa: F811
 def test_an_index_that_names_nothing_or_what_is_outside(models, tmp_path):  # noqa: F811
     shutil.copy(models / "stage_1" / UNET, tmp_path / "outside.safetensors")
     index = f"{UNET}.index.json"
-    names = {"up": "../../outside.safetensors", "absolute": str(tmp_path / "outside.safetensors"), "folder": ".."}
+    names = {"up": "../../outside.safetensors", "absolute": str(tmp_path / "outside.safetensors")}
     changes = {
         **{name: (index, {"weight_map": {"x": file}}, "not a file beside") for name, file in names.items()},
+        "folder": (index, {"weight_map": {"x": ".."}}, "lacks .., which"),
         "empty": (index, {"weight_map": {}}, "names no files"),
         "number": (index, {"weight_map": {"conv_in.weight": 5}}, "does not say which files"),
         "deep": (index, DEEP.encode(), "does not say which files"),
