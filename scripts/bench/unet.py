@@ -12,7 +12,8 @@ from a folder, beside a copy of its file; and with --cold processes of their own
 memory. Each time is also given as a multiple of the floor: the step's FLOPs, as torch counts them, at the rate of a
 2048 × 2048 matrix product, or the weights' bytes at the rate at which a copy reads and writes, whichever is longer.
 Published geometries have random weights. Without diffusers, ours is timed alone. Prints a table and writes it to --out
-as JSON; --growth draws what an image costs as there are more of them, more steps and more pixels, beside it.
+as JSON; --growth draws, beside it, what an image costs as there are more of them, more steps and more pixels, and for
+tiny what 1 to 1,000 prompts cost one and two processes.
 """
 
 import gc
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -350,12 +352,19 @@ def compare(what: str, sides: dict[str, Callable], rounds: int, device: torch.de
     return rows
 
 
+Lines = dict[str, dict[int, float]]  # of a panel of the figure: their names, and their points
+
+
 @torch.no_grad()
-def growth(work: Work, rounds: int) -> dict[str, dict[int, float]]:
-    """Seconds of a step, for each image, as images and pixels grow, and of a sample as its steps do."""
+def growth(work: Work, rounds: int) -> dict[str, Lines]:
+    """Seconds of a step, for each image, as images and pixels grow, and of a sample as its steps do.
+
+    On the CPU those of computing, of all threads together, which other processes on the same cores disturb little.
+    """
+    clock = time.process_time if work.device.type == "cpu" else time.perf_counter
 
     def seconds_of(what: str, draw: Callable, rounds: int, images: int = 1) -> float:
-        seconds = median(in_turns({"ours": draw}, max(1, rounds), work.device)["ours"]) / images
+        seconds = median(in_turns({"ours": draw}, max(1, rounds), work.device, clock)["ours"]) / images
         print(f"  {what}: {1000 * seconds:.1f} ms")
         return seconds
 
@@ -372,29 +381,33 @@ def growth(work: Work, rounds: int) -> dict[str, dict[int, float]]:
         return seconds_of(f"an image in {steps} steps", draw, rounds // 10)
 
     side = work.size[0]
-    grown = {"batch": {batch: step(batch, side) for batch in (1, 2, 4, 8, 16)}}
+    grown = {"batch": {"": {batch: step(batch, side) for batch in (1, 2, 4, 8, 16)}}}
     if work.noise_level is None:
-        grown["steps"] = {steps: sample(steps) for steps in (10, 20, 50, 100, 200)}
-    grown["size"] = {size: step(1, size) for size in (side, 2 * side, 4 * side, 8 * side)}
+        grown["steps"] = {"": {steps: sample(steps) for steps in (10, 20, 50, 100, 200)}}
+    grown["size"] = {"": {size: step(1, size) for size in (side, 2 * side, 4 * side, 8 * side)}}
     return grown | (many_prompts(work, (1, 10, 100, 1000)) if work.args.geometry == "tiny" else {})
 
 
-def many_prompts(work: Work, numbers: Sequence[int]) -> dict[str, dict[int, float]]:
+def many_prompts(work: Work, numbers: Sequence[int]) -> dict[str, Lines]:
     """One and two processes of generate.py for so many prompts, two steps of 16 × 16 each.
 
     Of the process that has more: its time of computing, since the two share the cores, and its peak memory.
     """
-    scripts, folder, grown = Path(__file__).parents[1], Path(work.folder.name), {}
+    scripts, folder = Path(__file__).parents[1], Path(work.folder.name)
+    grown = {"seconds": {"one process": {}, "each of two": {}}, "memory": {"one process": {}, "each of two": {}}}
     (folder / "measured.py").write_text(MEASURED)
     names = [with_article(name) for name in curated()]
-    environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(folder)}
     for number in numbers:
         prompts = [f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)]
         (folder / "prompts.txt").write_text("\n".join(prompts))
-        for processes in (1, 2) if number > 8 else (1,):  # two want more than a batch
+        for processes, name in ((1, "one process"), (2, "each of two")):
+            if processes == 2 and number <= 8:  # a batch, which two cannot share
+                continue
+            out = folder / f"{number}_{processes}"  # where its cache is, too, so that all prompts are new to it
+            environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(out)}
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
             script = [folder / "measured.py", scripts / "generate.py", "--prompts", folder / "prompts.txt"]
-            options = ["--out", folder / f"{number}_{processes}", "--upscaler", "none", "--steps", 2, "--size", 16, 16]
+            options = ["--out", out, "--upscaler", "none", "--steps", 2, "--size", 16, 16]
             options += ["--dtype", short(work.dtype), "--device", work.device]
             command = [*map(str, torchrun + script + options)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -402,35 +415,37 @@ def many_prompts(work: Work, numbers: Sequence[int]) -> dict[str, dict[int, floa
                 raise ValueError(f"a process of generate.py failed: {done.stderr[-200:]}")
             measured = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
             seconds, peak = max(float(found[0]) for found in measured), max(int(found[1]) for found in measured) / 1e9
-            grown.setdefault(f"seconds, {processes} process(es)", {})[number] = seconds
-            grown.setdefault(f"GB, {processes} process(es)", {})[number] = peak
-            print(f"  {number} prompts, {processes} process(es): {seconds:.1f} s, {peak:.2f} GB", flush=True)
+            grown["seconds"][name][number], grown["memory"][name][number] = seconds, peak
+            print(f"  {number} prompts, {name}: {seconds:.1f} s of computing, {peak:.2f} GB", flush=True)
     return grown
 
 
-def draw_growth(path: Path, grown: dict[str, dict[int, float]]):
-    """What an image costs as there are more of them, more steps, and more pixels."""
+def draw_growth(path: Path, grown: dict[str, Lines]):
+    """What an image costs as there are more of them, more steps, and more pixels; and what many prompts do."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 3.2), dpi=150, layout="constrained")
     labels = {
         "batch": ("images at a time", "seconds of a step, each"),
         "steps": ("steps", "seconds of an image"),
         "size": ("height and width", "seconds of a step"),
+        "seconds": ("prompts, 2 steps of 16 × 16", "seconds"),
+        "memory": ("prompts, 2 steps of 16 × 16", "GB at most"),
     }
-    many = {name: points for name, points in grown.items() if name not in labels}
-    panels = [(labels[name], {"": points}) for name, points in grown.items() if name in labels]
-    panels += [(("prompts, 2 steps of 16 × 16", "of computing and memory, a process"), many)] if many else []
-    for axes, ((x, y), lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    figure = Figure(figsize=(3.1 * len(grown), 3), dpi=150, layout="constrained")
+    for axes, (panel, lines) in zip(figure.subplots(1, len(grown)), grown.items(), strict=True):
         for name, points in lines.items():
-            axes.plot(list(points), list(points.values()), "s--" if "GB" in name else "o-", label=name)
-        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+            axes.plot(list(points), list(points.values()), "o-" if name != "each of two" else "s--", label=name)
+        axes.set(xlabel=labels[panel][0], ylabel=labels[panel][1], xscale="log")
+        if panel in ("batch", "memory"):  # which nearly stay as they are
+            axes.set_ylim(0, None)
+        else:
+            axes.set_yscale("log")
         ticks = sorted({value for points in lines.values() for value in points})
         axes.set_xticks(ticks, [str(value) for value in ticks])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
         if len(lines) > 1:
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=8)
     save_figure(path, figure, SEED)
 
 

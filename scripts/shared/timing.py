@@ -19,8 +19,10 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def in_turns(sides: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each side in each round; the first round warms up and does not count."""
+def in_turns(
+    sides: dict[str, Callable], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each side in each round by a clock; the first round warms up and does not count."""
 
     def synchronize():
         if device.type != "cpu":
@@ -30,11 +32,11 @@ def in_turns(sides: dict[str, Callable], rounds: int, device: torch.device) -> d
     for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up", leave=False):
         for name, side in sides.items():
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             side()
             synchronize()
             if turn > 0:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return times
 
 
