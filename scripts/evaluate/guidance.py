@@ -8,18 +8,20 @@ asked for, and their colours: saturation, the distance of the largest from the s
 images have some themselves. Guiders: plain; rescaled with φ = 0.7; projected, only what is orthogonal to x̂_c.
 
 Writes report.json and guidance.png to --out; all images are kept there, and a stopped evaluation goes on where it was.
---skip-digits and --skip-images leave one of them out.
+--skip-digits and --skip-images leave one of them out. torchrun shares the kinds of images among its processes.
 """
 
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.figures import save_figure
 from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.processes import rank, share, wait
 
 import torch
 from tiny_if import get_judge
@@ -50,8 +52,10 @@ def main():
     for part, measure in (("images", measure_images), ("digits", measure_digits)):
         if not getattr(args, f"skip_{part}"):
             report[part] = measure(args)
-            write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
-    draw_figure(args.out / "guidance.png", report, args.seed)
+            if rank() == 0:
+                write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+    if rank() == 0:
+        draw_figure(args.out / "guidance.png", report, args.seed)
 
 
 def arguments() -> Namespace:
@@ -77,12 +81,22 @@ def guider_of(name: str, schedule: Schedule) -> Guider:
     return {"plain": lambda: classifier_free, "rescaled": rescaled, "projected": partial(projected, schedule)}[name]()
 
 
-def kept(args: Namespace, name: str, draw) -> Tensor:
-    """What draw() makes, or made before."""
-    path = args.out / "drawn" / f"{name}_{args.seed}.safetensors"
-    if not path.is_file():
-        save_tensors(path, {"images": draw()}, {})
-    return load_tensors(path)[0]["images"]
+def drawn(args: Namespace, what: str, made: str, draw: Callable) -> Iterator[tuple[str, float, Tensor]]:
+    """Each guider, γ and their images, draw(guider, γ) or those kept before; of torchrun's processes, in the first.
+
+    made: how they are made, for the names of files
+    """
+    asked = [(name, gamma) for name in GUIDERS for gamma in args.guidance]
+
+    def path_of(name: str, gamma: float) -> Path:
+        return args.out / "drawn" / f"{what}_{name}_g{gamma:g}_{made}_{args.seed}.safetensors"
+
+    for one in tqdm(share(asked, f"kinds of {what}"), what, disable=rank() > 0):
+        if not path_of(*one).is_file():
+            save_tensors(path_of(*one), {"images": draw(*one)}, {})
+    wait()
+    for one in asked if rank() == 0 else ():
+        yield *one, load_tensors(path_of(*one))[0]["images"]
 
 
 @torch.no_grad()
@@ -92,10 +106,12 @@ def measure_digits(args: Namespace) -> dict:
     _, real = examine(judge, load_mnist(args.data, "test")[0][: args.digits] / 255)
     schedule, labels = linear_schedule(), [k % 10 for k in range(args.digits)]
     seeds, rows = [args.seed + k for k in range(args.digits)], []
-    for name, gamma in tqdm([(name, gamma) for name in GUIDERS for gamma in args.guidance], desc="digits"):
+
+    def draw(name: str, gamma: float) -> Tensor:
         options = {"num_steps": args.digit_steps, "guidance_scale": gamma, "guider": guider_of(name, schedule)}
-        draw = partial(sample_digits, model, labels, seeds, schedule, **options)
-        images = kept(args, f"digits_{name}_g{gamma:g}_{args.digits}_{args.digit_steps}", draw)
+        return sample_digits(model, labels, seeds, schedule, **options)
+
+    for name, gamma, images in drawn(args, "digits", f"{args.digits}_{args.digit_steps}", draw):
         read, features = examine(judge, images)
         row = {"guider": name, "guidance": gamma, "fid": frechet_distance(features, real)}
         rows.append({**row, "hits": (read == torch.tensor(labels)).double().mean().item()})
@@ -113,7 +129,7 @@ def measure_images(args: Namespace) -> dict:
     prompts = [STYLES["photo"].templates[0].format(data.phrases[name][0]) for name in names.tolist()]
     seeds, rows = [args.seed + k for k in range(len(prompts))], []
 
-    def draw(gamma: float, name: str) -> Tensor:
+    def draw(name: str, gamma: float) -> Tensor:
         options = {"sampler": "dpm++", "eta": 1.0, "num_steps": args.image_steps, "progress": False}
 
         def recipe(stage):
@@ -121,8 +137,7 @@ def measure_images(args: Namespace) -> dict:
 
         return cascade.draw(recipe, seeds=seeds, batch_size=len(seeds), **options).clamp(-1, 1)
 
-    for name, gamma in tqdm([(name, gamma) for name in GUIDERS for gamma in args.guidance], desc="images"):
-        images = kept(args, f"images_{name}_g{gamma:g}_{len(names)}_{args.image_steps}", partial(draw, gamma, name))
+    for name, gamma, images in drawn(args, "images", f"{len(names)}_{args.image_steps}", draw):
         found = judged(judge, images)[0] == names
         row = {"guider": name, "guidance": gamma, "hits": found.double().mean().item()}
         rows.append({**row, "saturation": saturation(images)})

@@ -11,13 +11,14 @@ digit: its samples have the distance alone. For the denoiser: the test error at 
 --evaluations: instead, the DDPM and the flow, each with its samplers, where the model is asked so often for a digit.
 
 Writes report.json, guidance.png and the misread samples to --out. All samples are kept there too, a hundred to
-a file: a stopped evaluation goes on where it was.
+a file: a stopped evaluation goes on where it was. torchrun shares these files among its processes.
 """
 
 import hashlib
 import json
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +36,10 @@ from shared.options import (
     run,
     seed_number,
 )
+from shared.processes import rank, share, wait
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import load_tensors, save_tensors, write_atomically
@@ -56,15 +58,34 @@ CURVES = ("ddpm_class:ddpm", "ddpm_class:ddim", "ddpm_class:dpm++", "flow_class:
 JUDGE_EPOCHS = 6
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How samples are drawn: by which model and sampler, in how many steps, with which guidance."""
+
+    weights: Path
+    sampler: str
+    steps: int
+    guidance: float
+
+
 def main():
     args = arguments()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    args.device = device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, device)
     check_writable(args.out / "report.json")
     check_memory(8 * 28**2 * args.samples, f"{args.samples} digits")
     model, denoiser = load_model(args.weights, DRAWING, device), load_model(args.denoiser, UNet, device)
     train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
     test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
+    conditioned = isinstance(model, (ClassUNet, ClassFlow))
+    sampler = args.sampler or ("euler" if isinstance(model, TimeFlow) else "ddpm")
+    scales = args.guidance if conditioned else [1.0]
+    guided = [Drawn(args.weights, sampler, args.steps, guidance) for guidance in scales]
+    for how in drawn_for_curves(args).values() if args.evaluations else guided:
+        draw_samples(how, args)
+    wait()
+    if rank() > 0:
+        return
     judge = get_judge(args, train_images, train_labels)
 
     read, real = examine(judge, test_images / 255)
@@ -80,12 +101,11 @@ def main():
     print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
     print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
     if args.evaluations:
-        compare_samplers(judge, real[:count], report, args, device, dtype)
+        compare_samplers(judge, real[:count], report, args)
         return
-    labels, conditioned = torch.arange(args.samples) % 10, isinstance(model, (ClassUNet, ClassFlow))
-    sampler = args.sampler or ("euler" if isinstance(model, TimeFlow) else "ddpm")
-    for guidance in args.guidance if conditioned else [1.0]:
-        images = sample_set(model, args.weights, sampler, args.steps, guidance, args, dtype)
+    labels = torch.arange(args.samples) % 10
+    for how in guided:
+        guidance, images = how.guidance, load_samples(how, args)
         read, features = examine(judge, images.to(device))
         right = read == labels
         fid = frechet_distance(features[:count], real[:count])
@@ -153,50 +173,61 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
     return load_model(SHIPPED["judge"], Judge, images.device)
 
 
-def sample_set(
-    model: nn.Module, path: Path, sampler: str, steps: int, guidance: float, args: Namespace, dtype: torch.dtype
-) -> Tensor:
-    """Samples k = 0 … of the digits k mod 10 from seeds seed + k, made in chunks that are kept on disk."""
-    weights = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    name = f"{weights}_g{guidance:g}_s{steps}_{str(dtype).removeprefix('torch.')}_{args.seed}"
-    folder = args.out / "samples" / (name + f"_{sampler}" * (sampler not in ("ddpm", "euler")))
-    device, images = next(model.parameters()).device, []
+def folder_of(how: Drawn, args: Namespace) -> Path:
+    """Where these samples are kept."""
+    weights = hashlib.sha256(how.weights.read_bytes()).hexdigest()[:12]
+    name = f"{weights}_g{how.guidance:g}_s{how.steps}_{str(args.dtype).removeprefix('torch.')}_{args.seed}"
+    return args.out / "samples" / (name + f"_{how.sampler}" * (how.sampler not in ("ddpm", "euler")))
+
+
+def draw_samples(how: Drawn, args: Namespace):
+    """Draw samples k = 0 … of the digits k mod 10 from seeds seed + k, in chunks that are kept on disk."""
+    model, folder = load_model(how.weights, DRAWING, args.device), folder_of(how, args)
     if isinstance(model, TimeFlow):
-        draw = partial(sample_flow, sampler=sampler)
+        draw = partial(sample_flow, sampler=how.sampler)
     else:
-        draw = partial(sample_digits, schedule=linear_schedule(model.num_timesteps), sampler=sampler)
-    for start in tqdm(range(0, args.samples, CHUNK), desc=f"γ = {guidance:g}", unit=f"{CHUNK} digits"):
-        chunk_path = folder / f"{start:06d}.safetensors"
-        if not chunk_path.exists():
+        draw = partial(sample_digits, schedule=linear_schedule(model.num_timesteps), sampler=how.sampler)
+    starts = share(range(0, args.samples, CHUNK), f"files of {CHUNK} samples")
+    for start in tqdm(starts, desc=f"γ = {how.guidance:g}", unit=f"{CHUNK} digits", disable=rank() > 0):
+        path = folder / f"{start:06d}.safetensors"
+        if not path.exists():
             numbers = range(start, start + CHUNK)
             labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
             asked = labels if isinstance(model, (ClassUNet, ClassFlow)) else None
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                chunk = draw(model, asked, seeds, num_steps=steps, guidance_scale=guidance)
-            save_tensors(chunk_path, {"images": chunk, "labels": torch.tensor(labels)}, {})
-        images.append(load_tensors(chunk_path)[0]["images"])
-    return torch.cat(images)[: args.samples]
+            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+                chunk = draw(model, asked, seeds, num_steps=how.steps, guidance_scale=how.guidance)
+            save_tensors(path, {"images": chunk, "labels": torch.tensor(labels)}, {})
 
 
-def compare_samplers(
-    judge: Judge, real: Tensor, report: dict, args: Namespace, device: torch.device, dtype: torch.dtype
-):
-    """The share confirmed and FID of each of --curves at each number of evaluations, as samplers.json and .png."""
-    guidance, labels = args.guidance[0], torch.arange(args.samples) % 10
-    del report["steps"]
-    report |= {"guidance": guidance, "curves": {curve: [] for curve in args.curves}}
+def load_samples(how: Drawn, args: Namespace) -> Tensor:
+    """Samples [N, 1, 28, 28] that were drawn."""
+    folder = folder_of(how, args)
+    chunks = [load_tensors(folder / f"{start:06d}.safetensors")[0] for start in range(0, args.samples, CHUNK)]
+    return torch.cat([chunk["images"] for chunk in chunks])[: args.samples]
+
+
+def drawn_for_curves(args: Namespace) -> dict[tuple[str, int], Drawn]:
+    """What each of --curves draws with each number of --evaluations, of which heun takes two a step."""
+    drawn = {}
     for curve in args.curves:
         weights, _, sampler = curve.rpartition(":")
-        model = load_model(weights, DRAWING, device)
         for evaluations in args.evaluations:
-            steps = evaluations // 2 if sampler == "heun" else evaluations
-            if steps == 0:
-                continue
-            images = sample_set(model, SHIPPED.get(weights, Path(weights)), sampler, steps, guidance, args, dtype)
-            read, features = examine(judge, images.to(device))
-            confirmed, fid = (read == labels).double().mean().item(), frechet_distance(features[: len(real)], real)
-            report["curves"][curve].append({"evaluations": evaluations, "confirmed": confirmed, "fid": fid})
-            print(f"{curve}, {evaluations} evaluations: {confirmed:.2%} confirmed, FID {fid:.2f}", flush=True)
+            if steps := evaluations // 2 if sampler == "heun" else evaluations:
+                path = SHIPPED.get(weights, Path(weights))
+                drawn[curve, evaluations] = Drawn(path, sampler, steps, args.guidance[0])
+    return drawn
+
+
+def compare_samplers(judge: Judge, real: Tensor, report: dict, args: Namespace):
+    """The share confirmed and FID of each of --curves at each number of evaluations, as samplers.json and .png."""
+    del report["steps"]
+    report |= {"guidance": args.guidance[0], "curves": {curve: [] for curve in args.curves}}
+    labels = torch.arange(args.samples) % 10
+    for (curve, evaluations), how in drawn_for_curves(args).items():
+        read, features = examine(judge, load_samples(how, args).to(args.device))
+        confirmed, fid = (read == labels).double().mean().item(), frechet_distance(features[: len(real)], real)
+        report["curves"][curve].append({"evaluations": evaluations, "confirmed": confirmed, "fid": fid})
+        print(f"{curve}, {evaluations} evaluations: {confirmed:.2%} confirmed, FID {fid:.2f}", flush=True)
     draw_samplers(args.out / "samplers.png", report, args.seed)
     write_atomically(args.out / "samplers.json", json.dumps(report, indent=2).encode())
     print(args.out / "samplers.json")

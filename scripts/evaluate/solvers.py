@@ -6,18 +6,19 @@
 Stage 1 draws --num-images of each prompt along one path of noise, with 100 steps and with --steps of them; the number
 is the root mean square difference, in [-1, 1]. With --eta 1 the noise of a long step is made of that of the short ones
 within it, so that all go the same way. Ours is the spacing that is shipped; the others are diffusers' settings. Prints
-a table and writes it to --out as JSON. Needs `pip install -e ".[test]"`.
+a table and writes it to --out as JSON; torchrun shares its rows. Needs `pip install -e ".[test]"`.
 """
 
 import itertools
 import json
 import math
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.processes import gathered, rank, share
 from shared.stages import MODEL, model_name
 
 import torch
@@ -121,19 +122,29 @@ def main():
     embeds = embed_prompts(args.model, [*prompts, ""])
     estimate = stage_1(unet, torch.stack([embeds[prompt] for prompt in prompts]), embeds[""][None], args.guidance)
     seeds = [args.seed + k // len(args.prompt or PROMPTS) for k in range(len(prompts))]
-    path, threshold = NoisePath(seeds, unit_size := unet.config.sample_size), stage_threshold(args.model, 1)
+    path, threshold = NoisePath(seeds, side := unet.config.sample_size), stage_threshold(args.model, 1)
+
+    @cache
+    def by_ours(num_steps: int, eta: float) -> Tensor:
+        return ours(estimate, path, spaced_timesteps("dpm++", num_steps), threshold, eta)
+
+    def distances(eta: float, name: str) -> Tensor:
+        """From the converged image, for each of --steps."""
+        draw = partial(by_ours, eta=eta)
+        if name != "ours":
+            draw = partial(theirs, estimate, path, setting=DIFFUSERS[name], threshold=threshold, eta=eta)
+        images = torch.stack([draw(n) for n in tqdm(args.steps, desc=f"{name}, η = {eta:g}", leave=False)])
+        return (images - by_ours(CONVERGED, eta=eta)).square().flatten(1).mean(1).sqrt()
+
+    rows = [(eta, name) for eta in args.eta for name in ("ours", *DIFFUSERS)]
+    found = gathered([distances(*row) for row in share(rows, "rows")], [(len(args.steps),) for _ in rows])
+    if rank() > 0:
+        return
+    print(f"{len(prompts)} images of {side} × {side}, steps {args.steps}")
     report = {}
-    for eta in args.eta:
-        converged = ours(estimate, path, spaced_timesteps("dpm++", CONVERGED), threshold, eta)
-        print(f"eta = {eta:g}, {len(prompts)} images of {unit_size} × {unit_size}: steps {args.steps}")
-        ways = {"ours": lambda n, eta=eta: ours(estimate, path, spaced_timesteps("dpm++", n), threshold, eta)}
-        for name, setting in DIFFUSERS.items():
-            ways[name] = lambda n, eta=eta, setting=setting: theirs(estimate, path, n, setting, threshold, eta)
-        for name, draw in ways.items():
-            images = [draw(n) for n in tqdm(args.steps, desc=name, leave=False)]
-            distances = [(image - converged).square().mean().sqrt().item() for image in images]
-            report[f"{name}, eta = {eta:g}"] = dict(zip(args.steps, distances, strict=True))
-            print(f"{name:12}" + "".join(f"{distance:8.3f}" for distance in distances), flush=True)
+    for (eta, name), row in zip(rows, found, strict=True):
+        report[f"{name}, eta = {eta:g}"] = dict(zip(args.steps, row.tolist(), strict=True))
+        print(f"{name:12} η = {eta:<4g}" + "".join(f"{distance:8.3f}" for distance in row.tolist()))
     write_atomically(args.out, json.dumps(report, indent=1).encode())
     print(args.out)
 

@@ -1,6 +1,8 @@
 """How good tiny-if is: does it draw what it was asked for, and do the algorithms work on it?
 
     python scripts/evaluate/tiny_if.py --data emoji --curated
+    python scripts/evaluate/tiny_if.py --data emoji --curated --lora out/glove \
+        --taught "boxing glove" "a photo of a zwx glove" --best 4 --out out/evaluate_lora
 
 A judge of its own (ifmodel/tiny/judge.py) is trained on the drawings that tiny-if learned from; how often it is right
 about held-out drawings is said first. Then it says what it sees in images of stage 1:
@@ -14,11 +16,13 @@ about held-out drawings is said first. Then it says what it sees in images of st
 - sdedited: our own drawings, started at index 5 to 10 of 34
 - anagrams, hybrids: both things recognised, in random pairs and in pairs that are alike when blurred
 - stage 2: beside bicubic upscaling
+- taught, with --lora and instead of all others: whether a new thing is drawn, and the others still are
 
 Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known. What was drawn is kept
-there too, so a stopped evaluation goes on where it was.
+there too, so a stopped evaluation goes on where it was. torchrun shares the batches of images among its processes.
 """
 
+import copy
 import hashlib
 import json
 import sys
@@ -42,6 +46,7 @@ from shared.options import (
     run,
     seed_number,
 )
+from shared.processes import check_shares, gathered, num_processes, rank, wait
 from shared.stages import MODEL, UPSCALER, model_name
 
 import torch
@@ -58,6 +63,7 @@ from ddpm.schedule import strided_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, load_unet
 from ifmodel.cascade import Job
+from ifmodel.lora import find_lora
 from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.tiny.captions import ANYTHING, curated
@@ -95,8 +101,14 @@ class Evaluation:
         path = self.args.out / "images" / f"{name}_{told.hexdigest()[:16]}.safetensors"
         if not path.is_file():
             settings = {"sampler": kind, "eta": eta, "num_steps": steps, "guidance_scale": guidance}
-            drawn = self.cascade.draw_all(jobs, batch_size=batch_size or self.args.batch_size, **settings)
-            save_tensors(path, {"images": torch.cat(drawn).clamp(-1, 1)}, {"name": name})
+            size = batch_size or self.args.batch_size
+            batches = [batch for job in jobs for batch in job.batches(size)]
+            mine = batches[rank() :: num_processes()]  # which may be none of a short list
+            drawn = self.cascade.draw_all(mine, batch_size=size, progress=rank() == 0, **settings) if mine else []
+            images = torch.cat(gathered(drawn, [(len(batch.seeds), 3, *self.cascade.sizes[0]) for batch in batches]))
+            if rank() == 0:
+                save_tensors(path, {"images": images.clamp(-1, 1)}, {"name": name})
+            wait()
         return load_tensors(path)[0]["images"]
 
     def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler=FAST) -> Tensor:
@@ -107,13 +119,17 @@ class Evaluation:
     def keep(self, section: str, measures):
         """Write the report each time, so that a late failure loses nothing."""
         self.report[section] = measures
+        if rank() > 0:
+            return
         write_atomically(self.args.out / "report.json", json.dumps(self.report, indent=2).encode())
         print(f"{section}: {json.dumps(measures)}", flush=True)
 
     def figure(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
         """Rows of images in [-1, 1], of one size."""
         options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
-        save_grid(self.args.out / name, [[x / 2 + 0.5 for x in row] for row in rows], **options, seed=self.args.seed)
+        if rank() == 0:
+            images = [[x / 2 + 0.5 for x in row] for row in rows]
+            save_grid(self.args.out / name, images, **options, seed=self.args.seed)
 
     def things(self, x: Tensor) -> Tensor:
         return judged(self.judge, x)[0]
@@ -127,19 +143,25 @@ def main():
     args = arguments()
     check_writable(args.out / "report.json")
     load = partial(load_captioned, args.data, check_stage(args.model, 1).sample_size, finer=2)
-    data = load(curated() if args.curated else None, part="train" if args.hold_out else "all")
+    names = [*dict.fromkeys([*curated(), *args.taught[:1]])] if args.curated else None
+    data = load(names, part="train" if args.hold_out else "all")
     held = load(data.names, part="held out") if args.hold_out else data
     if len(data.names) < 2:
         raise ValueError(f"{args.data} has one thing alone, {data.names[0]}: pairs and shares need two or more")
+    if args.taught and args.taught[0] not in data.names:
+        raise ValueError(f"{args.data} has no {args.taught[0]!r} that the judge could learn")
     e = Evaluation(args, data, held)
     e.keep("judge", judge_report(e))
     best = args.best or args.guidance[0]
+    if args.taught:
+        e.keep("taught", taught(e, best))
     if "named" in args.only:
         e.keep("guidance", [named(e, guidance, FAST) for guidance in args.guidance])
         best = max(e.report["guidance"], key=lambda row: row["plain"] + row["styled"])["guidance"]
         e.keep("best guidance", best)
         e.keep("samplers", [named(e, best, sampler) for sampler in SAMPLERS if sampler[2] <= args.most_steps])
-        curves(e, best)
+        if rank() == 0:
+            curves(e, best)
     for measure in (aliases, anything, variety, memory, holes, sdedited):
         if measure.__name__ in args.only:
             e.keep(measure.__name__, measure(e, best))
@@ -151,7 +173,8 @@ def main():
             e.keep(f"hybrids, {kind} pairs", hybrids(e, alike))
     if "stage_2" in args.only and args.upscaler != "none":
         e.keep("stage 2", stage_2(e))
-    print(args.out / "report.json")
+    if rank() == 0:
+        print(args.out / "report.json")
 
 
 def arguments() -> Namespace:
@@ -164,6 +187,9 @@ def arguments() -> Namespace:
     options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER", help=f"default: {MODEL}")
     help = f"stage 2, or none (default: {UPSCALER})"
     options.add_argument("--upscaler", default=UPSCALER, metavar="FOLDER", help=help)
+    options.add_argument("--lora", type=Path, metavar="FILE", help="what was taught: a file, or the folder that has it")
+    help = "what it is called in --data, and by the LoRA"
+    options.add_argument("--taught", nargs=2, default=[], metavar=("THING", "PROMPT"), help=help)
     options.add_argument("--prompts", type=positive, default=200, help="default: 200")
     options.add_argument("--samples", type=positive, default=100, help="of a prompt without a thing (default: 100)")
     options.add_argument("--pairs", type=positive, default=50, help="of anagrams and of hybrids (default: 50)")
@@ -185,8 +211,14 @@ def arguments() -> Namespace:
     args = options.parse_args()
     if not 0 <= args.variety <= 1:
         raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
+    if (args.lora is None) != (not args.taught):
+        raise ValueError("--lora and --taught are of each other: give both")
+    if args.taught:
+        args.only = []
     if args.prompts < 2:
         raise ValueError("--prompts must be at least 2: one image has no covariance")
+    told = f"batches of up to {args.batch_size} images: make them smaller with --batch-size"
+    check_shares(-(-args.prompts // args.batch_size), told)
     if args.upscaler != "none":
         args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
         check_stage(args.upscaler, 2)
@@ -194,12 +226,13 @@ def arguments() -> Namespace:
 
 
 def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
-    """The judge of these drawings, trained once and kept in --out."""
+    """The judge of these drawings, trained once, by the first process, and kept in --out."""
     path = args.out / f"judge_{data.fingerprint()}_{side}_{args.judge_steps}_{args.seed}.safetensors"
-    if not path.is_file():
+    if not path.is_file() and rank() == 0:
         dtype = pick_dtype("auto", torch.device("cpu"))
         trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
+    wait()
     judge = ImageJudge(len(data.names))
     judge.load_state_dict(load_tensors(path)[0])
     return judge.eval()
@@ -432,21 +465,22 @@ def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
     unet = load_unet(args.upscaler, e.cascade.dtype, device, pack=True)
     size, measures = unet.config.sample_size, {}
     null = embed_prompts(args.model, [""])[""][None].to(device)
-    for kind, part in (
+    for kind, which in (
         (("trained on", "train"), ("held out", "held out")) if args.hold_out else (("trained on", "all"),)
     ):
-        data = load_captioned(args.data, size, e.data.names, part=part)
+        data = load_captioned(args.data, size, e.data.names, part=which)
         rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(5))[:64].tolist()
         large = show(data, rows, size, torch.Generator().manual_seed(5), args.variety)[0]
         small = F.avg_pool2d(large, size // e.side)
         bicubic = F.interpolate(small, large.shape[-2:], mode="bicubic").clamp(-1, 1)
-        drawn = []
-        for k in tqdm(range(0, len(small), 8), desc=f"stage 2, {kind}", leave=False):
-            text = null.expand(len(small[k : k + 8]), -1, -1)
+        drawn, parts = [], list(enumerate(small.split(8)))
+        for k, part in tqdm(parts[rank() :: num_processes()], desc=f"stage 2, {kind}", leave=False):
+            text = null.expand(len(part), -1, -1)
             options = {"num_steps": 20, "guidance_scale": 1.0, "noise_level": 50}
-            seeds = range(args.seed + k, args.seed + k + len(text))
-            drawn.append(upscale(unet, small[k : k + 8].to(device), text, text, seeds=seeds, **options).cpu())
-        both = {"stage 2": torch.cat(drawn).clamp(-1, 1), "bicubic": bicubic}
+            seeds = range(args.seed + 8 * k, args.seed + 8 * k + len(part))
+            drawn.append(upscale(unet, part.to(device), text, text, seeds=seeds, **options).cpu())
+        images = torch.cat(gathered(drawn, [(len(part), 3, size, size) for _, part in parts]))
+        both = {"stage 2": images.clamp(-1, 1), "bicubic": bicubic}
         mse = {name: (x - large).square().flatten(1).mean(1) for name, x in both.items()}
         measures[kind] = {f"{name}, PSNR": round((10 * torch.log10(4 / mse[name])).mean().item(), 2) for name in both}
         near = {name: F.cosine_similarity(*(features_of(e.judge, y) for y in (x, large))) for name, x in both.items()}
@@ -454,6 +488,25 @@ def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
         rows = [F.interpolate(x[:8], (size, size), mode="nearest") for x in (small, bicubic, both["stage 2"], large)]
         labels = [f"{e.side} px", "bicubic", "stage 2", "original"]
         e.figure(f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [])
+    return measures
+
+
+def taught(e: Evaluation, guidance: float) -> dict[str, dict[str, float]]:
+    """Without a LoRA and with it: how often the new thing is drawn, how often the others are, or it in their place."""
+    thing, prompt = e.args.taught
+    new, after, measures, rows = e.data.names.index(thing), copy.copy(e), {}, []
+    after.cascade = Cascade(e.args.model, lora=e.args.lora, device=e.cascade.device, dtype=e.cascade.dtype)
+    after.identity += hashlib.sha256(find_lora(e.args.lora).read_bytes()).hexdigest()[:12]
+    prompts, things, _ = asked(e)
+    prompts, things = [prompt for prompt, k in zip(prompts, things, strict=True) if k != new], things[things != new]
+    for name, one in (("without", e), ("with", after)):
+        drawn = one.prompts("taught", [prompt] * e.args.samples, guidance)
+        others = one.prompts("named", prompts, guidance)
+        seen = e.things(others)
+        measures[name] = {thing: share(e.things(drawn) == new), "others": share(seen == things)}
+        measures[name][f"others, but {thing}"] = share(seen == new)
+        rows += [drawn[:10], others[:10]]
+    e.figure("taught.png", rows, ["without", "", "with", ""], [])
     return measures
 
 

@@ -23,13 +23,20 @@ def num_processes() -> int:
 
 def share(items: Sequence[Item], what: str) -> Sequence[Item]:
     """This process's part of what is the same list in all. Raises ValueError when one of them would have nothing."""
-    if len(items) < num_processes():
-        raise ValueError(f"{num_processes()} processes cannot share {len(items)} {what}")
+    check_shares(len(items), what)
     return items[rank() :: num_processes()]
+
+
+def check_shares(count: int, what: str):
+    """Refuse more processes than there are things to share. Raises ValueError."""
+    if count < num_processes():
+        raise ValueError(f"{num_processes()} processes cannot share {count} {what}")
 
 
 def gathered(own: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """The tensors of all processes in their order, in every process; own: those of its `share`; shapes: of all."""
+    if num_processes() == 1:
+        return list(own)
     tensors = [torch.zeros(*shape) for shape in shapes]
     for tensor, values in zip(tensors[rank() :: num_processes()], own, strict=True):
         tensor.copy_(values)

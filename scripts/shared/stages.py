@@ -147,8 +147,6 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
 
 def draw(cascade: Cascade, jobs: Sequence[Job], args: Namespace) -> list[Tensor]:
     """The images of every job; under torchrun every process draws its share of the batches, and the first goes on."""
-    if num_processes() == 1:
-        return cascade.draw_all(jobs, **settings_of(args))
     batches = [batch for job in jobs for batch in job.batches(args.batch_size)]
     mine = share(batches, f"batches of up to {args.batch_size} images: make them smaller with --batch-size")
     drawn = cascade.draw_all(mine, **settings_of(args), progress=rank() == 0)

@@ -1,5 +1,6 @@
 """Several processes draw what one draws, and a folder of images is gone on with where it was."""
 
+import gc
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ifmodel import Cascade
 from ifmodel.text import load_embeds
 from shared.options import pick_device
-from tests.conftest import ROOT
+from tests.conftest import DATA, ROOT
+from tests.tiny.test_tiny_if import save_untrained
 
 SMALL = ["--model", "tiny-if/I", "--upscaler", "none", "--size", 16, 16, "--dtype", "float32", "--device", "cpu"]
 PROMPTS = ["a photo of a dog", "a rocket ship", "an oil painting of a castle", "a photo of an owl"]
@@ -51,19 +54,41 @@ def pixels(path: Path) -> numpy.ndarray:
         return numpy.asarray(image.convert("RGB"))
 
 
+def evaluations(folder: Path, models: Path) -> list[list[str]]:
+    """All evaluations, of few images, into a folder; models: the folder of an untrained cascade."""
+    digits = ["--samples", 200, "--steps", 1, "--guidance", 1, "--digits", 10, "--dtype", "float32"]
+    few = ["--data", DATA / "emoji", "--model", models / "I", "--upscaler", models / "II", "--judge-steps", 5]
+    few += ["--prompts", 4, "--samples", 5, "--guidance", 2, "--most-steps", 5, "--batch-size", 1]
+    few += ["--dtype", "float32", "--device", "cpu", "--only", "named", "variety", "stage_2"]
+    images = ["--skip-digits", "--emoji", DATA / "emoji", "--images", 2, "--image-steps", 2, "--guidance", 3]
+    made = {
+        "mnist": ["--data", DATA, *digits, "--device", "cpu", "--out", folder / "mnist"],
+        "tiny_if": [*few, "--out", folder / "tiny_if"],
+        "guidance": [*images, "--judge-steps", 5, "--out", folder / "guidance"],
+        "solvers": ["--model", models / "I", "--steps", 2, 3, "--eta", 0, "--out", folder / "s.json"],
+    }
+    return [[str(part) for part in (ROOT / "scripts/evaluate" / f"{k}.py", *v)] for k, v in made.items()]
+
+
+def torchrun(processes: int, scripts: list[list[str]], folder: Path) -> list[str]:
+    """Run scripts, one after another, in so many processes on the CPU; the lines that these print."""
+    (folder / "driver.py").write_text(DRIVER)
+    environment = {**os.environ, "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "scripts/evaluate")))
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *options, str(folder / "driver.py"), json.dumps(scripts)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_two_processes_draw_what_one_draws(tmp_path):
     """torchrun with two processes on the CPU: every file is the same, pixel for pixel, and none is drawn twice."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    (tmp_path / "driver.py").write_text(DRIVER)
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     for processes in (1, 2):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        given = json.dumps(commands(tmp_path / str(processes), tmp_path / "prompts.txt"))
-        command = [sys.executable, *torchrun, str(tmp_path / "driver.py"), given]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines().count(str(tmp_path / str(processes) / "generate.png")) == 1
+        folder = tmp_path / str(processes)
+        lines = torchrun(processes, commands(folder, tmp_path / "prompts.txt"), tmp_path)
+        assert lines.count(str(folder / "generate.png")) == 1
     one, two = (
         {path.relative_to(folder) for path in folder.rglob("*.*")} for folder in (tmp_path / "1", tmp_path / "2")
     )
@@ -73,6 +98,24 @@ def test_two_processes_draw_what_one_draws(tmp_path):
             assert (pixels(tmp_path / "1" / name) == pixels(tmp_path / "2" / name)).all(), name
     alone, shared = (load_embeds(tmp_path / name / "all.safetensors") for name in "12")
     assert list(alone) == list(shared) and all(torch.equal(alone[prompt], shared[prompt]) for prompt in alone)
+
+
+def test_two_processes_measure_what_one_measures(tmp_path):
+    """The evaluations: the same images, kept in files of the same names, the same numbers, and each said once."""
+    save_untrained(tmp_path / "models", 16, 32)
+    said = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        lines = torchrun(processes, evaluations(folder, tmp_path / "models"), tmp_path)
+        said.append(sorted(line.replace(str(folder), "") for line in lines))
+    assert said[0] == said[1] and "/mnist/report.json" in said[0] and "/s.json" in said[0]
+    one, two = ({path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.*")} for name in "12")
+    assert one == two and {".json", ".png", ".safetensors"} == {name.suffix for name in one}
+    for name in one:
+        if name.suffix == ".png":
+            assert (pixels(tmp_path / "1" / name) == pixels(tmp_path / "2" / name)).all(), name
+        else:
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
 def test_a_folder_is_gone_on_with_after_a_kill(run_script, tmp_path):
@@ -117,6 +160,28 @@ def test_prompts_of_a_file_may_have_weights(run_script, tmp_path):
     assert min(abs(composed - plain).max(), abs(composed - other).max()) > 20 and (other == again).all()
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_memory_does_not_grow_with_the_number_of_images(run_script, tmp_path, monkeypatch, fits):
+    """All tensors together have as many bytes before the last images as after the first, where both stages fit and
+    where one does, when sixteen batches are drawn at a time."""
+    draw_all, held, drawn = Cascade.draw_all, [], []
+
+    def watched(cascade: Cascade, jobs, **options):
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.layout == torch.strided]
+        held.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()))
+        drawn.append(sum(len(job.seeds) for job in jobs))
+        return draw_all(cascade, jobs, **options)
+
+    monkeypatch.setattr(Cascade, "draw_all", watched)
+    monkeypatch.setattr(Cascade, "keeps_all", lambda cascade: fits)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{PROMPTS[k % 4]}, number {k}" for k in range(35)))
+    options = ["--prompts", tmp_path / "prompts.txt", *SMALL, "--steps", 1, "--batch-size", 1]
+    status, _, err = run_script("generate", *options, "--out", tmp_path / "out")
+    assert status == 0, err
+    assert drawn == [1] * 35 if fits else drawn == [1, 16, 16, 2]
+    assert held[-1] - held[1] < (100_000 if fits else 1_000_000)  # an image and its prompt's embedding are 50,000
+
+
 def test_a_folder_of_other_images_is_refused(run_script, refused, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a photo of a dog\n")
@@ -153,6 +218,10 @@ def test_processes_without_a_share_are_refused(refused, tmp_path, monkeypatch):
     assert "is drawn by one process" in refused("one_step_denoise", "--out", tmp_path / "out.png")
     told = refused("embed_prompts", "--model", "tiny-if/I", "--prompt", "a hat", "--out", tmp_path / "x.safetensors")
     assert "3 processes cannot share 2 prompts" in told
+    told = refused("evaluate/mnist", "--data", DATA, "--samples", 200, "--out", tmp_path / "mnist")
+    assert "3 processes cannot share 2 files of 100 samples" in told
+    told = refused("evaluate/tiny_if", "--data", DATA / "emoji", "--prompts", 50, "--out", tmp_path / "tiny_if")
+    assert "3 processes cannot share 2 batches of up to 25 images" in told
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddpm.views import vertical_flip
 from ifmodel import Cascade, UNet, UNetConfig, load_unet
+from ifmodel.lora import add_lora, save_lora
 from ifmodel.stage import generate, upscale
 from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
@@ -208,6 +210,31 @@ def test_evaluation(run_script, refused, tmp_path):
     assert "metadata.jsonl" in refused("evaluate/tiny_if", "--data", tmp_path, "--out", tmp_path / "other")
     line = refused("evaluate/tiny_if", "--data", DATA / "emoji", "--prompts", 0, "--out", tmp_path / "other")
     assert "'0' is not a whole number" in line
+
+
+def test_what_a_lora_has_taught_is_measured(run_script, refused, tmp_path):
+    """Without it and with it; one that changes nothing draws the same images, another one others."""
+    options = [*save_untrained(tmp_path, 16, 32), *QUICK, "--taught", "penguin", "a photo of a zwx bird"]
+    unet = load_unet(tmp_path / "I")
+    layers = add_lora(unet, 2)
+    for name in ("none", "some"):
+        save_lora(tmp_path / f"{name}.safetensors", layers)
+        lora = ["--lora", tmp_path / f"{name}.safetensors", "--out", tmp_path / name]
+        status, _, err = run_script("evaluate/tiny_if", *options, *lora)
+        assert status == 0, err
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report.keys() == {"seed", "things", "judge", "taught"}
+        assert report["taught"]["with"].keys() == {"penguin", "others", "others, but penguin"}
+        for kind in ("taught", "named"):
+            kept = [load_file(path)["images"] for path in (tmp_path / name / "images").glob(f"{kind}_*")]
+            assert len(kept) == 2 and torch.equal(*kept) == (name == "none")
+        assert (report["taught"]["with"] == report["taught"]["without"]) or name == "some"
+        assert (tmp_path / name / "taught.png").is_file()
+        for layer in layers.values():
+            torch.nn.init.normal_(layer.up.weight)
+    assert "give both" in refused("evaluate/tiny_if", *options)
+    line = refused("evaluate/tiny_if", *options, *lora, "--taught", "boxing glove", "a glove")
+    assert "has no 'boxing glove' that the judge could learn" in line
 
 
 def test_guiders_are_evaluated_on_digits_and_images(run_script, tmp_path):
