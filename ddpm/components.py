@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIGMA = 2.0  # of A11
+SIGMA = 2.0  # of the low pass of a hybrid
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def low_pass(x: Tensor, sigma: float = SIGMA, kernel_size: int = 33) -> Tensor:
 
 
 def low_high_pass(sigma: float = SIGMA) -> list[Component]:
-    """What is seen from afar, and what is seen near by (A11). Source: Hybrid Images, SIGGRAPH 2006."""
+    """What is seen from afar, and what is seen near by. Source: Hybrid Images, SIGGRAPH 2006."""
     return [
         Component("low pass", lambda x: low_pass(x, sigma)),
         Component("high pass", lambda x: x - low_pass(x, sigma)),

@@ -95,11 +95,11 @@ def rescaled(share: float = 0.7) -> Guider:
 def projected(
     schedule: Schedule, *, parallel: float = 0.0, max_norm: float = math.inf, momentum: float = 0.0
 ) -> Guider:
-    """Adaptive projected guidance: of the way from x̂_u to x̂_c, what is parallel to x̂_c is left out; it saturates.
+    """Adaptive projected guidance: leaves out the part of x̂_c - x̂_u that is parallel to x̂_c and oversaturates.
 
     parallel: how much of it stays, the paper's η; 1, with the other defaults, is `classifier_free`
-    max_norm: the paper's r; a longer way, over all of an image's values, is shortened to it
-    momentum: the paper's β, negative, of a running sum of the ways. A guider remembers it: make one for each estimate
+    max_norm: the paper's r; a longer difference, over all of an image's values, is shortened to it
+    momentum: the paper's β, negative, of a running sum of differences. A guider keeps it: make one for each estimate
     Source: APG Algorithm 1, arXiv 2410.02416.
     """
     average, before = 0.0, -math.inf
@@ -120,10 +120,10 @@ def projected(
 
 
 def compose(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Several prompts at once, eps = Σ wᵢ epsᵢ: all of what has a weight above 0, nothing of what has one below.
+    """Several prompts at once, eps = Σ wᵢ epsᵢ: weights above 0 ask for a prompt, weights below 0 avoid it.
 
-    weights: one for each estimate. 1 in all, or eps is larger or smaller than noise: give an unconditional estimate
-        what the others leave, 1 - Σ wᵢ. With 1 - γ and γ, this is guidance; v is the mean by the weights above 0
+    weights: one for each estimate. They should sum to 1, or eps is not as large as noise: give an unconditional
+        estimate the rest, 1 - Σ wᵢ. With 1 - γ and γ, this is guidance; v is the mean by the weights above 0
     Raises ValueError when these do not go together, or cancel. Source: Composable Diffusion eq. 11, arXiv 2206.01714.
     """
     if len(estimates) != len(weights):
@@ -147,7 +147,7 @@ def anagram(
     reduction: "mean"; "rectified", that mean with the variance of noise, see `rectify`; or "alternate" to ask one of
         them after another, one a step, at the cost of one; multistep solvers then take single steps, since x̂_0 of one
         view says nothing about the next one's
-    weights: of the views, above 0, as large as each other when None; αᵢ are their shares
+    weights: of the views, above 0, equal when None; αᵢ are their shares
     Raises ValueError when these do not go together. Source: Visual Anagrams eq. 4, arXiv 2311.17919.
     """
     if len(estimates) != len(views) or not views:

@@ -64,7 +64,7 @@ def opened(path: Path, device: object = "cpu") -> Iterator[safe_open]:
 
 
 def mapped(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, whose values stay there until they are looked at. Raises ValueError."""
+    """The tensors of safetensors files, whose values are read when they are used. Raises ValueError."""
     tensors: dict[str, Tensor] = {}
     for path in files:
         with opened(path) as file:
@@ -101,7 +101,7 @@ def check_tensors(misfit: str, expected: dict[str, Tensor], found: dict[str, Ten
 
 @contextmanager
 def reading(path: str | Path, kind: str) -> Iterator[None]:
-    """Within it, all that a damaged file makes its reader raise, of a dozen kinds, becomes one sentence, a ValueError.
+    """Turn whatever a damaged file makes its reader raise, a dozen kinds of exception, into a ValueError of one line.
 
     kind: what the file should be, such as "whole safetensors file"
     """

@@ -1,4 +1,4 @@
-"""How much memory a device can still give, so that what needs more is refused before it is begun."""
+"""How much memory a device has free, so that what needs more is refused before it begins."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that a device can still give; on macOS all that it has; None if unknown."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()  # what the model before this one has left behind
+        torch.cuda.empty_cache()  # left behind by the previous model
         return torch.cuda.mem_get_info(device)[0]
     if MEMINFO.exists():
         lines = MEMINFO.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Restoration: what was lost of an image, made up by a model that was never trained for it.
+"""Restoration of degraded images by a model that was never trained for it.
 
 An image x was seen through a linear operator, y = A x: without colours, with a hole, smaller, or all of these. Any
 x̂_0 can be made to fit y without touching what y does not tell, x̂_0 - A⁺ (A x̂_0 - y), and `restore` does so at every

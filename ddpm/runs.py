@@ -27,7 +27,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def check_folder(folder: Path, resume: bool):
-    """Refuse a folder that has a run which is not to be resumed, or none that could be. Raises ValueError."""
+    """Refuse a folder with a run, unless it is resumed, and one without a run, if it is. Raises ValueError."""
     if (folder / STATE).exists() and not resume:
         raise ValueError(f"there is a run in {folder}: add --resume to go on, or choose another --out")
     if resume and not (folder / STATE).exists():
@@ -42,10 +42,10 @@ class Run:
     parts: the tensors that training changes, by part and name, such as {"model": model.state_dict()}
     total: how many steps it has in all
     described: what must not have changed when it is resumed, such as {"recipe": {…}}
-    dtype: what it computes in; another one is only warned of
+    dtype: what it computes in; resuming in another one warns
     write: writes the run's other files, each time that the state is saved
     leads: whether this process saves and shows a progress bar
-    agree: what all processes make of this one's wish to stop
+    agree: whether all processes are to stop, from whether this one is
 
     step: how many are done; losses: [total], filled by the loop over `steps`; log: lines that are kept with the state
     """
@@ -151,7 +151,7 @@ class Run:
 
 
 def check_same(path: str | Path, found: dict, wanted: dict):
-    """Raises ValueError that names every field in which the metadata of a run is not what is wanted."""
+    """Raises ValueError when a run's metadata is not what is wanted, naming every field."""
 
     def flat(fields: dict) -> dict:
         inner = {
@@ -168,7 +168,7 @@ def check_same(path: str | Path, found: dict, wanted: dict):
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C or SIGTERM sets a flag, so that the caller can end its step and save; a second one acts."""
+    """Let Ctrl-C and SIGTERM set a flag, so that the caller can end its step and save; a second one acts as usual."""
     received: list[int] = []
     previous: dict = {}
 

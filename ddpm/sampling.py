@@ -1,4 +1,4 @@
-"""The sampling algorithms of Part A. Each is one function; one loop denoises.
+"""The sampling algorithms. Each is one function; one loop denoises.
 
 What they share is an *estimate* of the noise in x_t, `estimate(x_t, t) -> (eps, v)`: `ddpm.estimates` makes one from a
 model or from several, and all of its names may be imported from here. The loop, `denoise_along`, consumes it, one
@@ -141,18 +141,18 @@ def iterative_denoise(
 
 
 def check_falling(timesteps: Sequence[int]):
-    """Raises ValueError unless they fall strictly: a path that rises would noise the image, without a word."""
+    """Raises ValueError unless they fall strictly: a rising path would silently noise the image."""
     if any(t_prev >= t for t, t_prev in itertools.pairwise(timesteps)):
         raise ValueError("timesteps must fall strictly, from the noisiest on")
 
 
 def sample(estimate: Estimate, timesteps: Sequence[int], schedule: Schedule, *, noise: Noise, **loop) -> Tensor:
-    """An image from nothing: pure noise, denoised from the first of the timesteps, which should be the noisiest."""
+    """Images from pure noise, denoised from the first of the timesteps, which should be the noisiest."""
     return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, **loop)
 
 
 class Trajectory(list):
-    """A callback that keeps what it is told: [(step, t, x_t, x̂_0), …], tensors on the CPU; every n-th step if asked."""
+    """A callback that records [(step, t, x_t, x̂_0), …], tensors on the CPU; every n-th step if asked."""
 
     def __init__(self, every: int = 1):
         super().__init__()

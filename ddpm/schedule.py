@@ -63,7 +63,7 @@ def cosine_schedule(num_timesteps: int = 1000, offset: float = 0.008, max_beta: 
 
 
 def strided_timesteps(num_timesteps: int = 1000, stride: int = 30) -> list[int]:
-    """Every stride-th timestep, noisiest first, down to 0: (1000, 30) -> [990, 960, …, 30, 0] (Part A)."""
+    """Every stride-th timestep, noisiest first, down to 0: (1000, 30) -> [990, 960, …, 30, 0]."""
     check_num_timesteps(num_timesteps)
     if not 1 <= stride < num_timesteps:
         raise ValueError(f"stride must be from 1 to {num_timesteps - 1}, not {stride}")

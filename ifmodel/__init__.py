@@ -8,8 +8,9 @@
     out = unet(x_t, t, text)  # [B, 3, H, W] -> [B, 6, H, W], eps and v
 
 Read in this order: `config` (which shapes a model has), `unet` (its layers, and how they are put together), `stage`
-(what each stage gives the algorithms), `cascade` (both stages). `weights` and `text` bring the UNets and the prompts
-there, `lora` changes them, `cpu` makes them faster on CPUs, and `tiny` is how the small model was made.
+(what each stage gives the algorithms), `jobs` (what can be drawn), `cascade` (both stages). `weights` and `text` bring
+the UNets and the prompts there, `lora` changes them, `dreambooth` trains a LoRA, `cpu` makes them faster on CPUs, and
+`tiny` is how the small model was made.
 """
 
 from ifmodel.cascade import Cascade

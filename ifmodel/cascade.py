@@ -1,25 +1,25 @@
 """The cascade: text to a small image with stage 1, the small image to a larger one with stage 2.
 
-It draws along two axes: which estimate, a recipe that builds one from a stage, and which loop, an algorithm of
-`ddpm.sampling`. A new one of either needs no change here.
+What it draws are `jobs`. It checks them before anything is computed, embeds their prompts, and loads the UNets, one at
+a time where the memory does not hold both.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free
+from ddpm.estimates import ALWAYS
 from ddpm.memory import check_memory, free_memory
-from ddpm.sampling import Callback, check_finite, noise_source, sample
+from ddpm.sampling import Callback, noise_source, sample
 from ddpm.schedule import leading_timesteps
-from ddpm.views import View
+from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.lora import merge_lora, place_lora, read_lora
 from ifmodel.offload import check_accelerate
 from ifmodel.stage import (
@@ -31,129 +31,11 @@ from ifmodel.stage import (
     load_stage,
     seen_by_stage_2,
     spaced_timesteps,
-    stage_1,
-    stage_2,
 )
 from ifmodel.text import embed_each, load_embeds, normalised
 from ifmodel.unet import UNet
 from ifmodel.vocabulary import nearest_known
 from ifmodel.weights import find_weights, stored_dtypes
-
-
-@dataclass
-class Stage:
-    """A stage at work on a batch of images: what a recipe builds its estimate from, the same recipe in both stages.
-
-    number: 1 or 2; count: how many images
-    embedded: prompts -> T5's output [B, 77, D_text]
-    low_res: what stage 2 sees of the small images, [B, 3, H, W], None in stage 1
-    """
-
-    number: int
-    unet: UNet
-    embedded: Callable[[Sequence[str]], Tensor]
-    count: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    negative_prompt: str
-    noise_level: int
-    low_res: Tensor | None = None
-
-    def estimate(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        view: View | None = None,
-        guidance_scale: float | None = None,
-        guider: Guider = classifier_free,
-    ) -> Estimate:
-        """The guided estimate of a prompt, or of one for each image of the batch.
-
-        view: in which x_t is seen, so that stage 2 sees the small images in it, too
-        guidance_scale: γ of stage 1; that of `Cascade.draw` when None
-        guider: how both stages are guided, see `ddpm.estimates`
-        """
-        text = self.embedded([prompt] * self.count if isinstance(prompt, str) else prompt)
-        null = self.embedded([self.negative_prompt])
-        if self.number == 1:
-            scale = self.guidance_scale if guidance_scale is None else guidance_scale
-            return self._finite(stage_1(self.unet, text, null, scale, self.guidance_interval, guider))
-        low_res = self.low_res if view is None else view.view(self.low_res)
-        return self._finite(stage_2(self.unet, low_res, text, null, self.guidance_scale, self.noise_level, guider))
-
-    def _finite(self, estimate: Estimate) -> Estimate:
-        """An estimate that stops when it is infinite, which thresholding would hide."""
-
-        def checked(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-            eps, v = estimate(x_t, t)
-            check_finite(f"stage {self.number}, t = {t}", eps, *([] if v is None else [v]))
-            return eps, v
-
-        return checked
-
-
-@dataclass
-class _Asked:
-    """Stands in for a `Stage` to learn which prompts a recipe asks for, before anything is computed."""
-
-    number: int
-    low_res: None = None
-    prompts: list[str] = field(default_factory=list)
-
-    def estimate(self, prompt: str | Sequence[str], **_) -> Estimate:
-        self.prompts += [prompt] if isinstance(prompt, str) else prompt
-        return lambda x_t, t: (x_t, None)
-
-
-Recipe = str | Sequence[str] | Callable[[Stage], Estimate]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Images that share everything but the seed, and the prompt if the recipe is a list of them.
-
-    recipe: a prompt for all, one for each seed, or a function that builds an `Estimate` from a `Stage`
-    algorithm: takes estimate, timesteps, schedule, noise, step, threshold and callback by name, as `sample` does; bind
-        the others' own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=10)
-    timesteps: those of stage 1, noisiest first; the sampler's own spacing when None
-    upscale: the algorithm of stage 2
-    num_steps: how many the algorithm takes, where they are not as many as the timesteps: for the progress bar
-    """
-
-    recipe: Recipe
-    seeds: Sequence[int]
-    algorithm: Callable[..., Tensor] = sample
-    timesteps: Sequence[int] | None = None
-    upscale: Callable[..., Tensor] = sample
-    num_steps: int | None = None
-
-    def __post_init__(self):
-        if not len(self.seeds):
-            raise ValueError("seeds must hold one for each image")
-        if not isinstance(self.recipe, str) and not callable(self.recipe) and len(self.recipe) != len(self.seeds):
-            told = f"give one prompt, or one for each of the {len(self.seeds)} seeds"
-            raise ValueError(f"{told}, not {len(self.recipe)}")
-
-    def prompts(self) -> list[str]:
-        """All that it asks for, in either stage."""
-        if isinstance(self.recipe, str):
-            return [self.recipe]
-        if not callable(self.recipe):
-            return list(self.recipe)
-        for asked in (stages := [_Asked(1), _Asked(2)]):
-            self.recipe(asked)
-        return [prompt for asked in stages for prompt in asked.prompts]
-
-    def batches(self, size: int) -> Iterator["Job"]:
-        """The same in parts of at most so many images."""
-        for k in range(0, len(self.seeds), size):
-            shared = isinstance(self.recipe, str) or callable(self.recipe)
-            recipe = self.recipe if shared else self.recipe[k : k + size]
-            yield Job(recipe, self.seeds[k : k + size], self.algorithm, self.timesteps, self.upscale, self.num_steps)
-
-    def estimate(self, stage: Stage) -> Estimate:
-        """What the recipe makes of a stage at work on these images."""
-        return self.recipe(stage) if callable(self.recipe) else stage.estimate(self.recipe)
 
 
 class Cascade:

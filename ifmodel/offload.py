@@ -1,7 +1,7 @@
-"""Models that the memory cannot hold: what does not fit stays in the memory-mapped files, and comes layer by layer.
+"""Models larger than memory: what does not fit stays in the memory-mapped files and is read layer by layer.
 
 accelerate does it (the extra low-memory): before a layer runs, its weights are read from the file to the device, and
-after it they are let go. They are not copied to the disk, and in host memory they are the page cache's.
+freed after it. They are not copied to the disk, and in host memory they are the page cache's.
 """
 
 import logging

@@ -31,7 +31,7 @@ STAGE_2_THRESHOLD = partial(dynamic_threshold, maximum=1.0)
 LEARNED: Step = partial(ddpm_step, variance="learned_range")
 SAMPLERS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}  # yours is one line here
 
-# How IF draws, by stage; a model of other habits has a sampling_config.json with its own
+# How IF draws, by stage; a model with other defaults has them in its sampling_config.json
 SETTINGS = {
     1: {"guidance_scale": 7.0, "num_steps": 100},
     2: {"guidance_scale": 4.0, "num_steps": 50, "noise_level": 250},
@@ -114,7 +114,7 @@ def noised_upscaled(small: Tensor, size: tuple[int, int], noise_level: int, nois
 
 
 def seen_by_stage_2(small: Tensor, size: tuple[int, int], noise_level: int, noise: Noise) -> tuple[Tensor, Noise]:
-    """`noised_upscaled`, and the noise that is left for sampling, of which x_T was drawn before: so does IF."""
+    """`noised_upscaled`, and the noise for sampling; x_T comes first, before the small image's, as in IF."""
     x_T = noise()
     low_res = noised_upscaled(small, size, noise_level, noise)
     left = itertools.chain([x_T], iter(noise, None))
@@ -195,7 +195,7 @@ class StageFiles:
     threshold: Threshold
     variance: str
     settings: dict[str, float]
-    vocabulary: dict | None  # what it can be asked for; None for a model that knows no bounds
+    vocabulary: dict | None  # what it can be asked for; None for anything
 
     def step(self, sampler: str, eta: float) -> Step:
         """One of SAMPLERS for this model."""

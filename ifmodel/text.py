@@ -161,31 +161,9 @@ def save_embeds(path: str | Path, embeds: dict[str, Tensor]):
     write_atomically(path, save({prompt: tensor.cpu().contiguous() for prompt, tensor in embeds.items()}))
 
 
-def embed_prompts(
-    source: str | Path,
-    prompts: Sequence[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    cache: Path | None = CACHE,
-    loras: Sequence[tuple[LoRA, float]] = (),
-    low_memory: bool = False,
-) -> dict[str, Tensor]:
-    """Embeddings [77, D_text] of prompts by a model's T5, downloaded and loaded only for those not in the cache.
-
-    source: a folder or Hub id that holds tokenizer/ and text_encoder/
-    dtype: float32 reads the full-precision files where there are some; bfloat16 and float16 their own. In
-        float16, T5's `wo` layers stay in float32 because they overflow
-    cache: the folder that keeps embeddings, by model revision, dtype, LoRAs and prompt; None keeps nothing
-    loras: those that change T5, each with its scale
-    low_memory: read what a GPU cannot hold, and on the CPU all, layer by layer from T5's files, for every prompt
-    T5 is freed before this returns. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
-    damaged file in the cache, whose prompt is embedded again.
-    Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
-    """
-    options = {"dtype": dtype, "device": device, "revision": revision, "cache": cache}
-    return dict(embed_each(source, prompts, **options, loras=loras, low_memory=low_memory))
+def embed_prompts(source: str | Path, prompts: Sequence[str], **options) -> dict[str, Tensor]:
+    """Embeddings [77, D_text] by prompt; options: as in `embed_each`, for what the memory holds at once."""
+    return dict(embed_each(source, prompts, **options))
 
 
 def embed_each(
@@ -199,7 +177,20 @@ def embed_each(
     loras: Sequence[tuple[LoRA, float]] = (),
     low_memory: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `embed_prompts` returns, a prompt at a time, those in the cache first: for more than the memory holds."""
+    """Prompts and their embeddings [77, D_text], one at a time, those in the cache first.
+
+    T5 is downloaded and loaded only for prompts that are not in the cache.
+
+    source: a folder or Hub id that holds tokenizer/ and text_encoder/
+    dtype: float32 reads the full-precision files where there are some; bfloat16 and float16 their own. In
+        float16, T5's `wo` layers stay in float32 because they overflow
+    cache: the folder that keeps embeddings, by model revision, dtype, LoRAs and prompt; None keeps nothing
+    loras: those that change T5, each with its scale
+    low_memory: read what a GPU cannot hold, and on the CPU all, layer by layer from T5's files, for every prompt
+    T5 is freed after the last. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
+    damaged file in the cache, whose prompt is embedded again.
+    Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
+    """
     tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
     prompts = list(dict.fromkeys(prompts))
     for prompt in prompts:

@@ -15,7 +15,7 @@ SMALL_WORDS = {"a", "an", "the", "some", "of", "on", "in", "at", "with", "and"}
 
 
 def load_vocabulary(source: str | Path, revision: str | None = None) -> dict | None:
-    """A model's vocabulary; None for one that knows no bounds. Raises ValueError when the file is damaged."""
+    """A model's vocabulary; None if it can be asked for anything. Raises ValueError when the file is damaged."""
     path, found = read_json(source, "", "vocabulary.json", revision)
     if found is None:
         return None
@@ -29,7 +29,7 @@ def load_vocabulary(source: str | Path, revision: str | None = None) -> dict | N
 
 
 def nearest_known(prompt: str, vocabulary: dict, count: int = 3) -> list[str]:
-    """Of a prompt that names no thing of the vocabulary, the things that are nearest to it; [] for all other prompts.
+    """The things nearest to a prompt that names none of the vocabulary; [] for one that does.
 
     Nearest are those with most of its words among their tags, then those that are spelt alike.
     """

@@ -34,7 +34,7 @@ VARIANTS = {
     torch.float16: ("fp16", None, "bf16"),
 }
 SHIPPED = {f"tiny-if/{stage}": Path(__file__).parent / "tiny" / "weights" / stage for stage in ("I", "II")}
-CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # the downloads whose sha256 was right
+CHECKED = Path("~/.cache/pixel-diffusion/checked").expanduser()  # downloads whose sha256 was verified
 
 
 def load_unet(
@@ -185,7 +185,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
 
 
 def _check_download(path: Path):
-    """Refuse a large file of the Hub's cache whose bytes are not those of its name, its sha256; looks only once."""
+    """Refuse a large file of the Hub's cache whose sha256 is not the one that it is named by; each is checked once."""
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return

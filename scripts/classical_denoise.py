@@ -6,7 +6,7 @@ Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise 
 """
 
 from shared.figures import save_table
-from shared.noisy import add_noisy_options, noisy_pictures
+from shared.noisy import add_noisy_options, noisy_images
 from shared.options import parser, positive, run
 
 from ddpm.sampling import classical_denoise
@@ -18,7 +18,7 @@ def main():
     add_noisy_options(options, out="out/classical_denoise.png")
     options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
-    noisy, labels = noisy_pictures(args, (args.size, args.size))
+    noisy, labels = noisy_images(args, (args.size, args.size))
     blurred = [classical_denoise(x_t[None], t, SCHEDULE)[0] for x_t, t in zip(noisy, args.timesteps, strict=True)]
     rows = {"noisy": noisy, "blurred": blurred}
     save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)

@@ -9,12 +9,12 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import SEED, check_writable, parser, pick_device, run, seed_number
+from shared.options import SEED, add_data_option, check_writable, parser, pick_device, run, seed_number
 
 import torch
 
 from ddpm.mnist import UNet
-from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.sampling import check_finite
@@ -22,15 +22,8 @@ from ddpm.sampling import check_finite
 
 def main():
     options = parser(__doc__)
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data"),
-        help="folder holding MNIST/raw; downloaded there when absent (default: data)",
-    )
-    options.add_argument(
-        "--weights", type=Path, default=SHIPPED["denoiser"], help="a denoiser (default: the shipped one)"
-    )
+    add_data_option(options)
+    options.add_argument("--weights", type=Path, default=Path("denoiser"), help="default: the shipped denoiser")
     options.add_argument("--out", type=Path, default=Path("out"), help="folder for the figures (default: out)")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -45,22 +38,15 @@ def main():
 
     noisy = {sigma: noisy_digits(x, sigma, args.seed) for sigma in SIGMAS}
     names = [f"σ = {sigma}" for sigma in SIGMAS]
-    save_grid(
-        args.out / "b1_noising.png", list(noisy.values()), row_labels=names, title="z = x + σ eps", seed=args.seed
-    )
+    b1, b3 = args.out / "b1_noising.png", args.out / "b3_denoised.png"
+    save_grid(b1, list(noisy.values()), row_labels=names, title="z = x + σ eps", seed=args.seed)
 
     with torch.no_grad():
         rows = [row for z in noisy.values() for row in (z, model(z))]
     check_finite("the denoised digits", *rows)
     names = [label for name in names for label in (f"{name}, noisy", "denoised")]
-    save_grid(
-        args.out / "b3_denoised.png",
-        rows,
-        row_labels=names,
-        title="the denoiser, trained at σ = 0.5, at other σ",
-        seed=args.seed,
-    )
-    print(f"{args.out / 'b1_noising.png'}, {args.out / 'b3_denoised.png'}")
+    save_grid(b3, rows, row_labels=names, title="the denoiser, trained at σ = 0.5, at other σ", seed=args.seed)
+    print(f"{b1}, {b3}")
 
 
 if __name__ == "__main__":

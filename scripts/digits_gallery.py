@@ -1,13 +1,13 @@
-"""The algorithms of Part A on digits, with the shipped class-conditioned DDPM, and what the judge reads in them.
+"""The algorithms of Part A on digits, with the shipped class-conditioned DDPM, and how the judge reads the results.
 
     python scripts/digits_gallery.py --data data
 
 Four figures in out/digits_gallery, each with a number of samples that the judge examines:
-inpaint    the lower half of test digits, filled in for the digit that it was
+inpaint    the lower half of test digits, filled in as the digit that it was
 sdedit     test digits 3, led towards an 8
 anagram    a 6 that is a 9 when it is turned by 180°
-hybrid     a digit from afar (low pass) and another one near by
-Prints, and writes to measures.json, the share that the judge confirms.
+hybrid     one digit from afar (low pass), another near by
+Prints the share that the judge confirms, and writes it to measures.json.
 """
 
 import json
@@ -16,18 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
+from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +40,10 @@ EXPERIMENTS = ("inpaint", "sdedit", "anagram", "hybrid")
 
 
 class Digits:
-    """A class-conditioned DDPM with what every algorithm needs of it."""
+    """A class-conditioned DDPM, its schedule and its judge."""
 
     def __init__(self, args: Namespace):
-        self.args, self.device = args, pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, self.device)
+        self.args, (self.device, self.dtype) = args, pick(args)
         self.model = load_model(args.weights, ClassUNet, self.device)
         self.judge = load_model(SHIPPED["judge"], Judge, self.device)
         self.schedule = linear_schedule(self.model.num_timesteps)
@@ -86,14 +74,12 @@ class Digits:
 def main():
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="(default: all)")
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    add_data_option(options)
     options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="(default: the shipped one)")
     options.add_argument("--samples", type=positive, default=100, help="of each experiment (default: 100)")
     options.add_argument("--steps", type=positive, default=100, help="timesteps to visit (default: 100)")
     options.add_argument("--guidance", type=number, default=5.0, help="γ (default: 5)")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--out", type=Path, default=Path("out/digits_gallery"), help="folder for the figures")
-    add_device_options(options)
+    add_common_options(options, "out/digits_gallery")
     args = options.parse_args()
     check_writable(args.out / "measures.json")
     digits = Digits(args)

@@ -11,15 +11,7 @@ layer by layer.
 
 from pathlib import Path
 
-from shared.options import (
-    add_device_options,
-    add_low_memory_option,
-    check_writable,
-    parser,
-    pick_device,
-    pick_dtype,
-    run,
-)
+from shared.options import add_device_options, add_low_memory_option, check_writable, parser, pick, run
 from shared.processes import num_processes, rank, share, wait
 
 from ifmodel.offload import check_accelerate
@@ -28,19 +20,17 @@ from ifmodel.text import embed_each, embed_prompts, load_embeds, normalised, rea
 
 def main():
     options = parser(__doc__)
-    options.add_argument(
-        "--model", required=True, metavar="FOLDER_OR_HUB_ID", help="it holds tokenizer/ and text_encoder/"
-    )
+    told = "it holds tokenizer/ and text_encoder/"
+    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help=told)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     options.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
-    options.add_argument("--out", type=Path, default=Path("out/embeds.safetensors"), metavar="FILE.safetensors")
     add_low_memory_option(options)
-    add_device_options(options, ("float32", "bfloat16", "float16"))
+    options.add_argument("--out", type=Path, default=Path("out/embeds.safetensors"), metavar="FILE.safetensors")
+    add_device_options(options, float16=True)
     args = options.parse_args()
 
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, float16=True)
+    device, dtype = pick(args, float16=True)
     check_writable(args.out, ".safetensors")
     if args.low_memory:
         check_accelerate()

@@ -1,16 +1,16 @@
-"""A flow's velocity beside the true one, on the way from noise to test digits (B8).
+"""A flow's velocity beside the true one, along the path from noise to test digits (B8).
 
     python scripts/flow_velocity.py
 
 Rows for each t: x_t = (1-t) x_0 + t x_1, the velocity x_1 - x_0 that leads to this digit, the model's, which is the
 mean over all digits that x_t may come from, and their difference, as a heat map, with its mean square. Near t = 0
-nothing tells which digit it will be; near t = 1 the noise is hard to see, and with it the velocity.
+it is open which digit it will be; near t = 1 the noise is hard to see, and so is the velocity.
 """
 
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import SEED, check_writable, number, parser, pick_device, run, seed_number
+from shared.options import SEED, add_data_option, check_writable, number, parser, pick_device, run, seed_number
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ddpm.sampling import noise_source
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    add_data_option(options)
     options.add_argument("--weights", type=Path, default=Path("flow_class"), help="a flow (default: flow_class)")
     options.add_argument("--times", type=number, nargs="+", default=[0, 0.3, 0.6, 0.9], metavar="T", help="in [0, 1]")
     options.add_argument("--out", type=Path, default=Path("out/b8_velocity.png"), help="default: out/b8_velocity.png")

@@ -6,7 +6,7 @@ x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps at t = 0, 125, …, 875 of IF's schedule. 
 """
 
 from shared.figures import save_table
-from shared.noisy import add_noisy_options, noisy_pictures
+from shared.noisy import add_noisy_options, noisy_images
 from shared.options import parser, positive, run
 
 
@@ -15,7 +15,7 @@ def main():
     add_noisy_options(options, out="out/forward_process.png")
     options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
-    x_t, labels = noisy_pictures(args, (args.size, args.size))
+    x_t, labels = noisy_images(args, (args.size, args.size))
     save_table(args.out, [x_t], column_labels=labels, seed=args.seed)
 
 

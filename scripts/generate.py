@@ -1,4 +1,4 @@
-"""Text to images (A0): small ones with stage 1, and larger ones from these with stage 2.
+"""Text to image (A0): small images by stage 1, enlarged by stage 2.
 
     python scripts/generate.py --prompt "a photo of a dog" --out out/dog.png
     python scripts/generate.py --steps-grid 2 4 6 8 12 16
@@ -6,16 +6,16 @@
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
     torchrun --nproc-per-node 2 scripts/generate.py --prompts prompts.txt --out out/images
 
-A model is a folder as diffusers saves it, or a Hub id; tiny-if/I and tiny-if/II, which are shipped, when none is
-given. One prompt and one seed give the bare image; more give a labelled grid, with each image beside it in a file of
-its own. Image k of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with
-several numbers of steps. The prompts are the assignment's three unless others are given. A prompt may be several, with
-weights: "a dog AND a hat :0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none
-of the third. T5 runs only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded;
-stage 1 is freed before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or
-without, fills the folder --out with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it
-draws what is missing. torchrun starts a process for each GPU, or several on the CPU, and each draws its share of the
-batches: the same images as one process.
+A model is a folder as diffusers saves it, or a Hub id; by default the shipped tiny-if/I and tiny-if/II. One prompt
+and one seed give the bare image; more give a labelled grid, with each image beside it in a file of its own. Image k
+of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps. The
+prompts are the assignment's three unless others are given. A prompt may be several, with weights: "a dog AND a hat
+:0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none of the third. T5 runs
+only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed
+before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the
+folder --out with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is
+missing. torchrun starts a process for each GPU, or several on the CPU, and each draws its share of the batches: the
+same images as one process.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, recipe_of
 
 from ddpm.schedule import leading_timesteps
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.stage import SCHEDULE
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]

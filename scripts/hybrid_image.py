@@ -5,8 +5,8 @@
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
 A prompt for each component: low_high_pass (two prompts: far, near; --sigma parts them), three_bands (coarse, middle,
-fine), grey_colour and motion_blur (moving, still). Rows: the image, then each of its components, those without a mean
-around grey; columns: seeds. --animate adds the first seed as an animation that goes away and comes back.
+fine), grey_colour and motion_blur (moving, still). Rows: the image, then its components, those without a mean on
+grey; columns: seeds. --animate adds the first seed as an animation that recedes and returns.
 --keep FILE takes the first component from an image instead, and makes up the rest (one prompt).
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from shared.animation import recede
 from shared.figures import save_gif, save_table
-from shared.images import read_picture
+from shared.images import read_image
 from shared.options import parser, positive, positive_number, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
 from ddpm.sampling import hybrid, inpaint_component
-from ifmodel.cascade import Job, Stage
+from ifmodel.jobs import Job, Stage
 
 PAIRS = [  # the assignment's
     ("a lithograph of a skull", "a lithograph of waterfalls"),
@@ -51,7 +51,7 @@ def main():
     args = options.parse_args()
     if args.sigma and args.components != "low_high_pass":
         raise ValueError(f"--sigma is of --components low_high_pass, not of {args.components}")
-    if args.model == MODEL:  # what it can do best
+    if args.model == MODEL:  # its best settings
         args.guidance = 2.0 if args.guidance is None else args.guidance
         args.sigma = 4.0 if args.sigma is None and args.components == "low_high_pass" else args.sigma
     components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
@@ -73,7 +73,7 @@ def main():
         if not args.keep:
             return Job(mixed, seeds, timesteps=args.visited)
         small, final = (
-            partial(inpaint_component, x_orig=read_picture(args.keep, size).to(cascade.device), keep=components[0])
+            partial(inpaint_component, x_orig=read_image(args.keep, size).to(cascade.device), keep=components[0])
             for size in (cascade.sizes[0], cascade.sizes[-1])
         )
         return Job(prompts[0], seeds, small, args.visited, upscale=final)

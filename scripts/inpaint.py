@@ -7,20 +7,20 @@
 A row for each image: original, mask (white is the hole), hole to fill, result. A mask is a file as large as its
 image, cut to shape in the same way, or rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS in fractions of what is
 cut out; one for each image, or one for all.
-With --resamples, RePaint goes back by --jump-length steps, so many times.
+--resamples: as in RePaint, each stretch of --jump-length steps is noised back and denoised again, so many times.
 """
 
 from functools import partial
 
 from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_mask, read_picture
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image, read_mask
 from shared.options import parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
 import torch
 
 from ddpm.sampling import inpaint, resampling_path
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
@@ -52,7 +52,7 @@ def main():
 
     def at(size):
         pairs = zip(images, masks, strict=True)
-        return [(read_picture(image, size), read_mask(mask, size, image)) for image, mask in pairs]
+        return [(read_image(image, size), read_mask(mask, size, image)) for image, mask in pairs]
 
     def filling(x_orig, mask, **options):
         return partial(inpaint, x_orig=x_orig.to(cascade.device), mask=mask.to(cascade.device), **options)

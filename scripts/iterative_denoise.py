@@ -1,4 +1,4 @@
-"""A4: a noisy image denoised step by step, and beside the blur and the single step.
+"""A4: a noisy image denoised step by step, compared with a blur and a single step.
 
     python scripts/iterative_denoise.py --image photo.jpg
 
@@ -7,7 +7,7 @@ step and all steps make of the same noisy image. x_t and x̂_0 of every step lie
 """
 
 from shared.figures import save_cells, save_table
-from shared.images import read_picture
+from shared.images import read_image
 from shared.noisy import add_image_option
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, from_index, open_cascade, settings_of
@@ -28,7 +28,7 @@ def main():
     cascade = open_cascade(args, single_stage=True)
     default = min(10, len(args.visited) // 3)
     timesteps = from_index(args.visited, default if args.i_start is None else args.i_start)
-    x_0 = read_picture(args.image, cascade.sizes[0])
+    x_0 = read_image(args.image, cascade.sizes[0])
     frames, once = Trajectory(), {}
 
     def three_ways(estimate, timesteps, schedule, *, noise, callback, **loop):

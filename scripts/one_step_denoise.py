@@ -6,12 +6,12 @@ Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate 
 """
 
 from shared.figures import save_table
-from shared.noisy import add_noisy_options, batch, noisy_pictures
+from shared.noisy import add_noisy_options, batch, noisy_images
 from shared.options import parser, run
 from shared.stages import add_cascade_options, open_cascade, settings_of
 
 from ddpm.sampling import one_step_denoise
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 
 
 def main():
@@ -21,7 +21,7 @@ def main():
     add_cascade_options(options, out="out/one_step_denoise.png", guidance=1.0)
     args = options.parse_args()
     cascade = open_cascade(args, single_stage=True)
-    noisy, labels = noisy_pictures(args, cascade.sizes[0])
+    noisy, labels = noisy_images(args, cascade.sizes[0])
     denoised = []
 
     def each_once(estimate, schedule, callback, **_):

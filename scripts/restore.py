@@ -4,11 +4,11 @@
     python scripts/restore.py --image photo.jpg --prompt "a photo of a dog" --task colour --task upscale --factor 4
     python scripts/restore.py --task upscale --noise 0.2 --sampler ddim
 
-A row for each image and task: what is seen of it, what is done without a model (bicubic upscaling, no colours, grey in
-the hole), the image restored, and the original. Tasks: colour (it is seen without), upscale (it is small, its pixels
-the means of --factor × --factor), fill (it has a hole, a --mask as of inpaint.py), all (small, grey and with a hole).
-The result fits what is seen exactly, unless that is noisy: --noise adds some, of this standard deviation, in [-1, 1].
---resamples is the time travel of the paper: go back by --jump-length steps, so many times.
+A row for each image and task: the degraded image, restored without a model (bicubic upscaling, no colours, grey in the
+hole), restored, and the original. Tasks: colour (the image is grey), upscale (its pixels are the means of --factor ×
+--factor), fill (it has a hole, a --mask as in inpaint.py), all (small, grey and with a hole). The result fits the
+degraded image exactly, unless that is noisy: --noise adds noise of this standard deviation, in [-1, 1]. --resamples is
+the paper's time travel: each stretch of --jump-length steps is noised back and denoised again, so many times.
 """
 
 import math
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, read_mask, read_picture
+from shared.images import DRAWING_PROMPTS, read_image, read_mask
 from shared.options import number, parser, positive, run
 from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, restore
 from ddpm.sampling import noise_source, resampling_path
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
 
 TASKS = ("colour", "upscale", "fill", "all")
@@ -37,7 +37,7 @@ MASK = "circle:0.45,0.55,0.2"
 
 @dataclass(frozen=True)
 class Lost:
-    """What was lost of an image [1, 3, S, S]: colours, details (means of n × n pixels), and the hole of what is left.
+    """What an image [1, 3, S, S] has lost: colours, details (means of n × n pixels), and what was in the hole.
 
     mask: [1, 1, S/n, S/n]; noise_std: of what is seen
     """
@@ -87,7 +87,7 @@ def main():
     num_steps = sum(t_prev < t for t, t_prev in resampling_path(args.visited, **resampling))
     jobs, rows, labels = [], [], []
     for image, prompt in zip(args.image, args.prompt, strict=True):
-        x = read_picture(image, size)
+        x = read_image(image, size)
         for task in args.task:
             lost = Lost.by_task(task, args.factor, partial(mask_at, args.mask, size, image), args.noise)
             check_operator(lost.operator(), tuple(x.shape[1:]))

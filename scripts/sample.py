@@ -9,10 +9,10 @@ from shared.figures import save_table
 from shared.options import parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
 
-TINY_PROMPT = "a photo of an owl"  # which tiny-if draws better than anything
+TINY_PROMPT = "a photo of an owl"  # tiny-if's best
 
 
 def main():

@@ -15,18 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_cells, save_gif, save_grid
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
+from shared.options import add_common_options, check_writable, number, parser, pick, positive, run
 
 import torch
 from torch import Tensor
@@ -36,39 +25,32 @@ from ddpm.files import save_tensors
 from ddpm.flow import flow_times
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
-from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_step, visited_timesteps
 from ddpm.schedule import linear_schedule
 
-MOST_ROWS = 40  # more are sampled and saved, but not drawn
+MOST_ROWS = 40  # more are sampled and saved, but not shown
 
 
 def arguments() -> Namespace:
     options = parser(__doc__)
-    weights, out = SHIPPED["ddpm_class"], Path("out/digits.png")
-    options.add_argument("--weights", type=Path, default=weights, help="a DDPM or flow (default: ddpm_class, shipped)")
+    options.add_argument("--weights", type=Path, default=Path("ddpm_class"), help="default: ddpm_class, shipped")
     options.add_argument("--per-class", type=positive, default=4, metavar="N", help="of each digit (default: 4)")
     options.add_argument("--guidance", type=number, default=5.0, metavar="G", help="γ, 1 for none (default: 5)")
-    options.add_argument("--seed", type=seed_number, default=SEED, metavar="S", help=f"default: {SEED}")
     options.add_argument("--steps", type=int, metavar="N", help="default: all 300 timesteps; with a flow, 50")
     samplers = [*SAMPLERS, *FLOW_SAMPLERS]
     options.add_argument("--sampler", choices=samplers, help="default: ddpm; with a flow euler (or heun)")
     options.add_argument("--eta", type=number, default=0.0, help="how much fresh noise ddim and dpm++ add (default: 0)")
-    options.add_argument(
-        "--out", type=Path, default=out, metavar="FILE.png", help=f"the labelled grid (default: {out})"
-    )
-    options.add_argument(
-        "--animate", action="store_true", help="also how they came to be, at most 100: --out as a .gif, and its frames"
-    )
+    told = "also how they came to be, at most 100: --out as a .gif, and its frames"
+    options.add_argument("--animate", action="store_true", help=told)
     options.add_argument("--save", type=Path, metavar="FILE.safetensors", help="images [N, 1, 28, 28], labels [N]")
-    add_device_options(options, default="float32")  # so that every machine draws the same digits
+    add_common_options(options, "out/digits.png", dtype="float32")  # so that every machine draws the same digits
     return options.parse_args()
 
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = pick(args)
     check_writable(args.out, ".png")
     if args.save:
         check_writable(args.save, ".safetensors")
@@ -79,7 +61,7 @@ def main():
         raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
     check_memory(80 * 28**2 * args.per_class, f"ten times {args.per_class} digits")
     labels = [digit for digit in range(10) for _ in range(args.per_class)]
-    # without classes there is nothing to tell the rows apart but their noise
+    # without classes, digits differ by their noise alone
     seeds = [args.seed + (k % args.per_class if by_class else k) for k in range(len(labels))]
 
     total, frames, every = len(labels) * steps, [], max(1, steps // 20)
@@ -110,11 +92,8 @@ def main():
     print(args.out)
     if args.save:
         saved = {"images": images, "labels": torch.tensor(labels) if by_class else torch.full((len(labels),), -1)}
-        save_tensors(
-            args.save,
-            saved,
-            {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name},
-        )
+        described = {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name}
+        save_tensors(args.save, saved, described)
         print(args.save)
 
 

@@ -1,26 +1,26 @@
-"""A7 and A8: image to image with SDEdit: images, noised and denoised from several places of the list.
+"""A7 and A8: image to image with SDEdit: images noised to several timesteps, and denoised from there.
 
     python scripts/sdedit.py --image photo.jpg --image drawing.png
     python scripts/sdedit.py --image photo.jpg \\
         --prompt "a rocket ship" --prompt "a photo of a dog" --prompt "a man wearing a hat"
 
-A row for each image and prompt; columns: the steps left out, 1 to 20, where more leaves more of the image, and
-the image itself. An image is a file, or a drawing of ours: village, rocket, face. The prompt is "a high quality
-photo" unless said otherwise; with tiny-if our drawings come with prompts of their own before it.
+A row for each image and prompt; columns: how many steps are left out, 1 to 20 (the more, the more of the image
+stays), and the image itself. An image is a file, or a drawing of ours: village, rocket, face. The prompt is "a high
+quality photo" unless said otherwise; with tiny-if our drawings come with prompts of their own before it.
 """
 
 from functools import partial
 from pathlib import Path
 
 from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
 from shared.options import parser, run
 from shared.stages import MODEL, add_cascade_options, draw, from_index, open_cascade
 
 import torch
 
 from ddpm.sampling import sdedit
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
 
 
@@ -40,7 +40,7 @@ def main():
     args.i_start = args.i_start or [i for i in (1, 3, 5, 7, 10, 20) if i < len(args.visited)] or [0]
     counts = {i_start: len(from_index(args.visited, i_start)) for i_start in args.i_start}
     small, originals = (
-        torch.cat([read_picture(image, size) for image, _ in lines]) for size in (cascade.sizes[0], cascade.sizes[-1])
+        torch.cat([read_image(image, size) for image, _ in lines]) for size in (cascade.sizes[0], cascade.sizes[-1])
     )
 
     def job(rows: slice, i_start: int) -> Job:

@@ -7,56 +7,40 @@ samples after epochs 5 and 20. Ctrl-C saves and stops; --resume goes on and ends
 bit for bit, as an uninterrupted run on the same CPU with as many threads.
 """
 
-from pathlib import Path
+from functools import partial
 
-from shared.figures import save_grid, save_loss_curve
-from shared.options import add_training_options, end_training, parser, run, start_training
+from shared.options import parser, run
+from shared.training import add_digits_options, save_samples, train_digits
 
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, sample_digits
 from ddpm.mnist.checkpoint import build
-from ddpm.mnist.training import DDPM, drop_classes, fit
+from ddpm.mnist.training import DDPM, drop_classes
 from ddpm.schedule import linear_schedule, linspace_timesteps
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument(
-        "--condition", required=True, choices=["time", "class"], help="what it sees beside x_t: t, or t and the digit"
-    )
-    options.add_argument("--out", type=Path, help="folder for the run (default: out/ddpm_time or out/ddpm_class)")
+    told = "what it sees beside x_t: t, or t and the digit"
+    options.add_argument("--condition", required=True, choices=["time", "class"], help=told)
     options.add_argument("--sample-steps", type=int, help="timesteps that the samples visit (default: all 300)")
-    add_training_options(options, DDPM, width=64, sample_epochs=[5, 20])
+    add_digits_options(options, DDPM, width=64, sample_epochs=[5, 20], out="out/ddpm_{condition}")
     args = options.parse_args()
-    by_class = args.condition == "class"
-    args.out = args.out or Path("out") / f"ddpm_{args.condition}"
-
-    schedule = linear_schedule()
+    by_class, schedule = args.condition == "class", linear_schedule()
     if args.sample_steps is not None:
         linspace_timesteps(schedule.num_timesteps, args.sample_steps)  # refuses a wrong number now, not epochs later
-    recipe, images, labels, dtype = start_training(args, DDPM)
     kind = ClassUNet if by_class else TimeUNet
-    model = build(kind, width=args.width, num_timesteps=schedule.num_timesteps)
+    new_model = partial(build, kind, width=args.width, num_timesteps=schedule.num_timesteps)
 
     def loss_of(model, x_0, labels, generator):
         conditioning = (drop_classes(labels, generator),) if by_class else ()
         return ddpm_loss(model, x_0, conditioning, schedule, generator)
 
-    def draw(epoch: int, losses: list[float]):
-        save_loss_curve(
-            args.out / "loss.png", losses, len(losses) // epoch, f"DDPM, {args.condition}-conditioned", args.seed
-        )
-        if epoch in (*args.sample_epochs, args.epochs):
-            labels = list(range(10)) * 4 if by_class else None
-            seeds = [args.seed + (k // 10 if by_class else k) for k in range(40)]  # a row of digits shares its noise
-            samples = sample_digits(model.eval(), labels, seeds, schedule, num_steps=args.sample_steps)
-            names = [str(digit) for digit in range(10)] if by_class else []
-            title = f"after epoch {epoch}" + (", γ = 5" if by_class else "")
-            path = args.out / f"samples_epoch{epoch:02d}.png"
-            save_grid(path, samples.split(10), column_labels=names, title=title, seed=args.seed)
+    def draw(model, epoch: int):
+        options = {"schedule": schedule, "num_steps": args.sample_steps}
+        save_samples(args, epoch, partial(sample_digits, model, **options))
 
-    options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": draw}
-    end_training(args, fit(model, loss_of, images, labels, recipe, args.out, **options))
+    train_digits(args, DDPM, new_model, loss_of, f"DDPM, {args.condition}-conditioned", draw)
 
 
 if __name__ == "__main__":

@@ -8,55 +8,42 @@ samples after epochs 1, 5 and 10. --from-ddpm begins with the shipped class-cond
 network, and takes a tenth of the learning rate: for those who cannot wait. Ctrl-C saves and stops.
 """
 
-from pathlib import Path
+from functools import partial
 
-from shared.figures import save_grid, save_loss_curve
-from shared.options import add_training_options, end_training, parser, positive, run, start_training
+from shared.options import parser, positive, run
+from shared.training import add_digits_options, save_samples, train_digits
 
 from ddpm.flow import flow_loss
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, load_model, sample_flow
 from ddpm.mnist.checkpoint import build
-from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, fit, flow_from_ddpm
+from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, flow_from_ddpm
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument(
-        "--condition", required=True, choices=["time", "class"], help="what the model is told: t, or t and the digit"
-    )
-    options.add_argument("--out", type=Path, help="folder for the run (default: out/flow_time or out/flow_class)")
+    told = "what the model is told: t, or t and the digit"
+    options.add_argument("--condition", required=True, choices=["time", "class"], help=told)
     options.add_argument("--sample-steps", type=positive, default=50, help="Euler steps of the samples (default: 50)")
     options.add_argument("--from-ddpm", action="store_true", help="begin with the shipped ddpm_class's weights")
-    add_training_options(options, FLOW, width=64, sample_epochs=[1, 5, 10])
+    add_digits_options(options, FLOW, width=64, sample_epochs=[1, 5, 10], out="out/flow_{condition}")
     args = options.parse_args()
     by_class = args.condition == "class"
-    args.out = args.out or Path("out") / f"flow_{args.condition}"
     if args.from_ddpm and not (by_class and args.width == 64):
         raise ValueError("--from-ddpm is for --condition class and --width 64, the network of the shipped DDPM")
 
-    recipe, images, labels, dtype = start_training(args, FLOW_FROM_DDPM if args.from_ddpm else FLOW)
-    if args.from_ddpm:
-        model = flow_from_ddpm(load_model("ddpm_class", ClassUNet))
-    else:
-        model = build(ClassFlow if by_class else TimeFlow, width=args.width)
+    def new_model() -> TimeFlow:
+        if args.from_ddpm:
+            return flow_from_ddpm(load_model("ddpm_class", ClassUNet))
+        return build(ClassFlow if by_class else TimeFlow, width=args.width)
 
     def loss_of(model, x_1, labels, generator):
         return flow_loss(model, x_1, (drop_classes(labels, generator),) if by_class else (), generator)
 
-    def draw(epoch: int, losses: list[float]):
-        title = f"flow, {args.condition}-conditioned"
-        save_loss_curve(args.out / "loss.png", losses, len(losses) // epoch, title, args.seed)
-        if epoch in (*args.sample_epochs, args.epochs):
-            labels = list(range(10)) * 4 if by_class else None
-            seeds = [args.seed + (k // 10 if by_class else k) for k in range(40)]  # a row of digits shares its noise
-            samples = sample_flow(model.eval(), labels, seeds, num_steps=args.sample_steps)
-            names = [str(digit) for digit in range(10)] if by_class else []
-            title = f"after epoch {epoch}" + (", γ = 5" if by_class else "")
-            path = args.out / f"samples_epoch{epoch:02d}.png"
-            save_grid(path, samples.split(10), column_labels=names, title=title, seed=args.seed)
+    def draw(model, epoch: int):
+        save_samples(args, epoch, partial(sample_flow, model, num_steps=args.sample_steps))
 
-    options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": draw}
-    end_training(args, fit(model, loss_of, images, labels, recipe, args.out, **options))
+    recipe = FLOW_FROM_DDPM if args.from_ddpm else FLOW
+    train_digits(args, recipe, new_model, loss_of, f"flow, {args.condition}-conditioned", draw)
 
 
 if __name__ == "__main__":

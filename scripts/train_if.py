@@ -7,19 +7,18 @@
     torchrun --nproc-per-node 2 scripts/train_if.py --data emoji --out out/stage-1
 
 Stage 1: first a tokenizer is trained on the captions, and the text encoder against the images (--text-steps); then
-both the encoder and the UNet. Small images are cheap and teach what is of what: begin with --size 16, go on with
---start. Stage 2 keeps the text encoder of its stage 1 as it is, and learns on crops, which are cheap; let it finish on
-whole images, which alone say where a pixel lies (--start out/stage-2/model --crop 128).
+the encoder and the UNet together. Small images are cheap and teach which caption is of what: begin with --size 16, go
+on with --start. Stage 2 keeps the text encoder of its stage 1, and learns on crops, which are cheap; let it finish on
+whole images, which alone show where a pixel lies (--start out/stage-2/model --crop 128).
 Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
 2 its error beside bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py
 and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
-CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing: start again then.
-Several processes share each batch, and on several hosts --out, which must be a folder that all see. With more --steps
-it goes on for longer than was planned, at the learning rate of a run that long.
+CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing. Processes of
+torchrun share each batch, and on several hosts the folder --out. --resume with more --steps trains for longer, at the
+learning rate of a run that long.
 """
 
 import hashlib
-import os
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -27,20 +26,10 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_run,
-    end_training,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    positive_number,
-    run,
-    seed_number,
-)
+from shared.options import parser, pick_device, pick_dtype, positive, positive_number, run
+from shared.processes import num_processes
 from shared.stages import MODEL, UPSCALER
+from shared.training import add_run_options, check_run, end_training
 
 import torch
 import torch.distributed as dist
@@ -67,8 +56,6 @@ def arguments() -> Namespace:
     help = "how much place, size, turn, hue and background vary (default: 1)"
     options.add_argument("--variety", type=float, default=1.0, help=help)
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
-    options.add_argument("--out", type=Path, default=Path("out/stage-1"), help="default: out/stage-1")
-    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
     options.add_argument("--start", metavar="FOLDER", help=help)
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
@@ -84,8 +71,7 @@ def arguments() -> Namespace:
     options.add_argument("--lr", type=positive_number, default=4e-4, help="falls to a tenth in the end (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
     options.add_argument("--compile", action="store_true", help="torch.compile the UNet: for GPUs; slower on CPUs")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    add_device_options(options)
+    add_run_options(options, "out/stage-1")
     args = options.parse_args()
     if args.text_steps < 0:
         raise ValueError(f"--text-steps must not be negative, but is {args.text_steps}")
@@ -191,7 +177,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: Path, device: torch.device) -> Stage1:
-    """Stage 1 before its first step, with a text encoder that knows its captions."""
+    """Stage 1 before its first step, with a trained text encoder."""
     tokenizer = Tokenizer(folder)
     unet = start_unet(unet_config(args), args.start)
     encoder = load_encoder(args.start) if args.start else build_encoder(tokenizer.vocab_size, args.text_dim)
@@ -211,13 +197,12 @@ def new_stage_2(args: Namespace, tokenizer: Path, device: torch.device) -> Stage
 
 
 def start_processes(args: Namespace) -> torch.device:
-    """This process's device; torchrun says in the environment how many processes there are."""
-    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    if world > 1:
+    """This process's device, and the connection to the others of torchrun."""
+    device = pick_device(args.device)
+    if args.batch_size % num_processes():
+        raise ValueError(f"--batch-size {args.batch_size} does not divide among {num_processes()} processes")
+    if num_processes() > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

@@ -17,7 +17,7 @@ from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascad
 
 from ddpm.estimates import REDUCTIONS, anagram
 from ddpm.views import VIEWS, check_view, pixels
-from ifmodel.cascade import Job, Stage
+from ifmodel.jobs import Job, Stage
 
 PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
@@ -50,7 +50,7 @@ def main():
         count = len(args.prompt or groups[0])
         raise ValueError(f"give a --prompt for each --view: there are {count} prompts for {', '.join(names)}")
     if args.model == MODEL and args.guidance is None:
-        args.guidance = 2.0  # more of it, and each view overrules the others
+        args.guidance = 2.0  # with more, each view overrules the others
     cascade = open_cascade(args)
     views = [pixels(cascade.sizes[0][0]) if name == "pixels" else VIEWS[name]() for name in names]
     for view in views:

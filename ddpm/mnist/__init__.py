@@ -1,4 +1,4 @@
-"""Part B: small DDPMs and flows on MNIST.
+"""Small DDPMs and flows on MNIST.
 
     from ddpm.mnist import SHIPPED, load_model, sample_digits
 

@@ -15,7 +15,7 @@ def load_mnist(root: str | Path, split: str = "train", limit: int | None = None)
     """The "train" or "test" split of MNIST from torchvision's layout, root/MNIST/raw; downloaded when absent.
 
     Returns images [N, 1, 28, 28] uint8 in 0 … 255 and labels [N] int64; the first `limit` of them if given.
-    Raises FileNotFoundError when the files are not there and not to be had, ValueError when one is damaged.
+    Raises FileNotFoundError when the files are neither there nor downloadable, ValueError when one is damaged.
     """
     from torchvision.datasets import MNIST  # here, since torchvision takes long to import
 

@@ -32,7 +32,7 @@ def sample_digits(
     batch_size: int = 100,
     callback: Callable[[int, Tensor], None] = lambda done, x_t: None,
 ) -> Tensor:
-    """Digits from pure noise: labels [N] and seeds [N] -> images [N, 1, 28, 28] in [0, 1], on the CPU (B4, B5).
+    """Digits from pure noise: labels [N] and seeds [N] -> images [N, 1, 28, 28] in [0, 1], on the CPU.
 
     labels: the digits to draw with a `ClassUNet`; None for a `TimeUNet`
     num_steps: how many of the schedule's timesteps to visit, all of them when None
@@ -97,7 +97,7 @@ def sample_flow(
     batch_size: int = 100,
     callback: Callable[[int, Tensor], None] = lambda done, x_t: None,
 ) -> Tensor:
-    """`sample_digits` for a flow, in steps of 1/num_steps from t = 0 to 1 (B6, B7).
+    """`sample_digits` for a flow, in steps of 1/num_steps from t = 0 to 1.
 
     sampler: "euler", or "heun" for two evaluations a step and second order
     """

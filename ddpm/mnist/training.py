@@ -1,4 +1,4 @@
-"""Training the MNIST models: the denoiser's loss, the recipes of Part B, and one loop."""
+"""Training the MNIST models: the denoiser's loss, the recipes, and one loop."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +23,11 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: float
-    decay: float = 1.0  # the learning rate's factor over the whole run, a little of it after each epoch
+    decay: float = 1.0  # of the learning rate over the whole run, exponentially, epoch by epoch
     seed: int = 20040805
 
 
-SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # the noise levels of B1; the denoiser is trained at 0.5
+SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # noise levels; the denoiser is trained at 0.5
 DENOISER = Recipe(epochs=5, batch_size=256, learning_rate=1e-4)
 DDPM = Recipe(epochs=20, batch_size=128, learning_rate=1e-3, decay=0.1)
 FLOW = Recipe(epochs=10, batch_size=64, learning_rate=1e-2, decay=0.1)
@@ -35,13 +35,13 @@ FLOW_FROM_DDPM = Recipe(epochs=4, batch_size=64, learning_rate=1e-3, decay=0.03)
 
 
 def denoiser_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator, sigma: float = 0.5) -> Tensor:
-    """‖D(x_0 + σ eps) - x_0‖², the mean over pixels, for clean digits x_0 [B, 1, 28, 28] (B2)."""
+    """‖D(x_0 + σ eps) - x_0‖², the mean over pixels, for clean digits x_0 [B, 1, 28, 28]."""
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     return F.mse_loss(model(x_0 + sigma * eps).float(), x_0)
 
 
 def noisy_digits(x: Tensor, sigma: float, seed: int) -> Tensor:
-    """z = x + σ eps for digits x [N, 1, 28, 28]; digit k takes its noise from seed + k, whatever N is (B1)."""
+    """z = x + σ eps for digits x [N, 1, 28, 28]; digit k takes its noise from seed + k, whatever N is."""
     return x + sigma * noise_source(range(seed, seed + len(x)), x.shape[1:], x.device)()
 
 
@@ -59,7 +59,7 @@ def drop_classes(labels: Tensor, generator: torch.Generator, probability: float 
 def flow_from_ddpm(ddpm: ClassUNet) -> ClassFlow:
     """A class-conditioned flow that begins as a DDPM of the same network: turned clock, and u = -eps.
 
-    Where t is near 1, x_1 - x_0 is -eps but for the digit, so that little is left to learn.
+    Near t = 1, x_1 - x_0 is -eps but for the digit, so little is left to learn.
     """
     flow = ClassFlow(ddpm.config["width"])
     flow.load_state_dict(ddpm.state_dict())

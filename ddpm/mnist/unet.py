@@ -1,4 +1,4 @@
-"""The MNIST UNets of Part B and the eight operations they are built from.
+"""The MNIST UNets and the eight operations they are built from.
 
     x [B, 1, 28, 28] ── a ──────────────────────────────────────────── h ── out [B, 1, 28, 28]
                         └─ b [14×14] ───────────────────────── u2 ──┘
@@ -92,7 +92,7 @@ class FCBlock(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Unconditional: noisy digits [B, 1, 28, 28] -> clean digits [B, 1, 28, 28] (B2)."""
+    """Unconditional: noisy digits [B, 1, 28, 28] -> clean digits [B, 1, 28, 28]."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -136,7 +136,7 @@ def one_each(t: float | Tensor, batch: Tensor) -> Tensor:
 
 
 class TimeUNet(UNet):
-    """Time-conditioned: x_t [B, 1, 28, 28] and t, an int, 0-d or [B], -> eps [B, 1, 28, 28] (B4)."""
+    """Time-conditioned: x_t [B, 1, 28, 28] and t, an int, 0-d or [B], -> eps [B, 1, 28, 28]."""
 
     def __init__(self, width: int = 64, num_timesteps: int = 300):
         super().__init__(width)
@@ -156,7 +156,7 @@ class TimeUNet(UNet):
 
 
 class ClassUNet(TimeUNet):
-    """Time- and class-conditioned: x_t [B, 1, 28, 28], t, one-hot c [B, 10] -> eps [B, 1, 28, 28] (B5).
+    """Time- and class-conditioned: x_t [B, 1, 28, 28], t, one-hot c [B, 10] -> eps [B, 1, 28, 28].
 
     A row of zeros in `c` is the null class of classifier-free guidance. With n·B rows each image gets n answers
     [n·B, 1, 28, 28], all for the first rows first, and what precedes the class is computed once.
@@ -178,7 +178,7 @@ class ClassUNet(TimeUNet):
 
 
 class TimeFlow(UNet):
-    """The velocity of a flow: x_t [B, 1, 28, 28] and t from 0, noise, to 1, data, a float or [B] -> u (B6)."""
+    """The velocity of a flow: x_t [B, 1, 28, 28] and t from 0, noise, to 1, data, a float or [B] -> u."""
 
     def __init__(self, width: int = 64):
         super().__init__(width)
@@ -191,7 +191,7 @@ class TimeFlow(UNet):
 
 
 class ClassFlow(TimeFlow):
-    """… and of a class, one-hot c [B or n·B, 10]: the network of `ClassUNet` (B7)."""
+    """… and of a class, one-hot c [B or n·B, 10]: the network of `ClassUNet`."""
 
     def __init__(self, width: int = 64):
         super().__init__(width)

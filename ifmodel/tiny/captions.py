@@ -89,7 +89,7 @@ def plainly(name: str) -> str:
 def with_article(name: str) -> str:
     """A short name as it is said in a sentence: "rocket" -> "a rocket", "ear" -> "an ear", "glasses" as it is.
 
-    So is a caption that needs none: "A red bird on a branch", "two dogs on grass", "Paris at night in the rain".
+    A caption that needs no article stays as it is: "A red bird on a branch", "two dogs", "Paris at night in the rain".
     """
     words = name.lower().split()
     determined = words[0] in DETERMINERS and name != "four leaf clover"  # which is one clover

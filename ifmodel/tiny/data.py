@@ -1,4 +1,4 @@
-"""A folder of captioned images as training data: many drawings of each thing, shown in a new way each time.
+"""A folder of captioned images as training data: many drawings of each thing, augmented anew each time.
 
 The folder has the "imagefolder" layout of Hugging Face datasets: images, and metadata.jsonl with a line for each,
 {"file_name": …, "text": its short name, "tags": [more words], "artist": who drew it}; tags and artist may be left out.
@@ -99,14 +99,14 @@ class CaptionedImages:
 
 
 def pick(choices: Sequence, generator: torch.Generator):
-    """One of several, each as likely."""
+    """One of several, uniformly."""
     return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
 
 def draw_rows(
     data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float = 1.0
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Images [count, 3, size, size] in [-1, 1] of different things as far as there are, their rows, and backgrounds.
+    """Images [count, 3, size, size] in [-1, 1] of different things if there are enough, their rows and backgrounds.
 
     Style and artist are drawn at random, and so is how a drawing is shown, see `show`.
     """
@@ -136,7 +136,7 @@ def show(
 ) -> tuple[Tensor, list[str]]:
     """Drawings as images [B, 3, size, size] in [-1, 1], placed, sized, turned, mirrored and coloured at random.
 
-    variety: 0 shows each as it is, on white; 1 with sizes from 0.6, turned by up to 15° and half of them on colours
+    variety: 0 shows each as it is, on white; 1 scales down to 0.6, turns by up to 15° and puts half of them on colours
     Also returns what the background of each is called, "" where it is white or has no name.
     """
     count, source = len(rows), data.images.shape[-1]
@@ -172,7 +172,7 @@ def turn_hue(colours: Tensor, angle: Tensor) -> Tensor:
 def backgrounds(
     data: CaptionedImages, rows: Sequence[int], size: int, generator: torch.Generator, variety: float
 ) -> tuple[Tensor, list[str]]:
-    """[B, 3, size, size] in [0, 1], half of them white, the others tints or two tints that run into each other."""
+    """[B, 3, size, size] in [0, 1], half of them white, the others tints or gradients."""
     styles, tints = list(STYLES.values()), torch.tensor(list(TINTS.values()))
     ramp = torch.linspace(0, 1, size).view(1, size, 1)
     grounds, names = [], []
@@ -221,8 +221,8 @@ def load_captioned(
 
     names: the short names to take, in this order; None takes all
     part: "all", or "train" or "held out", see `held_out`
-    finer: kept so many times as large, so that little is lost when they are turned and shrunk
-    quiet: no progress bar, which else is shown for a hundred images or more
+    finer: kept this many times larger, so that turning and shrinking loses little
+    quiet: no progress bar, otherwise shown for a hundred images or more
     Raises FileNotFoundError when the folder or its images are not there, ValueError when a line is broken, a
     caption is missing, an image is too small, or a name is not in the folder; each in one line that names it.
     """

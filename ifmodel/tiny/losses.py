@@ -1,4 +1,4 @@
-"""The losses of both stages, the batches they are of, and what is watched in training.
+"""The losses of both stages, their batches, and what is measured during training.
 
 The model is a `TextToImage` throughout.
 """
@@ -61,7 +61,7 @@ def cropped(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def stage_1_loss(model: nn.Module, batch: Batch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
     """The loss of each image, [B], at a random t for each.
 
-    What an image is of is decided where noise prevails, so these timesteps count for more, see `hybrid_loss`.
+    The noisy timesteps decide what an image shows, so they count for more, see `hybrid_loss`.
 
     rows: this process's share of the batch; the noise is drawn for all, so that it does not depend on the shares
     """
@@ -86,15 +86,15 @@ def stage_2_loss(
 ) -> Tensor:
     """As `stage_1_loss`, for crops of the images beside crops of what stage 2 sees of the small ones.
 
-    small: the size of stage 1's images; crop: of the crops; offset: the noise's own brightness, of each channel
-    The small images are noised to a random level, which the model is told, so that in sampling it forgives what
-    stage 1 draws. They are upscaled whole and cropped then: a crop upscaled alone would lie a little differently.
-    How a pixel lies still depends on its place, since `noised_upscaled` aligns the corners: near them it moves the
-    small image by 3/8 of a small pixel. A crop does not say where it is from, so a model that saw nothing but crops
-    blurs or misplaces edges; a few thousand steps with `crop` the whole size mend that.
-    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly says how bright a image is. The mean of so
-    many pixels of x_t does, even at t = 950: a model that reads it there believes pure noise to be of a dull grey
-    image. An offset of the noise makes it read the small image instead.
+    small: the size of stage 1's images; crop: of the crops; offset: the standard deviation of the noise's brightness
+    The small images are noised to a random level, also passed to the model, which makes it robust to stage-1
+    artefacts. They are cropped after upscaling: a crop upscaled alone would be slightly displaced.
+    `noised_upscaled` aligns the corners, so near them it displaces the small image by 3/8 of a small pixel. A crop
+    does not show where it is from, so a model trained on crops alone blurs or misplaces edges; a few thousand steps
+    with `crop` the whole size correct that.
+    Noisy timesteps count for more, see `hybrid_loss`: there eps hardly depends on how bright an image is. The mean
+    of x_t's many pixels does, even at t = 950, but a model that relies on it takes pure noise for a dull grey image.
+    Offset noise makes it read the brightness off the small image instead.
     Source: Imagen §2.4, arXiv 2205.11487; Guttenberg, Diffusion with Offset Noise, crosslabs.org, 2023.
     """
     device, count = batch.x_0.device, len(batch.x_0)
@@ -136,9 +136,9 @@ def hybrid_loss(
 
 @torch.no_grad()
 def caption_loss_gap(model: nn.Module, batch: Batch, t: int = 800, seed: int = 0) -> dict[str, float]:
-    """The loss of eps with the right captions, with those of other images, and with none; and how alike captions are.
+    """The loss of eps with the right captions, with those of other images, and with none; and how alike they are.
 
-    A model that listens has a smaller one with the right captions; where they are equal, it draws without listening.
+    It is smallest with the right captions if the model uses them; if all are equal, the model ignores them.
     "alike" is the mean cosine between the pooled embeddings of two captions; near 1, the UNet cannot tell them apart.
     """
     eps = torch.randn(batch.x_0.shape, generator=torch.Generator().manual_seed(seed)).to(batch.x_0.device)

@@ -1,8 +1,8 @@
-"""What is trained: the text encoder against the images, then a UNet with it, and the average of their weights.
+"""What is trained: a text encoder, first against images, then with a UNet; and the average of their weights.
 
-A text encoder that starts from random weights beside a UNet says nearly the same of every caption, and the UNet
-learns to draw without listening. So it is trained first, contrastively, to tell by its caption which of many
-images is meant; `caption_loss_gap` then watches that the UNet goes on listening.
+Beside an untrained text encoder, whose output is nearly the same for every caption, a UNet learns to ignore it. So the
+encoder is first trained contrastively, to match images and captions; `caption_loss_gap` then shows whether the UNet
+uses them.
 """
 
 import io
@@ -28,7 +28,7 @@ def build_encoder(vocab_size: int, dim: int = 128, layers: int = 2) -> nn.Module
 
 
 class ImageEncoder(nn.Module):
-    """The images' side of the contrast: [B, 3, S, S] in [-1, 1] -> [B, D]. It is thrown away afterwards."""
+    """The images' side of the contrast: [B, 3, S, S] in [-1, 1] -> [B, D]. Discarded after training."""
 
     def __init__(self, dim: int, width: int = 32):
         super().__init__()
@@ -46,7 +46,7 @@ class ImageEncoder(nn.Module):
 
 
 class ContrastiveText(nn.Module):
-    """A T5 encoder and a image tower that agree on which caption is of which image.
+    """A T5 encoder and an image encoder, which learn to match captions and images.
 
     The caption's side is the mean over all 77 positions, padding too, since that is what the UNet pools.
     Source: CLIP §2.3, arXiv 2103.00020.
@@ -101,7 +101,7 @@ class EMA:
 
 @torch.no_grad()
 def zero_init(unet: UNet):
-    """Let an untrained UNet start as the identity: the last layer of every branch, and of the whole, says zero."""
+    """Let an untrained UNet start as the identity: the last layer of every branch, and of the whole, is zero."""
     for name, parameter in unet.named_parameters():
         if ".conv2." in name or ".to_out." in name or name.startswith("conv_out."):
             parameter.zero_()
@@ -110,7 +110,7 @@ def zero_init(unet: UNet):
 def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 1500):
     """Train a sentencepiece model on captions, lower-cased as IF does, and write it as folder/spiece.model.
 
-    Raises OSError when it cannot be written; then nothing is.
+    Raises OSError when it cannot be written, and leaves no file then.
     """
     import sentencepiece
 

@@ -1,4 +1,4 @@
-"""What is special in training each stage of tiny-if: its model, its loss, what is watched, and its sheet of samples."""
+"""What differs between the trainings of the two stages: model, loss, what is measured, and the sheet of samples."""
 
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ifmodel.weights import fetch, load_unet
 
 
 class Stage1:
-    """What is special in training stage 1: text encoder and UNet learn together."""
+    """Stage 1 in training: text encoder and UNet learn together."""
 
     sheet_styles = (
         "a photo of {}",
@@ -62,7 +62,7 @@ class Stage1:
 
 
 class Stage2:
-    """What is special in training stage 2: the text encoder is that of a stage 1, and stays as it is."""
+    """Stage 2 in training, with the text encoder of a stage 1, which stays as it is."""
 
     def __init__(self, config: dict, encoder, unet: UNet, tokenizer: Path, device: torch.device, small: int, crop: int):
         self.config, self.tokenizer, self.small = config, Tokenizer(tokenizer), small
@@ -74,7 +74,7 @@ class Stage2:
         return upscaling_error(self.model, held[:16], self.small)
 
     def sheet(self, held: Batch, seed: int) -> tuple[list[Tensor], dict]:
-        """Rows of images in [0, 1]: small ones, what is made of them, and those that the small ones are from."""
+        """Rows of images in [0, 1]: the small ones, stage 2's, and the originals; and their labels."""
         few, size = held[:6], held.x_0.shape[-1]
         embeds = self.model.encoder(few.tokens, attention_mask=few.mask).last_hidden_state
         small = F.avg_pool2d(few.x_0, size // self.small)

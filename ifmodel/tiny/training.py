@@ -1,7 +1,7 @@
-"""Training tiny-if: the text encoder first, then the loop that both stages share.
+"""Training tiny-if: the text encoder, then either stage, in the same loop.
 
-Each step's batch and noise follow from the seed and the step alone, and are the same for any number of processes, which
-share them. So a run that was stopped and resumed ends with the same weights, bit for bit, on the same CPU.
+Each step's batch and noise follow from the seed and the step alone, whatever the number of processes that share them.
+So a run that was stopped and resumed ends with the same weights, bit for bit, on the same CPU.
 """
 
 import math
@@ -51,9 +51,9 @@ class Recipe:
 
 
 def train_text(encoder, data: CaptionedImages, tokenizer: Tokenizer, recipe: Recipe, device: torch.device) -> bool:
-    """The text encoder learns which caption is of which image; the same in every process, without their talking.
+    """Train the text encoder to match captions and images; each process does the same, without communication.
 
-    Returns whether it came to its end: Ctrl-C stops it, and nothing is saved.
+    Returns whether it was completed: Ctrl-C stops it, and nothing is saved.
     """
     contrast, found = ContrastiveText(encoder).to(device), 0.0
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=1e-3, weight_decay=0.01)
@@ -99,7 +99,7 @@ def fit(
     model, average = stage.model, EMA(stage.model)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(stage.parameters, weight_decay=0.01, fused=device.type != "mps")
-    if processes() > 1:  # the text encoders were trained apart, on GPUs not to the same bit
+    if processes() > 1:  # each trained its own text encoder, and GPUs do not agree to the bit
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
 

@@ -11,22 +11,19 @@ of the time that is spent outside convolutions. --sampling: the latter alone.
 """
 
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
-from shared.timing import operators
+from shared.options import SEED, add_data_option, add_device_options, parser, pick, positive, run
+from shared.timing import compare, operators, race, short, where
 
 import torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
-from tqdm import tqdm
 
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, load_model
@@ -36,7 +33,7 @@ from ddpm.mnist.training import DDPM, drop_classes, train
 from ddpm.mnist.unet import IMAGE_SIZE, folded
 from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
-from ddpm.schedule import linear_schedule, linspace_timesteps
+from ddpm.schedule import linear_schedule
 
 SCHEDULE = linear_schedule()
 
@@ -76,7 +73,7 @@ def our_recipe(root: Path, device: torch.device, batch_size: int, dtype: torch.d
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    add_data_option(options)
     options.add_argument("--rounds", type=positive, default=8, help="turns that each side takes (default: 8)")
     options.add_argument("--steps", type=positive, default=5, help="training steps in a turn (default: 5)")
     options.add_argument("--batch-size", type=positive, default=DDPM.batch_size)
@@ -85,8 +82,7 @@ def main():
     options.add_argument("--sample-digits", type=positive, default=100, help="digits to sample (default: 100)")
     add_device_options(options)
     args = options.parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = pick(args)
     if not args.sampling:
         bench_training(args, device, dtype)
     bench_sampling(device, dtype, args.sample_digits, args.rounds)
@@ -100,61 +96,30 @@ def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))  # that of `train`, epoch 1
     sides = {
-        "plain": plain_recipe(args.data, order, device, args.batch_size),
         "ours": our_recipe(args.data, device, args.batch_size, dtype, args.compile),
+        "plain": plain_recipe(args.data, order, device, args.batch_size),
     }
-    rates, losses = {name: [] for name in sides}, {name: [] for name in sides}
-    for turn in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up", leave=False):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            losses[name] += [next(side) for _ in range(args.steps)]
-            if turn > 0:
-                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - started))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    ours = f"{str(dtype).removeprefix('torch.')}{', compiled' * args.compile}"
-    print(f"training a ClassUNet, batch {args.batch_size}, {device.type} ({where}), ours in {ours}")
-    for name, values in rates.items():
-        final = sum(losses[name][-args.steps :]) / args.steps
-        spread = f"{min(values):.1f} to {max(values):.1f}"
-        print(f"  {name:5}  {median(values):8.1f} images/s ({spread}), loss {final:.5f} at step {len(losses[name])}")
-    pairs = [b / a for a, b in zip(rates["plain"], rates["ours"], strict=True)]
-    print(f"  ratio  {median(pairs):8.2f} (median over {len(pairs)} pairs, {min(pairs):.2f} to {max(pairs):.2f})")
+    ours = f"{short(dtype)}{', compiled' * args.compile}"
+    print(f"training a ClassUNet, batch {args.batch_size}, {device.type} ({where(device)}), ours in {ours}")
+    race(sides, args.rounds, args.steps, args.batch_size, device)
 
 
+@torch.no_grad()
 def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds: int):
-    """A guided step of digits, as the UNet is written and as `sample_digits` does it, in turns."""
+    """A guided step of digits, as `sample_digits` does it and as the UNet is written, in turns."""
     model = load_model("ddpm_class", device=device)
     c = one_hot([k % 10 for k in range(count)], device)
     x_t = noise_source(range(count), (1, IMAGE_SIZE, IMAGE_SIZE), device)()
-    sides = {"written": model, "ours": encoded_once(folded(model), count)}
-    estimates = {name: guided(side, c, torch.zeros_like(c), 5.0) for name, side in sides.items()}
-    timesteps = linspace_timesteps(SCHEDULE.num_timesteps, rounds + 1)
-    times, difference = {name: [] for name in sides}, 0.0
-    print(f"sampling with a ClassUNet, {device.type}, {str(dtype).removeprefix('torch.')}")
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for t in tqdm(timesteps, desc="sampling steps, the first to warm up", leave=False):
-            eps = {}
-            for name, estimate in estimates.items():
-                started = time.perf_counter()
-                eps[name] = estimate(x_t, t)[0].cpu()
-                times[name].append(time.perf_counter() - started)
-            difference = max(difference, (eps["ours"] - eps["written"]).abs().max().item())
-        for name, seconds in times.items():
-            print(f"  {name:8} {median(seconds[1:]):.3f} s a step of {count} digits, γ = 5")
-        pairs = [a / b for a, b in zip(times["written"][1:], times["ours"][1:], strict=True)]
-        spread = f"median over {len(pairs)} pairs, {min(pairs):.2f} to {max(pairs):.2f}"
-        print(f"  ratio    {median(pairs):.2f} ({spread}); eps differ by {difference:.1e}")
-        show_profile(device, lambda: estimates["ours"](x_t, 0))
-
-
-def show_profile(device: torch.device, step: Callable):
-    """The share of a step's time beside the convolutions."""
-    outside = {name: share for name, share in operators(step, device).items() if "conv" not in name}
-    if not outside:
-        return  # the profiler does not see it
-    largest = list(outside)[:5]
-    print(f"  outside convolutions: {sum(outside.values()):.0%} of the time, most of it in")
-    print("  " + ", ".join(f"{name} {outside[name]:.0%}" for name in largest))
+    models = {"ours": encoded_once(folded(model), count), "written": model}
+    steps = {name: partial(guided(side, c, torch.zeros_like(c), 5.0), x_t, 150) for name, side in models.items()}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        ours, written = (step()[0] for step in steps.values())
+        difference = (ours - written).abs().max().item()
+        print(f"sampling with a ClassUNet, {device.type}, {short(dtype)}; eps differ by {difference:.1e}")
+        compare(f"a guided step of {count} digits", steps, rounds, device)
+        outside = {name: share for name, share in operators(steps["ours"], device).items() if "conv" not in name}
+    largest = ", ".join(f"{name} {share:.0%}" for name, share in list(outside.items())[:5])
+    print(f"  outside convolutions: {sum(outside.values()):.0%} of the time, most of it in {largest}")
 
 
 if __name__ == "__main__":

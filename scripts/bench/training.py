@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.options import SEED, add_device_options, parser, pick_device, pick_dtype, positive, run
+from shared.options import SEED, add_device_options, parser, pick, positive, run
 from shared.timing import operators, race, short, where
 
 import torch
@@ -94,8 +94,7 @@ def main():
     options.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     add_device_options(options)
     args = options.parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = pick(args)
     if diffusers is None:
         print("diffusers is not installed: ours alone")
     names = ["ours"] if diffusers is None else ["ours", "plain", "tuned"]

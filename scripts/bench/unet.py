@@ -32,8 +32,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.figures import save_figure
-from shared.options import SEED, add_device_options, check_writable, parser, pick_device, pick_dtype, positive, run
-from shared.timing import in_turns, short, where
+from shared.options import SEED, add_device_options, check_writable, parser, pick, positive, run
+from shared.timing import compare, in_turns, short, where
 
 import torch
 from safetensors.torch import save_file
@@ -65,11 +65,10 @@ def arguments() -> Namespace:
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="default: the model's")
     options.add_argument("--batch-size", type=positive, default=1, help="images at a time (default: 1)")
     options.add_argument("--compile", action="store_true", help="also both sides with torch.compile")
-    options.add_argument("--no-pack", action="store_true", help="also ours without ifmodel.cpu")
     options.add_argument("--cold", action="store_true", help="also whole processes, and their peak memory (stage 1)")
     options.add_argument("--growth", action="store_true", help="also ours with more images, steps and pixels")
     options.add_argument("--out", type=Path, default=Path("out/bench_if.json"), help="default: out/bench_if.json")
-    add_device_options(options, ("float32", "bfloat16", "float16"))
+    add_device_options(options, float16=True)
     args = options.parse_args()
     check_writable(args.out, ".json")
     return args
@@ -77,8 +76,7 @@ def arguments() -> Namespace:
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, float16=True)
+    device, dtype = pick(args, float16=True)
     torch.manual_seed(SEED)
     work = Work(args, device, dtype)
     report = {"geometry": args.geometry, "device": where(device), "dtype": short(dtype), "torch": torch.__version__}
@@ -152,8 +150,6 @@ def save_random(root: Path, config: dict, dtype: torch.dtype):
 def sides_of(work: Work) -> dict[str, tuple[Callable, Callable]]:
     """A step and a sample of each side."""
     sides = {"ours": our_side(work, work.ours)}
-    if work.args.no_pack:
-        sides["ours, not packed"] = our_side(work, work.load())
     if work.args.compile:
         sides["ours, compiled"] = our_side(work, torch.compile(work.load()))
     if diffusers is not None:
@@ -331,25 +327,6 @@ def layers_alone(work: Work, rounds: int, floor: float) -> dict[str, float]:
     each = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
     print(f"of a step, alone: {each}, together {sum(seconds.values()) / floor:.2f} × the floor")
     return seconds
-
-
-@torch.no_grad()
-def compare(what: str, sides: dict[str, Callable], rounds: int, device: torch.device, floor: float | None = None):
-    """Print and return each side's median time and spread, how often it is ours, and how often the floor."""
-    times = in_turns(sides, rounds, device)
-    print(f"{what}, {rounds} rounds")
-    rows = {}
-    for name, values in times.items():
-        pairs = [other / own for other, own in zip(values, times["ours"], strict=True)]
-        row = {"median": median(values), "min": min(values), "max": max(values), "times_ours": median(pairs)}
-        line = f"  {name:22} {1000 * row['median']:9.1f} ms ({1000 * row['min']:.1f} to {1000 * row['max']:.1f})"
-        if floor is not None:
-            row["times_floor"] = row["median"] / floor
-            line += f", {row['times_floor']:.2f} × the floor"
-        print(line + ("" if name == "ours" else f", {row['times_ours']:.2f} × ours"))
-        rows[name] = row
-    gc.collect()
-    return rows
 
 
 Lines = dict[str, dict[int, float]]  # of a panel of the figure: their names, and their points

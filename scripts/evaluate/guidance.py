@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_figure
-from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.figures import save_curves
+from shared.options import SEED, add_data_option, check_writable, number, parser, positive, run, seed_number
 from shared.processes import rank, share, wait
 
 import torch
@@ -60,7 +60,7 @@ def main():
 
 def arguments() -> Namespace:
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    add_data_option(options)
     options.add_argument("--emoji", type=Path, default=Path("emoji"), help="what tiny-if learned from (default: emoji)")
     options.add_argument("--curated", action="store_true", help="as in train_if.py")
     options.add_argument("--guidance", type=number, nargs="+", default=[2.0, 5.0, 10.0], help="γ (default: 2 5 10)")
@@ -154,24 +154,18 @@ def saturation(images: Tensor) -> float:
 
 def draw_figure(path: Path, report: dict, seed: int):
     """Digits' FID, tiny-if's hits, and its colours, against γ."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), dpi=150, layout="constrained")
-    panels = [("digits", "fid", "FID", "digits"), ("images", "hits", "found, of 1", "tiny-if")]
-    panels += [("images", "saturation", "saturation", "tiny-if, colours")]
-    for axes, (part, measure, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        if part not in report:
-            continue
-        for name in GUIDERS:
-            rows = [row for row in report[part]["rows"] if row["guider"] == name]
-            axes.plot([row["guidance"] for row in rows], [row[measure] for row in rows], "o-", label=name)
-        if measure == "saturation":
-            axes.axhline(report[part]["saturation"], color="0.5", linestyle=":", label="training images")
-        axes.set(xlabel="guidance γ", ylabel=label, ylim=(0, None))
-        axes.set_title(f"{title}: {report[part]['count']} each, {report[part]['steps']} steps", fontsize=9)
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.3)
-    save_figure(path, figure, seed)
+    panels = []
+    for part, measure, label in (("digits", "fid", "FID"), ("images", "hits", "found"), ("images", "saturation", "")):
+        if part in report:
+            curves = {guider: {} for guider in GUIDERS}
+            for row in report[part]["rows"]:
+                curves[row["guider"]][row["guidance"]] = row[measure]
+            if measure == "saturation":
+                curves["training images"] = report[part]["saturation"]
+            title = f"{report[part]['count']} {part}, {report[part]['steps']} steps"
+            options = {"xlabel": "guidance γ", "ylabel": label or measure, "ylim": (0, None), "title": title}
+            panels.append((curves, options))
+    save_curves(path, panels, seed)
 
 
 if __name__ == "__main__":

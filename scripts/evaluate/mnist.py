@@ -23,19 +23,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_figure, save_grid
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
+from shared.figures import save_curves, save_grid
+from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
 from shared.processes import rank, share, wait
 
 import torch
@@ -70,8 +59,8 @@ class Drawn:
 
 def main():
     args = arguments()
-    args.device = device = pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, device)
+    args.device, args.dtype = pick(args)
+    device = args.device
     check_writable(args.out / "report.json")
     check_memory(8 * 28**2 * args.samples, f"{args.samples} digits")
     model, denoiser = load_model(args.weights, DRAWING, device), load_model(args.denoiser, UNet, device)
@@ -134,7 +123,7 @@ def main():
 
 def arguments() -> Namespace:
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=Path("data"), help="folder holding MNIST/raw (default: data)")
+    add_data_option(options)
     options.add_argument("--weights", type=Path, default=SHIPPED["ddpm_class"], help="a DDPM or flow (default: B5)")
     options.add_argument("--denoiser", type=Path, default=SHIPPED["denoiser"], help="a one-step denoiser")
     options.add_argument("--train-judge", action="store_true", help="train the judge again, into --out, and use it")
@@ -142,16 +131,12 @@ def arguments() -> Namespace:
     options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
     options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
     options.add_argument("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="default: ddpm; with a flow, euler")
-    options.add_argument(
-        "--evaluations", type=positive, nargs="+", metavar="N", help="compare samplers; γ is the first --guidance"
-    )
+    told = "compare samplers; γ is the first --guidance"
+    options.add_argument("--evaluations", type=positive, nargs="+", metavar="N", help=told)
     options.add_argument("--curves", nargs="+", default=CURVES, metavar="WEIGHTS:SAMPLER", help=" ".join(CURVES))
-    options.add_argument(
-        "--digits", type=positive, default=10_000, help="test digits for the denoiser (default: 10000)"
-    )
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"that of sample 0 (default: {SEED})")
-    options.add_argument("--out", type=Path, default=Path("out/evaluation"), help="default: out/evaluation")
-    add_device_options(options)
+    told = "test digits for the denoiser (default: 10000)"
+    options.add_argument("--digits", type=positive, default=10_000, help=told)
+    add_common_options(options, "out/evaluation")
     args = options.parse_args()
     args.weights = SHIPPED.get(str(args.weights), args.weights)
     for curve in args.curves:
@@ -235,25 +220,13 @@ def compare_samplers(judge: Judge, real: Tensor, report: dict, args: Namespace):
 
 def draw_samplers(path: Path, report: dict, seed: int):
     """FID and confirmed share against evaluations, a line for each sampler."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("fid", "confirmed"), ("FID", "read as asked"), strict=True):
-        for curve, rows in report["curves"].items():
-            weights, _, sampler = curve.rpartition(":")
-            line = "--" if "flow" in weights else "-"
-            axes.plot(
-                [row["evaluations"] for row in rows],
-                [row[key] for row in rows],
-                f"o{line}",
-                label=f"{Path(weights).stem}, {sampler}" if key == "fid" else None,
-            )
-        axes.set(xscale="log", xlabel="evaluations", ylabel=label)
-    figure.axes[0].set_yscale("log")
-    figure.axes[0].axhline(report["fid_floor"], color="0.5", linestyle=":", label="real training digits")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{report['samples']} samples, γ = {report['guidance']:g}", fontsize=10)
-    save_figure(path, figure, seed)
+    panels = []
+    for key, label in (("fid", "FID"), ("confirmed", "read as asked")):
+        curves = {name: {row["evaluations"]: row[key] for row in rows} for name, rows in report["curves"].items()}
+        panels.append((curves, {"xscale": "log", "xlabel": "evaluations", "ylabel": label}))
+    panels[0][0]["real training digits"] = report["fid_floor"]
+    panels[0][1]["yscale"] = "log"
+    save_curves(path, panels, seed, f"{report['samples']} samples, γ = {report['guidance']:g}")
 
 
 @torch.no_grad()
@@ -269,26 +242,12 @@ def denoiser_errors(model: UNet, x: Tensor, seed: int) -> dict[str, float]:
 
 def draw_guidance(path: Path, report: dict, seed: int):
     """FID and confirmed share against guidance."""
-    from matplotlib.figure import Figure
-
-    rows = sorted(report["guidance"], key=lambda row: row["guidance"])
-    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([row["guidance"] for row in rows], [row["fid"] for row in rows], "o-", label="FID of samples")
-    axes.axhline(report["fid_floor"], color="0.5", linestyle="--", label="FID of real training digits")
-    axes.set(xlabel="guidance γ", ylabel="FID (judge's features)", ylim=(0, None))
-    share = axes.twinx()
-    share.plot(
-        [row["guidance"] for row in rows],
-        [100 * row["confirmed"] for row in rows],
-        "s-",
-        color="C1",
-        label="read as asked",
-    )
-    share.set_ylabel("read as asked, %", color="C1")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{report['samples']} samples, {report['steps']} steps", fontsize=10)
-    save_figure(path, figure, seed)
+    rows, options = sorted(report["guidance"], key=lambda row: row["guidance"]), {"xlabel": "guidance γ"}
+    fid, confirmed = ({row["guidance"]: row[key] for row in rows} for key in ("fid", "confirmed"))
+    distances = {"samples": fid, "real training digits": report["fid_floor"]}
+    panels = [(distances, {**options, "ylabel": "FID", "ylim": (0, None)})]
+    panels.append(({"": confirmed}, {**options, "ylabel": "read as asked"}))
+    save_curves(path, panels, seed, f"{report['samples']} samples, {report['steps']} steps")
 
 
 if __name__ == "__main__":

@@ -32,20 +32,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_figure, save_grid
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_picture
-from shared.options import (
-    SEED,
-    add_device_options,
-    check_writable,
-    number,
-    parser,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seed_number,
-)
+from shared.figures import save_curves, save_grid
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
+from shared.options import add_common_options, check_writable, number, parser, pick, pick_dtype, positive, run
 from shared.processes import check_shares, gathered, num_processes, rank, wait
 from shared.stages import MODEL, UPSCALER, model_name
 
@@ -62,7 +51,7 @@ from ddpm.sampling import anagram, hybrid, inpaint, sdedit
 from ddpm.schedule import strided_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, load_unet
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.lora import find_lora
 from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
@@ -84,8 +73,8 @@ class Evaluation:
 
     def __init__(self, args: Namespace, data: CaptionedImages, held: CaptionedImages):
         self.args, self.data, self.held = args, data, held
-        device = pick_device(args.device)
-        self.cascade = Cascade(args.model, device=device, dtype=pick_dtype(args.dtype, device))
+        device, dtype = pick(args)
+        self.cascade = Cascade(args.model, device=device, dtype=dtype)
         self.side = self.cascade.sizes[0][0]
         text_encoder = fetch(args.model, "text_encoder", ["*.safetensors"])
         files = [*find_weights(args.model), *sorted(text_encoder.glob("*.safetensors"))]
@@ -112,9 +101,8 @@ class Evaluation:
         return load_tensors(path)[0]["images"]
 
     def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler=FAST) -> Tensor:
-        return self.draw(
-            name, [Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))], guidance, sampler
-        )
+        job = Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))
+        return self.draw(name, [job], guidance, sampler)
 
     def keep(self, section: str, measures):
         """Write the report each time, so that a late failure loses nothing."""
@@ -198,16 +186,13 @@ def arguments() -> Namespace:
     options.add_argument("--illusion-steps", type=positive, default=50, help="default: 50")
     options.add_argument("--most-steps", type=positive, default=100, help="leave slower samplers out (default: 100)")
     options.add_argument("--reduction", nargs="+", choices=REDUCTIONS, default=["mean"], help="of anagrams")
-    options.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
-    )
+    parts = {"choices": PARTS, "default": PARTS, "metavar": "PART"}
+    options.add_argument("--only", nargs="+", **parts, help=f"of {', '.join(PARTS)}")
     help = "γ for what is not guidance's own measure (default: the best of --guidance, or the first)"
     options.add_argument("--best", type=number, metavar="G", help=help)
     options.add_argument("--judge-steps", type=positive, default=6000, help="of the judge's training (default: 6000)")
     options.add_argument("--batch-size", type=positive, default=25, help="default: 25")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--out", type=Path, default=Path("out/evaluate_if"), help="default: out/evaluate_if")
-    add_device_options(options)
+    add_common_options(options, "out/evaluate_if")
     args = options.parse_args()
     if not 0 <= args.variety <= 1:
         raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
@@ -238,6 +223,16 @@ def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
     return judge.eval()
 
 
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 … count - 1 in a random order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def photo_of(phrase: str) -> str:
+    """The plain prompt for a thing."""
+    return STYLES["photo"].templates[0].format(phrase)
+
+
 def share(right: Tensor) -> float:
     return round(right.double().mean().item(), 4) if len(right) else float("nan")
 
@@ -251,7 +246,7 @@ def judge_report(e: Evaluation) -> dict[str, float]:
     """How often the judge is right about drawings, trained on and held out, and how often it is sure."""
     measures = {}
     for kind, data in (("trained on", e.data), ("held out", e.held)):
-        rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(e.args.seed))[:1000].tolist()
+        rows = shuffled(len(data.files), e.args.seed)[:1000]
         thing, sure, style = judged(e.judge, shown(e, data, rows, e.args.variety))
         right = torch.tensor([e.data.names.index(data.names[int(data.things[row])]) for row in rows])
         measures[kind] = {"thing": share(thing == right), "style": share(style == data.styles[rows])}
@@ -262,7 +257,7 @@ def judge_report(e: Evaluation) -> dict[str, float]:
 def asked(e: Evaluation) -> tuple[list[str], Tensor, Tensor]:
     """Prompts for random things, half of them plain, the others in the other styles in turn; things and styles."""
     styles, names = list(STYLES.values()), e.data.phrases
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(e.args.seed)).tolist()
+    order = shuffled(len(names), e.args.seed)
     things = [order[k % len(order)] for k in range(e.args.prompts)]
     chosen = [0 if k % 2 == 0 else 1 + (k // 2) % (len(styles) - 1) for k in range(e.args.prompts)]
     prompts = [styles[s].templates[0].format(names[thing][0]) for thing, s in zip(things, chosen, strict=True)]
@@ -277,7 +272,7 @@ def named(e: Evaluation, guidance: float, sampler: tuple) -> dict:
     plain, right = styles == 0, thing == things
     measures = {"guidance": guidance, "sampler": sampler, "plain": share(right[plain])}
     measures |= {"styled": share((right & (style == styles))[~plain]), "named": share(right[~plain])}
-    rows = torch.randperm(len(e.data.files), generator=torch.Generator().manual_seed(1))[: len(prompts)].tolist()
+    rows = shuffled(len(e.data.files), 1)[: len(prompts)]
     reference = features_of(e.judge, shown(e, e.data, rows, e.args.variety))
     measures["distance"] = round(frechet_distance(features_of(e.judge, images), reference), 1)
     name = "_".join(map(str, ("named", guidance, *sampler))).replace("+", "p")
@@ -304,11 +299,8 @@ def aliases(e: Evaluation, guidance: float) -> dict:
 def anything(e: Evaluation, guidance: float) -> dict:
     """Prompts that name no thing, --samples images each: how many show some thing, and how many different ones."""
     measures = {}
-    for name, prompt, scale in (
-        ("photo", ANYTHING, guidance),
-        ("photo without guidance", ANYTHING, 1.0),
-        ("none", "", 1.0),
-    ):
+    photos = [("photo", ANYTHING, guidance), ("photo without guidance", ANYTHING, 1.0)]
+    for name, prompt, scale in (*photos, ("none", "", 1.0)):
         images = e.prompts("anything", [prompt] * e.args.samples, scale)
         thing, sure, _ = judged(e.judge, images)
         measures[name] = {"some thing": share(sure > SURE), "different things": len(thing[sure > SURE].unique())}
@@ -324,10 +316,8 @@ def apart(features: Tensor) -> float:
 
 def variety(e: Evaluation, guidance: float) -> dict[str, float]:
     """Ten images of each of a fifth as many things, beside ten drawings of the thing in as many ways."""
-    chosen = torch.randperm(len(e.data.names), generator=torch.Generator().manual_seed(2))[
-        : -(-e.args.samples // 5)
-    ].tolist()
-    prompts = [STYLES["photo"].templates[0].format(e.data.phrases[thing][0]) for thing in chosen for _ in range(10)]
+    chosen = shuffled(len(e.data.names), 2)[: -(-e.args.samples // 5)]
+    prompts = [photo_of(e.data.phrases[thing][0]) for thing in chosen for _ in range(10)]
     images, samples, drawings = e.prompts("variety", prompts, guidance), [], []
     for k, thing in enumerate(chosen):
         rows = e.data.rows(thing, 0) * 10
@@ -343,7 +333,7 @@ def memory(e: Evaluation, guidance: float) -> dict[str, float]:
     prompts, _, styles = asked(e)
     images = e.prompts("named", prompts, guidance)[styles == 0]
     known = F.normalize(features_of(e.judge, shown(e, e.data, range(len(e.data.files)))), dim=1)
-    rows = torch.randperm(len(e.held.files), generator=torch.Generator().manual_seed(3))[:200].tolist()
+    rows = shuffled(len(e.held.files), 3)[:200]
     measures = {}
     for name, x in (("samples", images), ("held-out drawings", shown(e, e.held, rows, e.args.variety))):
         near, which = (F.normalize(features_of(e.judge, x), dim=1) @ known.T).max(1)
@@ -371,7 +361,7 @@ def pairs_of(e: Evaluation, alike: bool, view) -> list[tuple[int, int]]:
 
 def illusions(e: Evaluation, name: str, pairs: Sequence[tuple[int, int]], recipe, seen_of, labels) -> dict[str, float]:
     """Four images of each pair, each judged in both ways of seeing it; how often both things are recognised."""
-    prompts = [tuple(STYLES["photo"].templates[0].format(e.data.phrases[thing][0]) for thing in pair) for pair in pairs]
+    prompts = [tuple(photo_of(e.data.phrases[thing][0]) for thing in pair) for pair in pairs]
     seeds = range(e.args.seed, e.args.seed + 4)
     jobs = [Job(partial(recipe, pair), seeds) for pair in prompts]
     sampler = (*FAST[:2], e.args.illusion_steps)
@@ -410,7 +400,7 @@ def hybrids(e: Evaluation, alike: bool) -> dict[str, float]:
 def holes(e: Evaluation, guidance: float) -> dict[str, float]:
     """The middle of held-out drawings, a quarter of each, filled with the name as prompt."""
     rows = [row for row in range(len(e.held.files)) if e.held.styles[row] < 2]
-    rows = [rows[k] for k in torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))[: e.args.pairs]]
+    rows = [rows[k] for k in shuffled(len(rows), 4)[: e.args.pairs]]
     x_orig, wanted, side = shown(e, e.held, rows), e.names_of(rows), e.side
     mask = torch.zeros(1, 1, side, side)
     mask[..., side // 4 : -side // 4, side // 4 : -side // 4] = 1
@@ -438,7 +428,7 @@ def sdedited(e: Evaluation, guidance: float) -> dict[str, float]:
     known = [(name, e.data.phrases.index(p)) for name in DRAWINGS for p in e.data.phrases if DRAWING_PROMPTS[name] in p]
     if not known:  # the model has never heard of what they show
         return {}
-    x_0 = {name: read_picture(name, size) for name, _ in known}
+    x_0 = {name: read_image(name, size) for name, _ in known}
     starts, seeds = range(5, 11), range(e.args.seed, e.args.seed + 8)
     jobs = [
         Job(DRAWING_PROMPTS[name], seeds, partial(sdedit, x_0=x_0[name].to(e.cascade.device), i_start=i), timesteps)
@@ -465,11 +455,10 @@ def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
     unet = load_unet(args.upscaler, e.cascade.dtype, device, pack=True)
     size, measures = unet.config.sample_size, {}
     null = embed_prompts(args.model, [""])[""][None].to(device)
-    for kind, which in (
-        (("trained on", "train"), ("held out", "held out")) if args.hold_out else (("trained on", "all"),)
-    ):
+    sets = {"trained on": "train", "held out": "held out"} if args.hold_out else {"trained on": "all"}
+    for kind, which in sets.items():
         data = load_captioned(args.data, size, e.data.names, part=which)
-        rows = torch.randperm(len(data.files), generator=torch.Generator().manual_seed(5))[:64].tolist()
+        rows = shuffled(len(data.files), 5)[:64]
         large = show(data, rows, size, torch.Generator().manual_seed(5), args.variety)[0]
         small = F.avg_pool2d(large, size // e.side)
         bicubic = F.interpolate(small, large.shape[-2:], mode="bicubic").clamp(-1, 1)
@@ -512,25 +501,17 @@ def taught(e: Evaluation, guidance: float) -> dict[str, dict[str, float]]:
 
 def curves(e: Evaluation, best: float):
     """Share found and distance, against guidance and against steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
     rows = sorted(e.report["guidance"], key=lambda row: row["guidance"])
-    for name in ("plain", "styled"):
-        left.plot([row["guidance"] for row in rows], [100 * row[name] for row in rows], "o-", label=f"found, {name}, %")
-    left.plot([row["guidance"] for row in rows], [row["distance"] for row in rows], "s--", label="distance")
-    left.set(xlabel="guidance γ", ylim=(0, None), title="SDE-DPM-Solver++, 20 steps")
+    found = {f"found, {kind}, %": {row["guidance"]: 100 * row[kind] for row in rows} for kind in ("plain", "styled")}
+    found["distance"] = {row["guidance"]: row["distance"] for row in rows}
+    by_steps: dict[str, dict] = {}
     rows = [*e.report["samplers"], *(row for row in rows if row["guidance"] == best)]
-    for kind, eta in dict.fromkeys(tuple(row["sampler"][:2]) for row in rows):
-        mine = sorted((row for row in rows if tuple(row["sampler"][:2]) == (kind, eta)), key=lambda r: r["sampler"][2])
-        label = f"{kind}, η = {eta:g}"
-        right.plot([row["sampler"][2] for row in mine], [row["distance"] for row in mine], "o-", label=label)
-    right.set(xlabel="steps", ylabel="distance", xscale="log", ylim=(0, None), title=f"γ = {best:g}")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.3)
-    save_figure(e.args.out / "curves.png", figure, e.args.seed)
+    for row in sorted(rows, key=lambda row: row["sampler"][2]):
+        kind, eta, steps = row["sampler"]
+        by_steps.setdefault(f"{kind}, η = {eta:g}", {})[steps] = row["distance"]
+    left = {"xlabel": "guidance γ", "ylim": (0, None), "title": "SDE-DPM-Solver++, 20 steps"}
+    right = {"xlabel": "steps", "ylabel": "distance", "xscale": "log", "ylim": (0, None), "title": f"γ = {best:g}"}
+    save_curves(e.args.out / "curves.png", [(found, left), (by_steps, right)], e.args.seed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Animations: an image that turns from one view to the next, and one that goes away and comes back."""
+"""Animations: an image that turns from one view to the next, and one that recedes and returns."""
 
 import math
 from collections.abc import Sequence

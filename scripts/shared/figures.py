@@ -214,6 +214,29 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps_per_epoch: int, t
     save_figure(path, figure, seed)
 
 
+def save_curves(path: Path, panels: Sequence[tuple[dict[str, dict | float], dict]], seed: int, title: str = ""):
+    """Write plots side by side; of each, its curves by label, and what matplotlib's axes.set takes, such as xlabel.
+
+    A curve is {x: y}, or a number: a level.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=DPI, layout="constrained")
+    for axes, (curves, options) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, curve in curves.items():
+            if isinstance(curve, dict):
+                axes.plot(list(curve), list(curve.values()), "o-", label=label)
+            else:
+                axes.axhline(curve, color="0.5", linestyle=":", label=label)
+        axes.set(**options)
+        axes.xaxis.minorticks_off()
+        axes.grid(alpha=0.3)
+        if any(curves):
+            axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save_figure(path, figure, seed)
+
+
 def save_figure(path: Path, figure, seed: int, labels: Sequence[str] = ()):
     """Write a matplotlib figure as a PNG with its metadata, atomically."""
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A folder of images for a file of prompts: written as they are ready, and gone on with after a stop."""
+"""A folder of images for a file of prompts: each is written when it is ready, and a stopped run can go on."""
 
 import itertools
 import json
@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifmodel import Cascade
-from ifmodel.cascade import Job
+from ifmodel.jobs import Job
 from ifmodel.text import read_prompts
 
-# Of the options, those that a machine or a run may have its own of: the images are the same
+# Options that change no image
 FREE = {
     "prompts",
     "embeds",

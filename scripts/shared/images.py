@@ -1,4 +1,4 @@
-"""The images that go into the scripts: files of any size and mode, masks, and three drawings of our own."""
+"""What the scripts read: images of any size and mode, masks, and three drawings of our own."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from ddpm.files import reading
 from ddpm.memory import check_memory
 
 
-def read_picture(source: str | Path, size: tuple[int, int]) -> Tensor:
+def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
     """An image as [1, 3, H, W] in [-1, 1]: upright, on white where transparent, its centre cut to shape and resized.
 
     source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no image.
@@ -72,7 +72,7 @@ def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
 def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
     """A mask [1, 1, H, W] for an image, 1 where new content goes and 0 where the image stays.
 
-    source: a file, white for the hole, cut to shape and resized as `read_picture` does with the image;
+    source: a file, white for the hole, cut to shape and resized as `read_image` does with the image;
         "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the height and the width of what is
         cut out (the radius: of the shorter side)
     image: the image's own source

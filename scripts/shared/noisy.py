@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from shared.images import DRAWINGS, read_picture
+from shared.images import DRAWINGS, read_image
 from shared.options import SEED, check_not_overwritten, check_writable, seed_number
 
 import torch
@@ -31,7 +31,7 @@ def add_noisy_options(options: ArgumentParser, out: str | None = None):
         options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
 
 
-def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], list[str]]:
+def noisy_images(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], list[str]]:
     """--image [3, H, W] in [-1, 1] at each of --timesteps, the noise always that of --seed, and labels."""
     check_writable(args.out, ".png")
     check_not_overwritten(args)
@@ -40,7 +40,7 @@ def noisy_pictures(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor]
             raise ValueError(f"--timesteps must be from 0 to {SCHEDULE.num_timesteps - 1}, not {t}")
     count, (h, w) = len(args.timesteps), size
     check_memory(4 * 3 * 4 * count * h * w, f"{count} images of {h} × {w}")
-    x_0 = read_picture(args.image, size)
+    x_0 = read_image(args.image, size)
     noisy = []
     for t in args.timesteps:
         noise = noise_source([args.seed], x_0.shape[1:])

@@ -8,15 +8,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from ddpm.mnist.data import load_mnist
-from ddpm.mnist.training import Recipe
-from ddpm.runs import STATE, check_folder
 
 SEED = 20040805
 LARGEST = 1_000_000  # of anything that is counted
@@ -42,69 +36,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_device_options(
-    options: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16"), default: str = "auto"
-):
+def add_common_options(options: argparse.ArgumentParser, out: str, *, float16: bool = False, dtype: str = "auto"):
+    """--seed, --out, and the options of the device."""
+    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--out", type=Path, default=Path(out), metavar="PATH", help=f"default: {out}")
+    add_device_options(options, float16=float16, dtype=dtype)
+
+
+def add_device_options(options: argparse.ArgumentParser, *, float16: bool = False, dtype: str = "auto"):
+    """--device and --dtype, see `pick`."""
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    otherwise = "else float16 on CUDA, and float32" if "float16" in dtypes else "else float32"
-    told = f"auto: bfloat16 where the hardware has it, {otherwise} (default: {default})"
-    options.add_argument("--dtype", default=default, choices=["auto", *dtypes], help=told)
+    dtypes = ["auto", "float32", "bfloat16", *["float16"] * float16]
+    otherwise = "else float16 on CUDA, and float32" if float16 else "else float32"
+    told = f"auto: bfloat16 where the hardware has it, {otherwise} (default: {dtype})"
+    options.add_argument("--dtype", default=dtype, choices=dtypes, help=told)
+
+
+def add_data_option(options: argparse.ArgumentParser):
+    told = "folder holding MNIST/raw; downloaded there when absent (default: data)"
+    options.add_argument("--data", type=Path, default=Path("data"), help=told)
 
 
 def add_low_memory_option(options: argparse.ArgumentParser):
     told = "read what the device's memory cannot hold from its files, layer by layer, at every step; needs accelerate"
     options.add_argument("--low-memory", action="store_true", help=told)
-
-
-def add_training_options(options: argparse.ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int]):
-    """The options of both training scripts; `recipe` gives the defaults."""
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data"),
-        help="folder holding MNIST/raw; downloaded there when absent (default: data)",
-    )
-    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    options.add_argument("--start", type=Path, metavar="FILE", help="go on from weights whose training state is lost")
-    options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
-    options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
-    options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")
-    options.add_argument("--limit", type=positive, help="train on the first digits only")
-    options.add_argument(
-        "--sample-epochs",
-        type=positive,
-        nargs="*",
-        default=sample_epochs,
-        help="draw samples after these epochs and after the last",
-    )
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    add_device_options(options)
-
-
-def start_training(args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, Tensor, Tensor, torch.dtype]:
-    """From the training options: the recipe, the training digits and labels on the device, and the dtype."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    check_run(args)
-    images, labels = load_mnist(args.data, "train", args.limit)
-    recipe = replace(recipe, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
-    torch.manual_seed(args.seed)  # the model that the script builds next starts from it
-    return recipe, images.to(device), labels.to(device), dtype
-
-
-def check_run(args: argparse.Namespace):
-    """Refuse --out, before anything is made, that a run cannot be written to or resumed from. Raises ValueError."""
-    check_writable(args.out / STATE)
-    check_folder(args.out, args.resume)
-
-
-def end_training(args: argparse.Namespace, complete: bool, trained: str = "weights.safetensors"):
-    """Say where the weights are, or how to go on; a stopped run ends with status 130, as Ctrl-C does."""
-    if not complete:
-        told = "stopped and saved: go on with the same command and --resume"
-        print(f"{told} (the run is in {args.out})", file=sys.stderr)
-        sys.exit(130)
-    print(f"trained: {args.out / trained}")
 
 
 def positive(text: str) -> int:
@@ -140,8 +95,14 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
+def pick(args: argparse.Namespace, float16: bool = False) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of the options, see `pick_device` and `pick_dtype`."""
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, device, float16)
+
+
 def pick_device(name: str) -> torch.device:
-    """--device to a device that is there, a GPU for each process of torchrun. Raises ValueError otherwise."""
+    """--device as a device of this machine, a GPU for each process of torchrun. Raises ValueError otherwise."""
     there = ["cpu"]
     if torch.cuda.is_available():
         there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
@@ -159,7 +120,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.dtype:
-    """--dtype to a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower.
+    """--dtype as a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower.
 
     float16: what auto is on a GPU without bfloat16, such as a T4; training, which has no loss scaling, takes float32
     """
@@ -214,7 +175,7 @@ def check_writable(path: Path, suffix: str | None = None):
         raise ValueError(f"{path} is a folder: name a file in it")
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise ValueError(f"the name {path.name[:20]}… is too long: use at most {LONGEST_NAME} bytes")
-    try:  # in the folder, or in the one where it would be made: what is refused later leaves no empty folders
+    try:  # in the folder, or where it would be made: a later refusal leaves no empty folders
         tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
     except OSError as error:
         raise ValueError(

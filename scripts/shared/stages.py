@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.options import (
-    SEED,
-    add_device_options,
+    add_common_options,
     add_low_memory_option,
     check_not_overwritten,
     check_writable,
     number,
-    pick_device,
-    pick_dtype,
+    pick,
     positive,
-    seed_number,
 )
 from shared.processes import gathered, num_processes, rank, share
 
@@ -26,7 +23,7 @@ from torch import Tensor
 from ddpm.estimates import ALWAYS, Estimate, compose
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
-from ifmodel.cascade import Job, Recipe, Stage
+from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
 from ifmodel.text import normalised
 
@@ -80,13 +77,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
     told = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
     options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({told})")
-    options.add_argument(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="guided t (default: all)",
-    )
+    ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}
+    options.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
     stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
     options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
@@ -101,9 +93,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
     add_low_memory_option(options)
     options.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
-    add_device_options(options, ("float32", "bfloat16", "float16"))
+    add_common_options(options, out, float16=True)
 
 
 def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None = None) -> Cascade:
@@ -128,7 +118,7 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
     upscaler = UPSCALER if shipped else args.upscaler
     check_writable(out or args.out, ".png")
     args.visited = pick_timesteps(args)
-    device = pick_device(args.device)
+    device, dtype = pick(args, float16=True)
     return Cascade(
         args.model,
         upscaler=None if single_stage or upscaler == "none" else upscaler,
@@ -136,7 +126,7 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
         upscaler_revision=args.upscaler_revision,
         embeds=args.embeds,
         size=args.size,
-        dtype=pick_dtype(args.dtype, device, float16=True),
+        dtype=dtype,
         device=device,
         compiled=args.compile,
         lora=args.lora,

@@ -1,5 +1,6 @@
-"""What the benchmarks share: sides that take turns, and what a step spends its time on."""
+"""What the benchmarks share: sides that take turns, their table, and what a step spends its time on."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -38,6 +39,25 @@ def in_turns(
             if turn > 0:
                 times[name].append(clock() - started)
     return times
+
+
+@torch.no_grad()
+def compare(what: str, sides: dict[str, Callable], rounds: int, device: torch.device, floor: float | None = None):
+    """Print and return each side's median time and spread, how often it is ours, and how often the floor."""
+    times = in_turns(sides, rounds, device)
+    print(f"{what}, {rounds} rounds")
+    rows = {}
+    for name, values in times.items():
+        pairs = [other / own for other, own in zip(values, times["ours"], strict=True)]
+        row = {"median": median(values), "min": min(values), "max": max(values), "times_ours": median(pairs)}
+        line = f"  {name:22} {1000 * row['median']:9.1f} ms ({1000 * row['min']:.1f} to {1000 * row['max']:.1f})"
+        if floor is not None:
+            row["times_floor"] = row["median"] / floor
+            line += f", {row['times_floor']:.2f} × the floor"
+        print(line + ("" if name == "ours" else f", {row['times_ours']:.2f} × ours"))
+        rows[name] = row
+    gc.collect()  # before another side has its turn
+    return rows
 
 
 def race(trainings: dict[str, Iterator[float]], rounds: int, steps: int, batch_size: int, device: torch.device):

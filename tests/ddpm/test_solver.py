@@ -11,7 +11,7 @@ from solvers import DIFFUSERS, NoisePath, ours, theirs
 from ddpm.process import dynamic_threshold
 from ddpm.schedule import cosine_schedule, linear_schedule, log_snr_timesteps
 from ifmodel.stage import SCHEDULE
-from shared.images import read_picture
+from shared.images import read_image
 from tests.conftest import DATA
 
 
@@ -35,7 +35,7 @@ class Mixture:
 
     def __init__(self, count: int = 4, s: float = 0.4, guidance_scale: float = 4.0):
         paths = sorted((DATA / "emoji").glob("*.png"))
-        self.images = torch.cat([read_picture(path, (8, 8)) for path in paths]).flatten(1)
+        self.images = torch.cat([read_image(path, (8, 8)) for path in paths]).flatten(1)
         self.wanted, self.s, self.guidance_scale = self.images[:count], s, guidance_scale
 
     def __call__(self, x_t: torch.Tensor, t: int) -> tuple[torch.Tensor, None]:

@@ -13,7 +13,7 @@ from ddpm.restoration import downscale, restore
 from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled, sdedit
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
-from ifmodel.cascade import Stage
+from ifmodel.jobs import Stage
 from ifmodel.stage import SAMPLERS, SCHEDULE, load_stage
 
 FEW = {"num_steps": 3, "upscaler_steps": 2}

@@ -344,7 +344,6 @@ def files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", tmp_path / "own")
     monkeypatch.setitem(embed_each.__kwdefaults__, "cache", tmp_path / "own")
 
 

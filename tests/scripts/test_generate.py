@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from ifmodel.text import embed_each, embed_prompts, load_embeds, save_embeds
+from ifmodel.text import embed_each, load_embeds, save_embeds
 from tests.ifmodel.test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 
@@ -47,7 +47,6 @@ def cascade(model_folder, tmp_path_factory):  # noqa: F811
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
     monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 

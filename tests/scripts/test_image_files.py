@@ -11,7 +11,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw
 
 from shared.figures import characters, readable, save_grid, text_size, warn_of_missing
-from shared.images import read_mask, read_picture
+from shared.images import read_image, read_mask
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
 RANGES = {
@@ -29,7 +29,7 @@ RANGES = {
 def test_every_range_is_the_same_image(tmp_path, recwarn, name):
     values, dtype, told = RANGES[name]
     Image.fromarray((values.round() if dtype != numpy.float32 else values).astype(dtype)).save(tmp_path / "ramp.tiff")
-    found = read_picture(tmp_path / "ramp.tiff", (16, 16))
+    found = read_image(tmp_path / "ramp.tiff", (16, 16))
     torch.testing.assert_close(found[0, 1].numpy(), (RAMP * 2 - 1).astype(numpy.float32), atol=0.01, rtol=0)
     messages = [str(warning.message) for warning in recwarn.list]
     assert [told in message for message in messages] == ([True] if told else [])
@@ -47,7 +47,7 @@ def test_every_range_is_the_same_image(tmp_path, recwarn, name):
 )
 def test_values_of_no_range_are_refused(tmp_path, values, told):
     Image.fromarray(values).save(tmp_path / "odd.tiff")
-    for read in (read_picture, lambda path, size: read_mask(str(path), size, path)):
+    for read in (read_image, lambda path, size: read_mask(str(path), size, path)):
         with pytest.raises(ValueError, match=rf"odd\.tiff has values {told}: save it with 8 bits"):
             read(tmp_path / "odd.tiff", (16, 16))
 

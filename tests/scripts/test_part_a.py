@@ -15,7 +15,7 @@ from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
 from ifmodel.text import embed_each, embed_prompts
 from shared.figures import save_grid, text_size, wrapped
-from shared.images import read_mask, read_picture
+from shared.images import read_image, read_mask
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
@@ -25,7 +25,6 @@ PROMPTS = ["a rocket ship", "a photo of a dog"]
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
     monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
@@ -235,7 +234,7 @@ def test_a_mask_lies_where_it_was_painted(tmp_path, recwarn, size, suffix):
     for target in ((32, 32), (24, 32)):
         mask = read_mask(str(path), target, path)
         assert mask.shape == (1, 1, *target)
-        assert (mask == (read_picture(path, target)[:, :1] > 0)).float().mean() > 0.98
+        assert (mask == (read_image(path, target)[:, :1] > 0)).float().mean() > 0.98
     assert not [note for note in recwarn if "resized" in str(note.message) or "laid" in str(note.message)]
 
 
@@ -246,7 +245,7 @@ def test_a_turned_photo_has_a_turned_mask(tmp_path, recwarn):
     upright.save(tmp_path / "mask.png")
     upright.transpose(Image.Transpose.ROTATE_90).convert("L").save(tmp_path / "photo.png", exif=exif)
     mask = read_mask(str(tmp_path / "mask.png"), (32, 32), tmp_path / "photo.png")
-    assert (mask == (read_picture(tmp_path / "photo.png", (32, 32))[:, :1] > 0)).float().mean() > 0.98
+    assert (mask == (read_image(tmp_path / "photo.png", (32, 32))[:, :1] > 0)).float().mean() > 0.98
     assert not recwarn.list
 
 

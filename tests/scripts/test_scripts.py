@@ -277,7 +277,7 @@ def test_bench_mnist(run_script):
     assert status == 0, err
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "images/s" in line]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same digits, timesteps and noise on both sides
-    assert "ratio" in out and "outside convolutions" in out
+    assert "ours is" in out and "× ours" in out and "outside convolutions" in out
 
 
 @pytest.mark.parametrize("geometry", ["tiny", "tiny-II"])

@@ -32,7 +32,6 @@ STAGE_1, STAGE_2 = SHIPPED["tiny-if/I"], SHIPPED["tiny-if/II"]
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
     monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
-from ifmodel.text import Tokenizer, embed_each, embed_prompts
+from ifmodel.text import Tokenizer, embed_each
 from ifmodel.tiny import export, losses, models, training
 from ifmodel.tiny.captions import ALIASES, curated, with_article
 from ifmodel.tiny.data import draw_images, load_captioned, show
@@ -32,7 +32,6 @@ SMALL = ["--widths", 32, 32, "--text-dim", 32, "--batch-size", 4, "--dtype", "fl
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
     monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
 
 
