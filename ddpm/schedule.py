@@ -118,22 +118,31 @@ def linspace_timesteps(num_timesteps: int = 300, num_steps: int = 300) -> list[i
     return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
 
 
-def log_snr_timesteps(schedule: Schedule, num_steps: int) -> list[int]:
-    """N timesteps evenly spaced in λ = log(√ᾱ_t / √(1-ᾱ_t)), noisiest first: what DPM-Solver++ steps along.
+def log_snr_timesteps(
+    schedule: Schedule, num_steps: int, *, scale: float | None = None, skipped: tuple[float, float] = (1.5, 1.0)
+) -> list[int]:
+    """N timesteps even in λ = log(√ᾱ_t / √(1-ᾱ_t)), noisiest first: what DPM-Solver++ steps along.
 
-    The way from the noise, λ = -5.1 as in diffusers, to t = 0.01 T is N + 3/2 steps long. The first step and a half and
-    the last one are left out: at the one end x̂_0 is hardly more than the mean of all images (one or two steps leave out
-    none or one; a schedule that ends before there begins at its end), at the other it is the image already. Where
-    several would fall on one timestep, they take the next ones.
+    scale: even in arctan(e^(-λ/scale)) instead, which is like λ around 0 and takes longer steps towards both ends
+    skipped: how many steps are left out of the way from the noise, λ = -5.1 as in diffusers, to t = 0.01 T, which has
+        N - 1 and these: at the first end x̂_0 is hardly more than the mean of all images (one or two steps leave out
+        none or one; a schedule that ends before there begins at its end), at the last it is the image already
+    Where several would fall on one timestep, they take the next ones.
     scripts/evaluate/solvers.py measures the distance from the converged image.
     Raises ValueError for more steps than timesteps. Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
     """
     _check_steps(num_steps, schedule.num_timesteps)
+
+    def position(log_snr: Tensor) -> Tensor:
+        return log_snr if scale is None else -torch.exp(-log_snr / scale).atan()
+
     log_snr = torch.logit(schedule.alphas_cumprod, eps=1e-12) / 2
-    noise, clearest, skipped = -5.1, log_snr[schedule.num_timesteps // 100].item(), min(1.5, num_steps - 1)
-    noisiest = max(log_snr[-1].item(), noise + skipped * (clearest - noise) / (num_steps + skipped))
-    wanted = torch.linspace(noisiest, clearest, num_steps + 1, dtype=torch.float64)[:-1]
-    timesteps = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
+    ends = torch.stack([log_snr.new_tensor(-5.1), log_snr[schedule.num_timesteps // 100]])
+    positions, (noise, clearest) = position(log_snr), position(ends).tolist()
+    first, last = min(skipped[0], num_steps - 1), skipped[1]
+    noisiest = max(positions[-1].item(), noise + first * (clearest - noise) / (num_steps - 1 + first + last))
+    wanted = noisiest + torch.arange(num_steps) * (clearest - noisiest) / (num_steps - 1 + last)
+    timesteps = (positions[None] - wanted[:, None]).abs().argmin(1).tolist()
     for k in range(num_steps - 2, -1, -1):
         timesteps[k] = max(timesteps[k], timesteps[k + 1] + 1)
     return [min(t, schedule.num_timesteps - 1 - k) for k, t in enumerate(timesteps)]

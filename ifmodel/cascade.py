@@ -199,7 +199,7 @@ class Cascade:
         if not 0 <= noise_level < SCHEDULE.num_timesteps:
             raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
         return {
-            1: spaced_timesteps(sampler, settings[1]["num_steps"]),
+            1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
             2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
         }
 

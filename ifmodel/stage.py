@@ -203,10 +203,13 @@ class StageFiles:
         return partial(SAMPLERS[sampler], **options)
 
 
-def spaced_timesteps(sampler: str, num_steps: int) -> list[int]:
-    """Which timesteps a sampler visits, noisiest first: DPM-Solver++ those of `log_snr_timesteps`, others IF's own."""
+def spaced_timesteps(sampler: str, num_steps: int, eta: float = 0.0) -> list[int]:
+    """Which timesteps a sampler visits, noisiest first: DPM-Solver++ those of `log_snr_timesteps`, others IF's own.
+
+    Its own are even in log SNR with noise, and nearly so without: what is nearest to the converged image was measured.
+    """
     if sampler == "dpm++":
-        return log_snr_timesteps(SCHEDULE, num_steps)
+        return log_snr_timesteps(SCHEDULE, num_steps, **({} if eta else {"scale": 3.0, "skipped": (1.0, 0.75)}))
     return leading_timesteps(SCHEDULE.num_timesteps, num_steps)
 
 

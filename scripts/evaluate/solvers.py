@@ -126,7 +126,7 @@ def main():
 
     @cache
     def by_ours(num_steps: int, eta: float) -> Tensor:
-        return ours(estimate, path, spaced_timesteps("dpm++", num_steps), threshold, eta)
+        return ours(estimate, path, spaced_timesteps("dpm++", num_steps, eta), threshold, eta)
 
     def distances(eta: float, name: str) -> Tensor:
         """From the converged image, for each of --steps."""

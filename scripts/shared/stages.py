@@ -205,4 +205,4 @@ def pick_timesteps(args: Namespace) -> list[int]:
     steps = 100 if args.steps is None else args.steps
     if isinstance(steps, str):
         return named_timesteps(steps)
-    return spaced_timesteps(args.sampler, steps)
+    return spaced_timesteps(args.sampler, steps, args.eta)

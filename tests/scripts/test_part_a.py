@@ -10,9 +10,8 @@ from PIL import Image
 
 from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
-from ddpm.schedule import leading_timesteps, log_snr_timesteps
 from ifmodel import load_unet
-from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
+from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, spaced_timesteps, stage_1
 from ifmodel.text import embed_each, embed_prompts
 from shared.figures import save_grid, text_size, wrapped
 from shared.images import read_image, read_mask
@@ -169,9 +168,7 @@ def test_every_sampler_takes_its_own_steps(run_script, tmp_path, model, cascade)
         options += ["--sampler", sampler, "--eta", 1 if noisy else 0]
         cells = draw(run_script, tmp_path / name, "sample", *options, cells=table(2, 1))
         noise = noise_source([5], (3, 16, 16))
-        timesteps = leading_timesteps(1000, 3)
-        if sampler == "dpm++":
-            timesteps = log_snr_timesteps(SCHEDULE, 3)
+        timesteps = spaced_timesteps(sampler, 3, 1.0 if noisy else 0.0)
         loop = {"step": step, "threshold": STAGE_1_THRESHOLD}
         x = iterative_denoise(estimate, noise(), timesteps, SCHEDULE, noise=noise, **loop)
         drawn[name] = (x[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
