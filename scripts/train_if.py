@@ -58,6 +58,8 @@ def arguments() -> Namespace:
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
     options.add_argument("--start", metavar="FOLDER", help=help)
+    help = "with --start: tokenizer and text encoder anew, for other words; the UNet alone keeps its weights"
+    options.add_argument("--new-text", action="store_true", help=help)
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
     options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64 pixels)")
     default = "default: 32 48 96 192; stage 2: 16 24 48 96 128"
@@ -73,6 +75,8 @@ def arguments() -> Namespace:
     options.add_argument("--compile", action="store_true", help="torch.compile the UNet: for GPUs; slower on CPUs")
     add_run_options(options, "out/stage-1")
     args = options.parse_args()
+    if args.new_text and (args.stage_2_of or not args.start):
+        raise ValueError("--new-text is for stage 1 and goes with --start, whose UNet it keeps")
     if args.text_steps < 0:
         raise ValueError(f"--text-steps must not be negative, but is {args.text_steps}")
     if not 0 <= args.variety <= 1:
@@ -158,7 +162,7 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
         return fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
     folder = args.out / "tokenizer"
     if rank() == 0 and not args.resume:
-        if args.start:
+        if args.start and not args.new_text:
             vocabulary = fetch(args.start, "tokenizer", ["spiece.model"]) / "spiece.model"
             write_atomically(folder / "spiece.model", vocabulary.read_bytes())
         else:
@@ -180,9 +184,10 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: 
     """Stage 1 before its first step, with a trained text encoder."""
     tokenizer = Tokenizer(folder)
     unet = start_unet(unet_config(args), args.start)
-    encoder = load_encoder(args.start) if args.start else build_encoder(tokenizer.vocab_size, args.text_dim)
+    kept = args.start and not args.new_text
+    encoder = load_encoder(args.start) if kept else build_encoder(tokenizer.vocab_size, args.text_dim)
     stage = Stage1(unet_config(args), encoder, unet, folder, device)
-    if not (args.resume or args.start or train_text(encoder, data, tokenizer, recipe, device)):
+    if not (args.resume or kept or train_text(encoder, data, tokenizer, recipe, device)):
         told = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
         print(f"{told} with the same command", file=sys.stderr)
         raise SystemExit(130)

@@ -379,6 +379,21 @@ def test_start_goes_on_from_the_weights_of_a_stage(run_script, refused, folder, 
     assert "has layers_per_block = (1, 1), the options of this run say (2, 2)" in told
 
 
+def test_new_text_keeps_the_unet_alone(run_script, refused, folder, trained, tmp_path):
+    model = trained / "1" / "model"
+    new = ["--start", model, "--new-text", "--lr", 1e-12, "--seed", 7]
+    status, _, err = run_script("train_if", *stage_1_options(folder, tmp_path, 1, *new))
+    assert status == 0, err
+
+    def change(part: str, name: str) -> float:
+        one, other = (load_tensors(path / part / name)[0] for path in (model, tmp_path / "model"))
+        return max((one[key] - other[key]).abs().max().item() for key in one)
+
+    assert change("unet", "diffusion_pytorch_model.safetensors") < 1e-3
+    assert change("text_encoder", "model.safetensors") > 0.1
+    assert "goes with --start" in refused("train_if", *stage_1_options(folder, tmp_path / "2", 1, "--new-text"))
+
+
 def test_a_batch_that_does_not_divide_is_refused(refused, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     told = refused("train_if", *stage_1_options(folder, tmp_path / "out", 1))
