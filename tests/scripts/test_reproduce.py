@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.text import embed_each
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setitem(embed_prompts.__kwdefaults__, "cache", cache)
-    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", cache)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", tmp_path_factory.mktemp("cache"))
 
 
 class Page(HTMLParser):

@@ -28,6 +28,7 @@ SCRIPTS = [path for path in (ROOT / "scripts").rglob("*.py") if "\n    run(main"
 INTERRUPTED = """
 import runpy, signal, sys
 _, moment, script, *_ = sys.argv
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background inherit as ignored
 sys.argv, sys.path[0] = sys.argv[2:], script.rpartition("/")[0]
 sys.addaudithook(lambda event, args: event == "import" and args[0] == moment and signal.raise_signal(signal.SIGINT))
 runpy.run_path(script, run_name="__main__")
