@@ -105,8 +105,13 @@ STEP = (
 GUIDED = r"\epsilon = \epsilon_u + \gamma\, (\epsilon_c - \epsilon_u)"
 TWENTY = ("--sampler", "dpm++", "--eta", "1", "--steps", "20")  # see weights.md
 QUICK = ("--upscaler", "none", "--steps", "10")
-KNOWN = os.path.relpath(Path(__file__).parents[2] / "tests" / "data" / "emoji" / "1F680.png")  # a rocket
 STARTS = ("--i-start", "4", "7", "8", "9", "10", "12")  # of twenty, as noisy as 1 3 5 7 10 20 of the assignment's 34
+
+
+def known(name: str) -> str:
+    """A drawing that tiny-if has learned from."""
+    return os.path.relpath(Path(__file__).parents[2] / "tests" / "data" / "emoji" / f"{name}.png")
+
 
 EXPERIMENTS = [
     Experiment(
@@ -244,12 +249,19 @@ EXPERIMENTS = [
         r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
         (inpaint,),
         "inpaint",
-        TWENTY,
+        (
+            *TWENTY,
+            *("--image", known("1F680"), "--prompt", "a photo of a rocket ship", "--mask", "circle:0.5,0.5,0.25"),
+            *("--image", known("1F436"), "--prompt", "a photo of a dog", "--mask", "rectangle:0.25,0.45,0.8,0.95"),
+            *("--image", known("1F427"), "--prompt", "a photo of an owl", "--mask", "rectangle:0.05,0.02,0.95,0.5"),
+            *("--image", "face", "--prompt", "a man wearing a hat", "--mask", "rectangle:0.05,0.1,0.42,0.9"),
+        ),
         "inpainted.png",
         (
             (
                 "inpainted.png",
-                "White in the mask is the hole. tiny-if has seen no such drawings: it fills in its own style.",
+                "White in the mask is the hole. Of the first three drawings tiny-if has learned, the third is filled "
+                "with another thing; the last it has never seen, and fills in its own style.",
             ),
         ),
         CASCADE,
@@ -431,7 +443,7 @@ EXPERIMENTS = [
         r"\hat x_0 \leftarrow \hat x_0 - A^{+} (A \hat x_0 - y)",
         (restore,),
         "restore",
-        ("--image", KNOWN, "--prompt", "a photo of a rocket ship", "--upscaler", "none", "--steps", "50"),
+        ("--image", known("1F680"), "--prompt", "a photo of a rocket ship", "--upscaler", "none", "--steps", "50"),
         "restored.png",
         (
             (
