@@ -210,17 +210,20 @@ EXPERIMENTS = [
         r"\quad t = t_{i_{\mathrm{start}}}",
         (sdedit,),
         "sdedit",
-        (*TWENTY, *STARTS),
+        (
+            *(*TWENTY, *STARTS, "14", "16", "--prompt", "a high quality photo"),
+            *("--image", known("1F680"), "--image", known("1F436"), "--image", known("1F33B")),
+        ),
         "sdedit.png",
         (
             (
                 "sdedit.png",
-                "A row for each drawing; from the left, the start moves towards it. tiny-if must be told what it is: "
-                "of “a high quality photo” it makes little.",
+                "A row for each drawing, which tiny-if has learned; from the left, the start moves towards it. The "
+                "prompt names no thing: where noise prevails, there is nothing to hold on to.",
             ),
         ),
         CASCADE,
-        ("--upscaler", "none", "--image", "rocket"),
+        ("--upscaler", "none"),
     ),
     Experiment(
         ("A8",),
