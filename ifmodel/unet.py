@@ -57,7 +57,8 @@ class AttentionPooling(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.positional_embedding = nn.Parameter(torch.empty(1, dim).normal_(std=dim**-0.5))
+        # by uniform_ as in nn.Linear: torch.randn would, on the meta device, import torch._dynamo, which takes seconds
+        self.positional_embedding = nn.Parameter(torch.empty(1, dim).uniform_(-(dim**-0.5), dim**-0.5))
         self.k_proj = nn.Linear(dim, dim)
         self.q_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

@@ -197,7 +197,7 @@ def arguments() -> Namespace:
     if not 0 <= args.variety <= 1:
         raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
     if (args.lora is None) != (not args.taught):
-        raise ValueError("--lora and --taught are of each other: give both")
+        raise ValueError("--lora and --taught go together: give both")
     if args.taught:
         args.only = []
     if args.prompts < 2:

@@ -478,6 +478,12 @@ def test_loading_what_diffusers_saved(saved):
 
 @torch.no_grad()
 @pytest.mark.skipif(not can_pack(), reason="no oneDNN for x86 here")
+def test_loading_imports_no_compiler():
+    """torch._dynamo and sympy take longer to import than tiny-if to draw."""
+    code = "import sys, ifmodel; ifmodel.load_unet('tiny-if/I'); print(*{'sympy', 'torch._dynamo'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
+
+
 def test_a_packed_unet_gives_up_the_originals(saved):
     """Of its convolutions: after the first step none of their weights is held any more, in whatever place."""
     unet = load_unet(saved, pack=True)
