@@ -1,11 +1,11 @@
 """Train a flow on MNIST: time-conditioned (B6) or time- and class-conditioned (B7), as the newer Part B asks.
 
     python scripts/train_flow.py --condition class
-    python scripts/train_flow.py --condition class --from-ddpm --limit 10000 --epochs 4
+    python scripts/train_flow.py --condition time --from-ddpm --limit 30000 --epochs 4
 
 Writes to out/flow_class: weights.safetensors, state.safetensors (for --resume), log.csv, loss.png, and
-samples after epochs 1, 5 and 10. --from-ddpm begins with the shipped class-conditioned DDPM, which is the same
-network, and takes a tenth of the learning rate: for those who cannot wait. Ctrl-C saves and stops.
+samples after epochs 1, 5 and 10. --from-ddpm begins with the shipped DDPM of that condition and takes a tenth of the
+learning rate: for those who cannot wait. Ctrl-C saves and stops.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from shared.options import parser, positive, run
 from shared.training import add_digits_options, save_samples, train_digits
 
 from ddpm.flow import flow_loss
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, load_model, sample_flow
+from ddpm.mnist import ClassFlow, TimeFlow, load_model, sample_flow
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, flow_from_ddpm
 
@@ -24,16 +24,16 @@ def main():
     told = "what the model is told: t, or t and the digit"
     options.add_argument("--condition", required=True, choices=["time", "class"], help=told)
     options.add_argument("--sample-steps", type=positive, default=50, help="Euler steps of the samples (default: 50)")
-    options.add_argument("--from-ddpm", action="store_true", help="begin with the shipped ddpm_class's weights")
+    options.add_argument("--from-ddpm", action="store_true", help="begin with the shipped DDPM's weights")
     add_digits_options(options, FLOW, width=64, sample_epochs=[1, 5, 10], out="out/flow_{condition}")
     args = options.parse_args()
     by_class = args.condition == "class"
-    if args.from_ddpm and not (by_class and args.width == 64):
-        raise ValueError("--from-ddpm is for --condition class and --width 64, the network of the shipped DDPM")
+    if args.from_ddpm and args.width != 64:
+        raise ValueError("--from-ddpm is for --width 64, that of the shipped DDPMs")
 
     def new_model() -> TimeFlow:
         if args.from_ddpm:
-            return flow_from_ddpm(load_model("ddpm_class", ClassUNet))
+            return flow_from_ddpm(load_model(f"ddpm_{args.condition}"))
         return build(ClassFlow if by_class else TimeFlow, width=args.width)
 
     def loss_of(model, x_1, labels, generator):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm.files import write_atomically
 from ddpm.mnist.checkpoint import load_start, save_weights
-from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, check_batch
+from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, TimeFlow, TimeUNet, check_batch
 from ddpm.runs import Run, check_folder, step_seed
 from ddpm.sampling import noise_source
 
@@ -56,16 +56,22 @@ def drop_classes(labels: Tensor, generator: torch.Generator, probability: float 
 
 
 @torch.no_grad()
-def flow_from_ddpm(ddpm: ClassUNet) -> ClassFlow:
-    """A class-conditioned flow that begins as a DDPM of the same network: turned clock, and u = -eps.
+def flow_from_ddpm(ddpm: TimeUNet) -> TimeFlow:
+    """A flow that begins as a DDPM, with u = -eps: near t = 1, x_1 - x_0 is that but for the digit.
 
-    Near t = 1, x_1 - x_0 is -eps but for the digit, so little is left to learn.
+    `ClassFlow` is the network of `ClassUNet`, and needs its clock turned. `TimeFlow` multiplies where `TimeUNet`
+    adds: its factors begin as 1.
     """
-    flow = ClassFlow(ddpm.config["width"])
+    by_class = isinstance(ddpm, ClassUNet)
+    flow = (ClassFlow if by_class else TimeFlow)(ddpm.config["width"])
     flow.load_state_dict(ddpm.state_dict())
-    for first, *_ in (flow.t1, flow.t2):  # w (1 - t) + b = -w t + (w + b)
-        first.bias += first.weight[:, 0]
-        first.weight.neg_()
+    for first, _, last, _ in (flow.t1, flow.t2):
+        if by_class:  # w (1 - t) + b = -w t + (w + b)
+            first.bias += first.weight[:, 0]
+            first.weight.neg_()
+        else:
+            nn.init.zeros_(last.weight)
+            nn.init.ones_(last.bias)
     flow.out.weight.neg_()
     flow.out.bias.neg_()
     return flow

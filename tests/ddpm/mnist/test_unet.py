@@ -159,6 +159,17 @@ def test_a_flow_begins_as_the_ddpm_it_is_made_from():
 
 
 @torch.no_grad()
+def test_a_flow_that_multiplies_begins_as_a_ddpm_that_is_not_told_the_time():
+    torch.manual_seed(0)
+    ddpm = settled(TimeUNet(D))
+    flow, x = flow_from_ddpm(ddpm).eval(), torch.randn(2, 1, 28, 28)
+    constant(ddpm.t1, 0)
+    constant(ddpm.t2, 0)
+    for t in (0.0, 0.25, 1.0):
+        torch.testing.assert_close(flow(x, t), -ddpm(x, 100), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_folded_is_the_same_function_without_batchnorm(name):
     torch.manual_seed(0)
