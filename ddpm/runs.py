@@ -1,4 +1,4 @@
-"""Training runs: saved as they go, stopped by Ctrl-C between two steps, and resumed; and the seed of each step."""
+"""Training runs: saved as they go, stopped by Ctrl-C between two steps, and resumed; each step's seed; averages."""
 
 import signal
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.files import check_tensors, load_tensors, save_tensors
@@ -148,6 +148,24 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.log, self.seconds_before = len(losses), found["log"], found["seconds"]
         self.losses[: self.step] = losses
+
+
+class EMA:
+    """The exponential moving average of a model's weights, which samples better than the weights themselves."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.999):
+        self.decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int):
+        """After step `step`; it is quicker at first, so that it forgets the random weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, weight in model.state_dict().items():
+            if weight.is_floating_point():
+                self.weights[name].lerp_(weight, 1 - decay)
+            else:  # BatchNorm counts its batches
+                self.weights[name].copy_(weight)
 
 
 def check_same(path: str | Path, found: dict, wanted: dict):

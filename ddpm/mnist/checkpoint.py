@@ -36,7 +36,7 @@ def build(kind: type[nn.Module], **config) -> nn.Module:
 def load_model(
     path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """The MNIST model of a weights file or training state, in float32, channels_last and evaluation mode.
+    """The MNIST model of a weights file, or the last of a training state: float32, channels_last, evaluation mode.
 
     path: a file, or the name of one of SHIPPED
     kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
@@ -57,7 +57,7 @@ def load_model(
     tensors = {
         key.removeprefix("model."): tensor
         for key, tensor in tensors.items()
-        if not key.startswith(("optimizer.", "loss"))
+        if not key.startswith(("optimizer.", "loss", "average."))
     }
     misfit = f"{path} does not fit the {name} that its metadata describes"
     try:

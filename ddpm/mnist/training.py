@@ -1,5 +1,6 @@
 """Training the MNIST models: the denoiser's loss, the recipes, and one loop."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ddpm.files import write_atomically
 from ddpm.mnist.checkpoint import load_start, save_weights
 from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, TimeFlow, TimeUNet, check_batch
-from ddpm.runs import Run, check_folder, step_seed
+from ddpm.runs import EMA, Run, check_folder, step_seed
 from ddpm.sampling import noise_source
 
 
@@ -24,6 +25,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     decay: float = 1.0  # of the learning rate over the whole run, exponentially, epoch by epoch
+    average: float = 0.0  # of the weights: how much of it each step keeps; 0 is no average
     seed: int = 20040805
 
 
@@ -38,6 +40,12 @@ def denoiser_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator, sig
     """‖D(x_0 + σ eps) - x_0‖², the mean over pixels, for clean digits x_0 [B, 1, 28, 28]."""
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     return F.mse_loss(model(x_0 + sigma * eps).float(), x_0)
+
+
+def pure_noise_loss(model: nn.Module, x_0: Tensor, generator: torch.Generator) -> Tensor:
+    """‖D(eps) - x_0‖²: noise tells nothing of the digit, so that the best answer to any is the mean digit."""
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    return F.mse_loss(model(eps).float(), x_0)
 
 
 def noisy_digits(x: Tensor, sigma: float, seed: int) -> Tensor:
@@ -132,13 +140,14 @@ def fit(
     resume: bool = False,
     start: Path | None = None,
     save_every: float = 300,
-    after_epoch: Callable[[int, list[float]], None] = lambda epoch, losses: None,
+    after_epoch: Callable[[nn.Module, int, list[float]], None] = lambda model, epoch, losses: None,
 ) -> bool:
     """`train` with a progress bar, checkpoints and a log in a folder, and a way to stop and go on.
 
     Writes folder/state.safetensors (to resume), folder/weights.safetensors (to use) and folder/log.csv every
     `save_every` seconds, after each epoch, and on Ctrl-C or SIGTERM once the running step is done.
-    after_epoch(epochs done, all losses so far) draws figures.
+    after_epoch(model, epochs done, all losses so far) draws figures, with averaged weights if the recipe has them,
+        as weights.safetensors does.
     start: a weights file of the same model to go on from where its state file is lost: at the step that it had
         reached, with Adam's moments anew
     Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume` is
@@ -150,15 +159,25 @@ def fit(
     check_batch(model, min(recipe.batch_size, len(images)), numbers=33)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
 
+    average, averaged = EMA(model, recipe.average), copy.deepcopy(model)
+
+    def to_use() -> nn.Module:
+        if not recipe.average:
+            return model.eval()
+        averaged.load_state_dict(average.weights)
+        return averaged.eval()
+
     def write():
         epochs = {"epochs": round(run.step / per_epoch, 4)}
-        save_weights(folder / "weights.safetensors", model, run.metadata | epochs)
+        save_weights(folder / "weights.safetensors", to_use(), run.metadata | epochs)
+        model.train()
         whole = run.losses[: run.step - run.step % per_epoch].view(-1, per_epoch).mean(1).tolist()
         lines = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(whole, start=1) if math.isfinite(mean)]
         write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *lines, ""]).encode())
 
     described = {"model": type(model).__name__, "config": model.config, "recipe": asdict(recipe), "digits": len(images)}
     total, parts = recipe.epochs * per_epoch, {"model": model.state_dict()}
+    parts |= {"average": average.weights} if recipe.average else {}
     run = Run(folder, parts, optimizer, total, described, dtype, write=write)
     if resume:
         run.restore()
@@ -166,10 +185,13 @@ def fit(
         found = load_start(start, model)
         run.step, run.seconds_before = min(round(found["epochs"] * per_epoch), total), found["seconds"]
         run.losses[: run.step] = math.nan  # not in a weights file
+        average.update(model, -1)  # which forgets the random weights
     steps = run.steps(recipe.batch_size, save_every=save_every, epoch=per_epoch)
     for step, loss in train(model, optimizer, loss_of, images, labels, recipe, steps=steps, dtype=dtype):
         run.losses[step] = loss
+        if recipe.average:
+            average.update(model, step)
         if (step + 1) % per_epoch == 0:
-            after_epoch((step + 1) // per_epoch, run.losses[: step + 1].tolist())
+            after_epoch(to_use(), (step + 1) // per_epoch, run.losses[: step + 1].tolist())
             model.train()
     return run.step == total

@@ -84,21 +84,6 @@ class TextToImage(nn.Module):
         return self.unet(x_t, t, self.unet.encode_text(embeds), noise_level)
 
 
-class EMA:
-    """The exponential moving average of a model's weights, which samples better than the weights themselves."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.999):
-        self.decay = decay
-        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int):
-        """After step `step`; it is quicker at first, so that it forgets the random weights."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, weight in model.state_dict().items():
-            self.weights[name].lerp_(weight, 1 - decay)
-
-
 @torch.no_grad()
 def zero_init(unet: UNet):
     """Let an untrained UNet start as the identity: the last layer of every branch, and of the whole, is zero."""

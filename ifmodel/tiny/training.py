@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
-from ddpm.runs import Run, step_seed, stop_signal
+from ddpm.runs import EMA, Run, step_seed, stop_signal
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.losses import draw_batch
-from ifmodel.tiny.models import EMA, ContrastiveText, TextToImage, contrastive_loss
+from ifmodel.tiny.models import ContrastiveText, TextToImage, contrastive_loss
 from ifmodel.tiny.stages import Stage1, Stage2
 
 

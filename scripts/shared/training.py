@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.figures import save_grid, save_loss_curve
-from shared.options import add_common_options, add_data_option, check_writable, pick, positive
+from shared.options import add_common_options, add_data_option, check_writable, number, pick, positive
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ def add_digits_options(options: ArgumentParser, recipe: Recipe, width: int, samp
     options.add_argument("--start", type=Path, metavar="FILE", help="go on from weights whose training state is lost")
     options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
     options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
+    help = f"of the learning rate over the whole run, 1 to keep it as it is (default: {recipe.decay:g})"
+    options.add_argument("--decay", type=number, default=recipe.decay, help=help)
+    help = "use averaged weights, of which each step keeps so much, such as 0.999 (default: the last weights)"
+    options.add_argument("--average", type=number, default=0.0, metavar="SHARE", help=help)
     options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")
     options.add_argument("--limit", type=positive, help="train on the first digits only")
     shown = "draw samples after these epochs and after the last"
@@ -61,20 +65,22 @@ def train_digits(
 ):
     """Train on MNIST; loss.png is written after each epoch, and draw(model, epoch) is called after --sample-epochs."""
     args.out = Path(str(args.out).replace("{condition}", getattr(args, "condition", "")))
+    if not 0 < args.decay <= 1 or not 0 <= args.average < 1:
+        raise ValueError(f"--decay must be in (0, 1], --average in [0, 1), not {args.decay:g} and {args.average:g}")
     device, dtype = pick(args)
     check_run(args)
     images, labels = (tensor.to(device) for tensor in load_mnist(args.data, "train", args.limit))
-    recipe = replace(recipe, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    chosen = {name: getattr(args, name) for name in ("epochs", "batch_size", "decay", "average", "seed")}
+    recipe = replace(recipe, **chosen)
     torch.manual_seed(args.seed)
-    model = new_model()
 
-    def after_epoch(epoch: int, losses: list[float]):
+    def after_epoch(model: nn.Module, epoch: int, losses: list[float]):
         save_loss_curve(args.out / "loss.png", losses, len(losses) // epoch, title, args.seed)
         if epoch in (*args.sample_epochs, args.epochs):
-            draw(model.eval(), epoch)
+            draw(model, epoch)
 
     options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": after_epoch}
-    end_training(args, fit(model, loss_of, images, labels, recipe, args.out, **options))
+    end_training(args, fit(new_model(), loss_of, images, labels, recipe, args.out, **options))
 
 
 def save_samples(args: Namespace, epoch: int, sample: Callable[[list[int] | None, list[int]], Tensor]):

@@ -17,8 +17,9 @@ import ddpm.losses
 from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
 from ddpm.mnist.checkpoint import load_model, save_weights
-from ddpm.mnist.data import FILES
+from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
+from ddpm.sampling import noise_source
 from ddpm.schedule import linear_schedule
 from shared.options import pick_dtype
 from tests.conftest import DATA, ROOT, settled
@@ -137,6 +138,17 @@ def test_train_denoiser_stopped_and_resumed_to_the_same_weights(run_script, monk
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     checked(tmp_path / "whole" / "denoised_epoch01.png")
     assert load_tensors(tmp_path / "whole" / "weights.safetensors")[1]["model"] == "UNet"
+
+
+def test_train_denoiser_on_pure_noise_shows_the_mean_digit(run_script, tmp_path):
+    options = (*TRAIN, "--epochs", 1, "--batch-size", 20, "--pure-noise", "--dtype", "float32", "--seed", 3)
+    status, _, err = run_script("train_denoiser", *options, "--out", tmp_path)
+    assert status == 0, err
+    with Image.open(tmp_path / "denoised_epoch01.png") as image:
+        found = re.match(r"pure noise, after epoch 1: ([\d.]+) RMS from the mean digit", image.text["Description"])
+    answers = load_model(tmp_path / "state.safetensors")(noise_source(range(3, 13), (1, 28, 28))())
+    mean_digit = load_mnist(DATA, "train", 300)[0].float().mean(0) / 255
+    assert float(found[1]) == pytest.approx((answers - mean_digit).square().mean().sqrt().item(), abs=1e-4)
 
 
 def test_sample_mnist_saves_what_it_draws(run_script, tmp_path, weights):

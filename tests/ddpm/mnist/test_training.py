@@ -1,5 +1,6 @@
 """The losses, the class drop, overfitting one batch, and resuming bit for bit."""
 
+import shutil
 import signal
 from dataclasses import replace
 
@@ -11,7 +12,17 @@ from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.data import load_mnist
-from ddpm.mnist.training import DDPM, DENOISER, SIGMAS, denoiser_loss, drop_classes, fit, noisy_digits, train
+from ddpm.mnist.training import (
+    DDPM,
+    DENOISER,
+    SIGMAS,
+    denoiser_loss,
+    drop_classes,
+    fit,
+    noisy_digits,
+    pure_noise_loss,
+    train,
+)
 from ddpm.runs import step_seed
 from ddpm.schedule import linear_schedule
 from tests.conftest import DATA
@@ -117,6 +128,25 @@ def test_denoiser_loss_of_doing_nothing_is_sigma_squared(digits):
         assert noise.mean().abs() < 0.01
 
 
+def test_from_pure_noise_the_mean_digit_is_the_best_answer(digits):
+    """Its loss is the variance of the digits; any other answer's is greater by its squared distance."""
+    x_0 = digits[0] / 255
+    mean = x_0.mean(0, keepdim=True)
+    seen = []
+
+    def loss_of(answer):
+        def model(z):
+            seen.append(z)
+            return answer.expand_as(z)
+
+        return pure_noise_loss(model, x_0, torch.Generator().manual_seed(0)).item()
+
+    assert loss_of(mean) == pytest.approx((x_0 - mean).square().mean().item(), rel=1e-5)
+    assert loss_of(mean + 0.1) == pytest.approx(loss_of(mean) + 0.01, rel=1e-4)
+    assert seen[0].std() == pytest.approx(1, abs=0.01) and seen[0].mean().abs() < 0.01
+    assert (seen[0] * (x_0 - mean)).mean().abs() < 1e-3  # nothing of the digit in it
+
+
 def test_a_digits_noise_does_not_depend_on_those_beside_it(digits):
     x = digits[0][:5] / 255
     assert torch.equal(noisy_digits(x, 0.5, 7)[:2], noisy_digits(x[:2], 0.5, 7))
@@ -157,6 +187,32 @@ def interrupted_after(steps: int):
     return loss_of
 
 
+def test_averaged_weights_are_what_is_used(digits, tmp_path):
+    """An exponential average of ten steps' weights, through a stop, in weights.safetensors and for the figures."""
+    recipe, used = replace(RECIPE, average=0.5), []
+    kept = {"expected": new_model().state_dict()["out.weight"]}
+
+    def watched(model, *arguments):
+        kept["model"] = model
+        return class_loss(model, *arguments)
+
+    shown = {"after_epoch": lambda model, *_: used.append(model.state_dict()["out.weight"].clone())}
+    assert not fit(new_model(), interrupted_after(4), *digits, recipe, tmp_path)
+    assert fit(new_model(), watched, *digits, recipe, tmp_path, resume=True, **shown)
+    plain = tmp_path / "plain"
+    for step in range(10):  # the weights after each step, of the run without an average
+        fit(new_model(), interrupted_after(step + 1), *digits, RECIPE, plain)
+        weight = weights_after(plain)["model.out.weight"]
+        decay = min(0.5, (1 + step) / (10 + step))
+        kept["expected"] = decay * kept["expected"] + (1 - decay) * weight
+        shutil.rmtree(plain)
+    torch.testing.assert_close(used[-1], kept["expected"])
+    assert torch.equal(kept["model"].state_dict()["out.weight"], weight)  # trained as if there were no average
+    saved = load_model(tmp_path / "weights.safetensors", ClassUNet).out.weight
+    torch.testing.assert_close(saved, kept["expected"], atol=1e-3, rtol=1e-3)
+    assert torch.equal(load_model(tmp_path / "state.safetensors", ClassUNet).out.weight, weight)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5, 8])
 def test_resume_equals_uninterrupted_bit_for_bit(digits, tmp_path, stop):
     """Ten steps, stopped in the middle of an epoch or at its end: weights, moments and losses are the same."""
@@ -168,7 +224,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(digits, tmp_path, stop):
     torch.manual_seed(1)  # whatever the process did before
     resumed = ClassUNet(8)
     assert fit(
-        resumed, class_loss, *digits, RECIPE, parts, resume=True, after_epoch=lambda epoch, _: drawn.append(epoch)
+        resumed, class_loss, *digits, RECIPE, parts, resume=True, after_epoch=lambda _, epoch, __: drawn.append(epoch)
     )
     assert drawn == ([1, 2] if stop < 5 else [2])
     expected, found = weights_after(whole), weights_after(parts)
