@@ -1,5 +1,6 @@
 """Safetensors files with a description, and files written atomically."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -97,6 +98,11 @@ def check_tensors(misfit: str, expected: dict[str, Tensor], found: dict[str, Ten
     ]
     if wrong:
         raise ValueError(f"{misfit}: {'; '.join(wrong)}")
+
+
+def fingerprint(*paths: Path) -> str:
+    """Twelve hex digits that other contents do not share: they name what was made from these files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 @contextmanager

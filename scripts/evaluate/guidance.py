@@ -22,14 +22,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.figures import save_curves
 from shared.options import SEED, add_data_option, check_writable, number, parser, positive, run, seed_number
 from shared.processes import rank, share, wait
+from shared.stages import MODEL
 
 import torch
-from tiny_if import get_judge
+from tiny_if import get_judge, identity_of
 from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
-from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.mnist import sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
@@ -105,13 +106,14 @@ def measure_digits(args: Namespace) -> dict:
     model, judge = (load_model(SHIPPED[name]) for name in ("ddpm_class", "judge"))
     _, real = examine(judge, load_mnist(args.data, "test")[0][: args.digits] / 255)
     schedule, labels = linear_schedule(), [k % 10 for k in range(args.digits)]
+    made = f"{args.digits}_{args.digit_steps}_{fingerprint(SHIPPED['ddpm_class'])}"
     seeds, rows = [args.seed + k for k in range(args.digits)], []
 
     def draw(name: str, gamma: float) -> Tensor:
         options = {"num_steps": args.digit_steps, "guidance_scale": gamma, "guider": guider_of(name, schedule)}
         return sample_digits(model, labels, seeds, schedule, **options)
 
-    for name, gamma, images in drawn(args, "digits", f"{args.digits}_{args.digit_steps}", draw):
+    for name, gamma, images in drawn(args, "digits", made, draw):
         read, features = examine(judge, images)
         row = {"guider": name, "guidance": gamma, "fid": frechet_distance(features, real)}
         rows.append({**row, "hits": (read == torch.tensor(labels)).double().mean().item()})
@@ -121,13 +123,14 @@ def measure_digits(args: Namespace) -> dict:
 
 def measure_images(args: Namespace) -> dict:
     """For each guider and γ: the share of images that show what was asked for, and their saturation."""
-    cascade = Cascade("tiny-if/I")
+    cascade = Cascade(MODEL)
     side = cascade.sizes[0][0]
     data = load_captioned(args.emoji, side, curated() if args.curated else None, finer=2)
     judge = get_judge(args, data, side)
     names = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(args.seed))[: args.images]
     prompts = [STYLES["photo"].templates[0].format(data.phrases[name][0]) for name in names.tolist()]
     seeds, rows = [args.seed + k for k in range(len(prompts))], []
+    made = f"{len(names)}_{args.image_steps}_{identity_of(MODEL)}"
 
     def draw(name: str, gamma: float) -> Tensor:
         options = {"sampler": "dpm++", "eta": 1.0, "num_steps": args.image_steps, "progress": False}
@@ -137,7 +140,7 @@ def measure_images(args: Namespace) -> dict:
 
         return cascade.draw(recipe, seeds=seeds, batch_size=len(seeds), **options).clamp(-1, 1)
 
-    for name, gamma, images in drawn(args, "images", f"{len(names)}_{args.image_steps}", draw):
+    for name, gamma, images in drawn(args, "images", made, draw):
         found = judged(judge, images)[0] == names
         row = {"guider": name, "guidance": gamma, "hits": found.double().mean().item()}
         rows.append({**row, "saturation": saturation(images)})

@@ -14,7 +14,6 @@ Writes report.json, guidance.png and the misread samples to --out. All samples a
 a file: a stopped evaluation goes on where it was. torchrun shares these files among its processes.
 """
 
-import hashlib
 import json
 import sys
 from argparse import Namespace
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
@@ -85,40 +84,40 @@ def main():
         "samples": args.samples,
         "steps": args.steps,
         "fid_floor": frechet_distance(train_features, real[:count]),
-        "guidance": [],
     }
     print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
     print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
     if args.evaluations:
         compare_samplers(judge, real[:count], report, args)
         return
-    labels = torch.arange(args.samples) % 10
-    for how in guided:
-        guidance, images = how.guidance, load_samples(how, args)
-        read, features = examine(judge, images.to(device))
-        right = read == labels
-        fid = frechet_distance(features[:count], real[:count])
-        if not conditioned:
-            report["fid"] = fid
-            print(f"without labels: FID {fid:.2f} ({count} samples)")
-            break
-        report["guidance"].append({"guidance": guidance, "confirmed": right.double().mean().item(), "fid": fid})
-        print(f"γ = {guidance:g}: {right.double().mean():.2%} confirmed, FID {fid:.2f} ({count} samples)")
-        misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
-        misread = {digit: rows for digit, rows in misread.items() if len(rows)}
-        if misread:
-            title = f"γ = {guidance:g}: read as another digit than the row's"
-            path = args.out / f"misread_g{guidance:g}.png"
-            save_grid(path, list(misread.values()), row_labels=list(misread), title=title, seed=args.seed)
-
+    if conditioned:
+        report["guidance"] = [measure(how, judge, real[:count], args) for how in guided]
+        draw_guidance(args.out / "guidance.png", report, args.seed)
+    else:
+        _, features = examine(judge, load_samples(guided[0], args).to(device))
+        report["fid"] = frechet_distance(features[:count], real[:count])
+        print(f"without labels: FID {report['fid']:.2f} ({count} samples)")
     print("denoiser, mean squared error on test digits (without it: σ²)")
     report["denoiser_mse"] = denoiser_errors(denoiser, test_images[: args.digits] / 255, args.seed)
     for sigma, error in report["denoiser_mse"].items():
         print(f"σ = {sigma}: {error:.5f} ({float(sigma) ** 2:.2f})")
-    if conditioned:
-        draw_guidance(args.out / "guidance.png", report, args.seed)
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
+
+
+def measure(how: Drawn, judge: Judge, real: Tensor, args: Namespace) -> dict[str, float]:
+    """The share confirmed and the FID of samples with guidance; those that are misread, as an image."""
+    images, labels = load_samples(how, args), torch.arange(args.samples) % 10
+    read, features = examine(judge, images.to(args.device))
+    right, fid = read == labels, frechet_distance(features[: len(real)], real)
+    confirmed = right.double().mean().item()
+    print(f"γ = {how.guidance:g}: {confirmed:.2%} confirmed, FID {fid:.2f} ({len(real)} samples)")
+    misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
+    misread = {digit: rows for digit, rows in misread.items() if len(rows)}
+    if misread:
+        title, path = f"γ = {how.guidance:g}: read as another digit than the row's", f"misread_g{how.guidance:g}.png"
+        save_grid(args.out / path, list(misread.values()), row_labels=list(misread), title=title, seed=args.seed)
+    return {"guidance": how.guidance, "confirmed": confirmed, "fid": fid}
 
 
 def arguments() -> Namespace:
@@ -160,8 +159,8 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
 
 def folder_of(how: Drawn, args: Namespace) -> Path:
     """Where these samples are kept."""
-    weights = hashlib.sha256(how.weights.read_bytes()).hexdigest()[:12]
-    name = f"{weights}_g{how.guidance:g}_s{how.steps}_{str(args.dtype).removeprefix('torch.')}_{args.seed}"
+    dtype = str(args.dtype).removeprefix("torch.")
+    name = f"{fingerprint(how.weights)}_g{how.guidance:g}_s{how.steps}_{dtype}_{args.seed}"
     return args.out / "samples" / (name + f"_{how.sampler}" * (how.sampler not in ("ddpm", "euler")))
 
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
-from ddpm.files import load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.mnist.judge import frechet_distance
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
 from ddpm.schedule import strided_timesteps
@@ -76,9 +76,7 @@ class Evaluation:
         device, dtype = pick(args)
         self.cascade = Cascade(args.model, device=device, dtype=dtype)
         self.side = self.cascade.sizes[0][0]
-        text_encoder = fetch(args.model, "text_encoder", ["*.safetensors"])
-        files = [*find_weights(args.model), *sorted(text_encoder.glob("*.safetensors"))]
-        self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+        self.identity = identity_of(args.model)
         self.judge = get_judge(args, data, self.side)
         self.report = {"seed": args.seed, "things": len(data.names)}
 
@@ -125,6 +123,12 @@ class Evaluation:
     def names_of(self, held_rows: Sequence[int]) -> Tensor:
         """Which of the things that the judge knows the held-out drawings are of."""
         return torch.tensor([self.data.names.index(self.held.names[int(self.held.things[row])]) for row in held_rows])
+
+
+def identity_of(model: str) -> str:
+    """Of its weights: images of others are not these."""
+    text_encoder = sorted(fetch(model, "text_encoder", ["*.safetensors"]).glob("*.safetensors"))
+    return fingerprint(*find_weights(model), *text_encoder)
 
 
 def main():
@@ -485,7 +489,7 @@ def taught(e: Evaluation, guidance: float) -> dict[str, dict[str, float]]:
     thing, prompt = e.args.taught
     new, after, measures, rows = e.data.names.index(thing), copy.copy(e), {}, []
     after.cascade = Cascade(e.args.model, lora=e.args.lora, device=e.cascade.device, dtype=e.cascade.dtype)
-    after.identity += hashlib.sha256(find_lora(e.args.lora).read_bytes()).hexdigest()[:12]
+    after.identity += fingerprint(find_lora(e.args.lora))
     prompts, things, _ = asked(e)
     prompts, things = [prompt for prompt, k in zip(prompts, things, strict=True) if k != new], things[things != new]
     for name, one in (("without", e), ("with", after)):
