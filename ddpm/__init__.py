@@ -1,6 +1,7 @@
 """Denoising diffusion in plain PyTorch: schedules, steps, sampling algorithms, and in `mnist` small models of digits.
 
 Read in this order: `schedule` (how much noise at which timestep), `process` (one step forward, one step back),
-`sampling` (the algorithms, with `views` for anagrams and `components` for hybrids), `losses`, `flow` (straight paths
-instead of a schedule), then `mnist`. `files` reads and writes.
+`estimates` (guidance, and anagrams and hybrids with their `views` and `components`), `sampling` (the loop, and the
+algorithms), `restoration` (one more of them), `losses`, `flow` (straight paths instead of a schedule), then `mnist`.
+`runs` saves and resumes trainings, `files` reads and writes, `memory` refuses what does not fit.
 """

@@ -39,7 +39,7 @@ def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
 def low_pass(x: Tensor, sigma: float = SIGMA, kernel_size: int = 33) -> Tensor:
     """A Gaussian blur of x [B, C, H, W]; sigma and kernel_size are those at 64 pixels.
 
-    The kernel grows with sigma, to three of them each way, so that every size of an image is blurred alike.
+    The kernel reaches at least 3σ to each side, so that every image size is blurred alike.
     """
     scale = min(x.shape[-2:]) / 64
     radius = max(kernel_size // 2 * max(scale, 1), math.ceil(3 * sigma * scale))
@@ -47,7 +47,7 @@ def low_pass(x: Tensor, sigma: float = SIGMA, kernel_size: int = 33) -> Tensor:
 
 
 def low_high_pass(sigma: float = SIGMA) -> list[Component]:
-    """What is seen from afar, and what is seen near by. Source: Hybrid Images, SIGGRAPH 2006."""
+    """What is seen from afar, and what is seen up close. Source: Hybrid Images, SIGGRAPH 2006."""
     return [
         Component("low pass", lambda x: low_pass(x, sigma)),
         Component("high pass", lambda x: x - low_pass(x, sigma)),

@@ -1,8 +1,8 @@
 """Estimates: what a model makes of the noise in x_t, and how several of them become one.
 
 An *estimate* is a function `estimate(x_t, t) -> (eps, v)`, with v = None where the variance is not learned. Guidance
-makes one from a model; compositions, anagrams and hybrids make one from several. What comes out goes in again, and
-every loop of `ddpm.sampling` consumes it.
+makes one from a model; compositions, anagrams and hybrids make one from several. The result is an estimate again, so
+these nest, and every loop of `ddpm.sampling` takes it.
 """
 
 import itertools
@@ -57,7 +57,7 @@ def guided(
         a class that has a `cat` of its own
     guidance_scale: γ, 0 is unconditional, 1 conditional; v comes from the conditional half
     interval: the first and last t with guidance; outside it the estimate is the conditional one, at half the cost
-    guider: what combines the halves; `rescaled` and `projected` make others, which large γ burns less
+    guider: what combines the halves; `rescaled` and `projected` make others, which saturate less at large γ
     Source: classifier-free guidance, arXiv 2207.12598; the interval, arXiv 2404.07724.
     """
     if guidance_scale == 1:
@@ -129,8 +129,8 @@ def compose(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate
     if len(estimates) != len(weights):
         raise ValueError(f"give a weight for each estimate, not {len(weights)} for {len(estimates)}")
     if sum(weights) <= 1e-6:
-        told = ", ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(f"the weights {told or 'are none: they'} cancel: all of them must sum to more than 0")
+        given = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"the weights {given or 'are none: they'} cancel: all of them must sum to more than 0")
     return combined(estimates, weights, weigh)
 
 
@@ -144,9 +144,9 @@ def anagram(
     """A visual anagram's estimate: every prompt sees x_t in its own view, and the views are turned back.
 
     estimates, views: as many of each; eps = Σ αᵢ view⁻¹(eps_i(view(x_t), t)), and v likewise
-    reduction: "mean"; "rectified", that mean with the variance of noise, see `rectify`; or "alternate" to ask one of
-        them after another, one a step, at the cost of one; multistep solvers then take single steps, since x̂_0 of one
-        view says nothing about the next one's
+    reduction: "mean"; "rectified", that mean with the variance of noise, see `rectify`; or "alternate": one view a
+        step, at the cost of one. Multistep solvers then take single steps, since one view's x̂_0 says nothing about
+        the next one's
     weights: of the views, above 0, equal when None; αᵢ are their shares
     Raises ValueError when these do not go together. Source: Visual Anagrams eq. 4, arXiv 2311.17919.
     """
@@ -158,8 +158,8 @@ def anagram(
         raise ValueError("weights are of the reductions mean and rectified: alternate asks one view a step")
     weights = [1.0] * len(views) if weights is None else weights
     if len(weights) != len(views) or min(weights) <= 0:
-        told = ", ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(f"give each of the {len(views)} views a weight above 0, not {told}")
+        given = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"give each of the {len(views)} views a weight above 0, not {given}")
     seen = [turned_back(estimate, view) for estimate, view in zip(estimates, views, strict=True)]
     if reduction == "alternate":
         return alternating(seen)
@@ -167,7 +167,7 @@ def anagram(
 
 
 def turned_back(estimate: Estimate, view: View) -> Estimate:
-    """What an estimate makes of x_t in a view, as the upright image has it."""
+    """The estimate of x_t seen in a view, mapped back."""
 
     def seen(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
         eps, v = estimate(view.view(x_t), t)
@@ -181,7 +181,7 @@ def hybrid(estimates: Sequence[Estimate], components: Sequence[Component]) -> Es
     """A hybrid image's estimate: each component of the image is drawn from a prompt of its own.
 
     estimates, components: as many of each; eps = Σ component_i(eps_i(x_t, t)), v is the mean
-    With the components of `low_high_pass`, the first prompt is seen from afar and the second one near by.
+    With the components of `low_high_pass`, the first prompt is seen from afar and the second up close.
     Raises ValueError when these do not go together. Source: Factorized Diffusion eq. 5, arXiv 2404.11615.
     """
     if len(estimates) != len(components) or not components:
@@ -198,7 +198,7 @@ def combined(estimates: Sequence[Estimate], weights: Sequence[float], combine: C
     shares = [max(weight, 0) / sum(max(weight, 0) for weight in weights) for weight in weights]
 
     def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        eps, v = zip(*(estimate(x_t, t) for estimate in estimates), strict=True)
+        eps, v = zip(*(each(x_t, t) for each in estimates), strict=True)
         return combine(eps, weights), None if v[0] is None else weigh(v, shares)
 
     estimate.alternates = any(map(alternates, estimates))

@@ -18,7 +18,7 @@ LARGEST_TEXT = 100_000_000  # bytes of a text or JSON file
 
 
 def write_atomically(path: str | Path, content: bytes):
-    """Write a file under a temporary name beside its place, then rename: a crash or a full disk leaves the old file."""
+    """Write under a temporary name in the same folder, then rename: a crash or a full disk leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,7 +1,7 @@
 """The forward process and one step of the reverse process.
 
-Everything here is a function of tensors and a `Schedule`; no model is known. Sampler arithmetic is done
-in the dtype of `x_t` (float32 in all our samplers) with coefficients computed in float64.
+Everything here is a function of tensors and a `Schedule`; nothing knows about a model. Sampler arithmetic is done in
+the dtype of `x_t` (float32 in all our samplers) with coefficients computed in float64.
 """
 
 import math
@@ -43,7 +43,7 @@ def predict_x0(x_t: Tensor, eps: Tensor, t: int, schedule: Schedule) -> Tensor:
 
 
 def predict_eps(x_t: Tensor, x_0: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """The noise that leads from x̂_0 to x_t, eps = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t): `predict_x0` turned round."""
+    """The noise that leads from x̂_0 to x_t, eps = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t): `predict_x0` solved for eps."""
     alpha_cumprod = schedule.alpha_cumprod(t)
     return (x_t - math.sqrt(alpha_cumprod) * x_0) / math.sqrt(1 - alpha_cumprod)
 
@@ -64,7 +64,7 @@ def dynamic_threshold(x_0: Tensor, percentile: float = 0.95, maximum: float = 1.
 
 
 class Prediction(NamedTuple):
-    """What a step knows beside x_t.
+    """What a step knows besides x_t.
 
     x_0:    x̂_0 [B, C, H, W], thresholded
     v:      [B, C, H, W] in [-1, 1], what the model says of the variance; None when it learned none
@@ -90,10 +90,10 @@ def ddpm_step(
 
     x_t:       the noisy image [B, C, H, W]
     predicted: what the model makes of it
-    t, t_prev: timesteps, 0 ≤ t_prev < t; the step to the clean image, which is x̂_0 itself, is the loop's
+    t, t_prev: timesteps, 0 ≤ t_prev < t; `denoise_along` takes the last step, to x̂_0 itself
     noise:     z [B, C, H, W] from N(0, I)
-    variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range": between them, where
-        the model says
+    variance:  "beta" or "beta_tilde", the two fixed choices of DDPM §3.2, or "learned_range": interpolated between
+        them by the model's v
 
     Returns x_{t'}. Raises ValueError when the timesteps are out of order or outside the schedule, or when a learned
     variance has no v. Source: DDPM eq. 7, arXiv 2006.11239; Improved DDPM eq. 15, arXiv 2102.09672.
@@ -157,7 +157,7 @@ def dpm_solver_step(
     *,
     eta: float = 0.0,
 ) -> Tensor:
-    """One step of DPM-Solver++(2M) to any earlier t' = t_prev: of second order, so that 20 do what 100 of DDIM do.
+    """One step of DPM-Solver++(2M) to any earlier t' = t_prev: second order, one evaluation a step.
 
     predicted: with the x̂_0 of the step before this one; without, the step is of first order
     eta: how much fresh noise; 0 is deterministic, 1 is SDE-DPM-Solver++(2M), which corrects more of the model's errors

@@ -2,7 +2,7 @@
 
 An image x was seen through a linear operator, y = A x: without colours, with a hole, smaller, or all of these. Any
 x̂_0 can be made to fit y without touching what y does not tell, x̂_0 - A⁺ (A x̂_0 - y), and `restore` does so at every
-step. Operators are of images [B, C, H, W] of any size that divides. Source: DDNM, arXiv 2212.00490.
+step. Operators take images [B, C, H, W] whose sides divide evenly. Source: DDNM, arXiv 2212.00490.
 """
 
 import math
@@ -87,7 +87,7 @@ def restore(
     num_resamples: int = 1,
     **loop,
 ) -> Tensor:
-    """An image x_0 with A x_0 = y, and the rest of it as the model has it: at each step, x̂_0 - λ A⁺ (A x̂_0 - y).
+    """An image x_0 with A x_0 = y; the model fills in what y leaves open. At each step, x̂_0 ← x̂_0 - λ A⁺ (A x̂_0 - y).
 
     y: what was seen, operator.of(x) + noise_std · noise
     noise_std: σ_y. λ = r² / (r² + (σ_y / s)²), with s the gain and r² = 1-ᾱ_t the variance of x_0 given x_t where
@@ -102,8 +102,8 @@ def restore(
         raise ValueError(f"noise_std must not be below 0, it is {noise_std:g}")
     x_T = noise()
     if (shape := operator.of(x_T).shape[1:]) != y.shape[1:]:
-        told = f"of images of {list(x_T.shape[1:])} the operator {operator.name!r} shows {list(shape)}"
-        raise ValueError(f"{told}, not {list(y.shape[1:])}")
+        maps = f"the operator {operator.name!r} maps images of {list(x_T.shape[1:])} to {list(shape)}"
+        raise ValueError(f"{maps}, but y is {list(y.shape[1:])}")
     seen = operator.inverse(y)
 
     def fit(x_0: Tensor, t: int) -> Tensor:
@@ -122,16 +122,16 @@ def check_operator(operator: Operator, shape: tuple[int, ...] = (3, 64, 64), tol
     on random x and z. Raises ValueError that says what is wrong.
     """
     x, z = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0))
-    told = f"the operator {operator.name!r} cannot be undone on images of {list(shape)}:"
+    named = f"the operator {operator.name!r} cannot be undone on images of {list(shape)}:"
     y, of_z = operator.of(x), operator.of(z)
     if (operator.of(x + 2 * z) - y - 2 * of_z).abs().max() > 10 * tolerance:
-        raise ValueError(f"{told} it is not linear")
+        raise ValueError(f"{named} it is not linear")
     kept, kept_z = operator.inverse(y), operator.inverse(of_z)
     if kept.shape != x.shape or (operator.of(kept) - y).abs().max() > 10 * tolerance:
-        raise ValueError(f"{told} its inverse gives images that it does not see as it saw the first, A A⁺ A is not A")
+        raise ValueError(f"{named} its inverse is not a pseudo-inverse, A A⁺ A is not A")
     difference = (kept * z).flatten(1).sum(1) - (x * kept_z).flatten(1).sum(1)
     if difference.abs().max() > 10 * tolerance * x[0].numel() ** 0.5:
-        raise ValueError(f"{told} its inverse is no pseudo-inverse: A⁺A is not symmetric, it changes what was not seen")
+        raise ValueError(f"{named} its inverse is not a pseudo-inverse, A⁺A is not symmetric")
     gain = y.flatten(1).norm(dim=1) / kept.flatten(1).norm(dim=1)
     if (gain / operator.gain - 1).abs().max() > 10 * tolerance:
-        raise ValueError(f"{told} its gain is {gain.mean().item():.4g}, or several, not {operator.gain:.4g}")
+        raise ValueError(f"{named} its gain is {gain.mean().item():.4g}, or several, not {operator.gain:.4g}")

@@ -42,7 +42,7 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), 
 def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu") -> Noise:
     """Gaussian noise [len(seeds), *shape], fresh at each call, every image from a generator of its own.
 
-    So an image depends on its own seed and not on those drawn beside it. The generators live on the CPU:
+    So an image depends on its own seed and not on the others of the batch. The generators live on the CPU:
     the same seed gives the same noise on every device. Raises ValueError for a seed that they would cut to 32 bits.
     """
     for seed in seeds:
@@ -55,10 +55,10 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch
 
 
 def classical_denoise(x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """Denoise x_t [B, C, H, W] without a model: the mean x_t / √ᾱ_t, blurred by a Gaussian as wide as the noise asks.
+    """Denoise x_t [B, C, H, W] without a model: the mean x_t / √ᾱ_t, blurred more the more noise there is.
 
-    Its σ is 2 √((1-ᾱ_t) / ᾱ_t)^0.7 pixels of a 64-pixel image, which over 46 images and eight t was within a
-    tenth or so of the σ of least squared error. Returns an estimate of x_0 [B, C, H, W].
+    The Gaussian's σ is 2 ((1-ᾱ_t) / ᾱ_t)^0.35 pixels of a 64-pixel image: over 46 images and eight t, within about
+    10 % of the σ of least squared error. Returns an estimate of x_0 [B, C, H, W].
     """
     alpha_cumprod, side = schedule.alpha_cumprod(t), min(x_t.shape[-2:])
     sigma = 2 * ((1 - alpha_cumprod) / alpha_cumprod) ** 0.35 * side / 64
@@ -96,8 +96,8 @@ def denoise_along(
     noise(): a fresh z for each step, see `noise_source`
     step: `ddpm_step`, `ddim_step`, `dpm_solver_step` or another, its options bound by functools.partial
     threshold: applied to x̂_0, such as `dynamic_threshold`
-    correct_x0(x̂_0, t): what x̂_0, thresholded, becomes before the step, as restoration does; nothing when None
-    correct(x_{t'}, t'): what each step's result becomes before the next one, as inpainting does; nothing when None
+    correct_x0(x̂_0, t): replaces the thresholded x̂_0 before the step, as restoration does
+    correct(x_{t'}, t'): replaces the result of the step, as inpainting does
     callback(step, t, x_t, x̂_0): after each step, with the x_t it started from, see `Trajectory`
     Where the path goes up, t' > t, x_t is noised back, as RePaint does. Source: DDPM Algorithm 2, arXiv 2006.11239.
     """
@@ -133,7 +133,7 @@ def iterative_denoise(
 
     `sample` starts it from pure noise, `sdedit` from an image
     timesteps: strictly falling
-    noise, loop: `denoise_along`'s noise, step, threshold, correct and callback
+    noise, loop: as in `denoise_along`, such as step, threshold and callback
     """
     check_falling(timesteps)
     path = itertools.pairwise([*timesteps, CLEAN])
@@ -201,8 +201,8 @@ def inpaint(
     """Fill the hole where mask [B or 1, 1, H, W] is 1; where it is 0, the pixels of x_orig [B, C, H, W] stay.
 
     After every step the known pixels are those of x_orig, noised to the timestep just reached.
-    jump_length, num_resamples: RePaint's j and r. After each j steps it noises x_t back by these j and denoises
-        again, until they were done r times, so that the new part comes to agree with the known one; r = 1 never does
+    jump_length, num_resamples: RePaint's j and r. Each j steps are taken r times in all, noising x_t back in between,
+        so that the new part comes to agree with the known one
     The rest as in `iterative_denoise`; at its end the known pixels are exactly those of x_orig.
     Not diffusers' IFInpaintingPipeline, which shows the model the known pixels without any noise at every step; where
     nothing is known, the two agree. RePaint's Algorithm 1 prints the variance 1-ᾱ in line 5 where the

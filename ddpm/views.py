@@ -2,10 +2,10 @@
 
 A view must be an orthogonal linear map. Then independent Gaussian noise, looked at in that way, is again independent
 Gaussian noise, which is what a diffusion model was trained to see; and its inverse is its transpose. `check_view`
-refuses everything else. Where a model learns its variance v as well, as IF does, a view must move pixels and change
-signs, no more, for only then has each pixel of v a place to go back to: all of VIEWS do so. Views are of images
-[B, C, H, W] of any size that divides, and look the same at 64 and at 256 pixels, so that both stages of a cascade can
-use one. Source: Visual Anagrams §3.3, arXiv 2311.17919.
+refuses everything else. Where a model learns its variance v as well, as IF does, a view may only permute pixels and
+flip signs, as all of VIEWS do, so that v can be mapped back. Views take images [B, C, H, W] whose sides divide evenly,
+and look the same at 64 and at 256 pixels, so that both stages of a cascade can use one.
+Source: Visual Anagrams §3.3, arXiv 2311.17919.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ class View:
     def inverse_variance(self, v: Tensor) -> Tensor:
         """The way back for v, the model's interpolation of variances: its pixels move, their signs stay.
 
-        For views that move pixels and change signs alone: what the inverse makes of ones are the signs.
+        For views that only permute pixels and flip signs: the inverse of an image of ones has the signs.
         """
         return self.inverse(torch.ones_like(v)) * self.inverse(v)
 
 
 def permutation(name: str, order_of: Callable[[int, int], Tensor]) -> View:
-    """The view that shows at each place the pixel of another: order_of(H, W) is a permutation of 0 … H·W - 1."""
+    """A view that permutes pixels: order_of(H, W) says which pixel, of 0 … H·W - 1, is shown at each place."""
 
     def move(x: Tensor, inverse: bool) -> Tensor:
         order = order_of(*x.shape[-2:]).flatten()
@@ -50,12 +50,12 @@ def identity() -> View:
 
 
 def vertical_flip() -> View:
-    """Upside down, mirrored."""
+    """Flipped top to bottom."""
     return View("vertical_flip", lambda x: x.flip(-2), lambda x: x.flip(-2))
 
 
 def horizontal_flip() -> View:
-    """Left to right."""
+    """Flipped left to right."""
     return View("horizontal_flip", lambda x: x.flip(-1), lambda x: x.flip(-1))
 
 
@@ -167,7 +167,7 @@ def square_hinge(grid: int = 4) -> View:
 
 
 def skew(turns: float = 1.0) -> View:
-    """Every row shifted to the right, and round, by more than the one above: by `turns` widths over the height."""
+    """Each row rolled to the right a little more than the one above, by `turns` widths in all."""
 
     def order_of(h: int, w: int) -> Tensor:
         shift = (torch.arange(h) * turns * w / h).long()

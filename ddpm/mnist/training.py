@@ -149,7 +149,7 @@ def fit(
     after_epoch(model, epochs done, all losses so far) draws figures, with averaged weights if the recipe has them,
         as weights.safetensors does.
     start: a weights file of the same model to go on from where its state file is lost: at the step that it had
-        reached, with Adam's moments anew
+        reached, with fresh moments of Adam
     Returns whether the run is complete. Raises ValueError when there is a run in the folder and `resume` is
     false, when that run is of another recipe, or when the loss is not finite.
     """

@@ -1,8 +1,7 @@
-"""What is trained: a text encoder, first against images, then with a UNet; and the average of their weights.
+"""What is trained: a text encoder, first against images, then together with a UNet.
 
-Beside an untrained text encoder, whose output is nearly the same for every caption, a UNet learns to ignore it. So the
-encoder is first trained contrastively, to match images and captions; `caption_loss_gap` then shows whether the UNet
-uses them.
+An untrained text encoder says nearly the same for every caption, and a UNet learns to ignore it. So the encoder is
+first trained contrastively, to match images and captions; `caption_loss_gap` then shows whether the UNet uses them.
 """
 
 import io
@@ -86,7 +85,7 @@ class TextToImage(nn.Module):
 
 @torch.no_grad()
 def zero_init(unet: UNet):
-    """Let an untrained UNet start as the identity: the last layer of every branch, and of the whole, is zero."""
+    """Zero the last layer of every residual branch, which then starts as the identity, and of the whole: it says 0."""
     for name, parameter in unet.named_parameters():
         if ".conv2." in name or ".to_out." in name or name.startswith("conv_out."):
             parameter.zero_()

@@ -225,7 +225,7 @@ def test_what_was_seen_is_fitted_at_every_step():
 
 def test_a_strange_restoration_is_refused():
     options = {"timesteps": [500, 0], "schedule": COSINE, "noise": noise_source([1], (3, 8, 8))}
-    with pytest.raises(ValueError, match=r"shows \[3, 4, 4\], not \[3, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"to \[3, 4, 4\], but y is \[3, 8, 8\]"):
         restore(toy(1.0, 0.0), torch.zeros(1, 3, 8, 8), BOX, **options)
     with pytest.raises(ValueError, match=r"not be below 0, it is -0\.5"):
         restore(toy(1.0, 0.0), torch.zeros(1, 3, 4, 4), BOX, noise_std=-0.5, **options)
