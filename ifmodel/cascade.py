@@ -1,7 +1,7 @@
 """The cascade: text to a small image with stage 1, the small image to a larger one with stage 2.
 
 What it draws are `jobs`. It checks them before anything is computed, embeds their prompts, and loads the UNets, one at
-a time where the memory does not hold both.
+a time where both do not fit into the memory.
 """
 
 import math
@@ -39,7 +39,7 @@ from ifmodel.weights import find_weights, stored_dtypes
 
 
 class Cascade:
-    """Text to images with both stages, one in memory at a time where it does not hold both.
+    """Text to images with both stages, one in memory at a time where both do not fit.
 
     cascade = Cascade("tiny-if")
     images = cascade.draw(["a photo of a dog", "a rocket ship"], seeds=[1, 2])  # [2, 3, 128, 128] in [-1, 1]
@@ -68,11 +68,11 @@ class Cascade:
         embeds: a file of prompts with their embeddings, which spares T5, see `load_embeds`
         size: height and width of stage 1's images, the model's own when None
         compiled: torch.compile the UNets
-        lora, lora_scale: files, folders or Hub ids of LoRAs, see `load_lora`, and how strong all, or each, are. Each is
-            merged into the stage that it fits, and into T5 if it has something for it. LoRAs are trained on eps alone,
-            which leaves the learned variance astray, so ddpm draws that stage with the fixed β̃ (fixed_small)
-        low_memory: what does not fit into the device's memory, of T5 and of the UNets, is read from its files layer by
-            layer, every time that it runs: for the same images, see `offload`; on the CPU T5 always is
+        lora, lora_scale: files, folders or Hub ids of LoRAs, see `load_lora`, and one strength, or one for each. A LoRA
+            is merged into the stage that it fits, and into T5 if it has something for it. LoRAs are trained on eps
+            alone, which makes the learned variance unreliable: ddpm then takes the fixed β̃ (fixed_small)
+        low_memory: weights of T5 and the UNets that do not fit into the device's memory are read from their files,
+            layer by layer, at each use; the images stay the same, see `offload`. On the CPU, T5's always are
         Raises FileNotFoundError or ValueError, in one line, for what cannot work together; the weights are not
         looked for until they are needed.
         """
@@ -131,7 +131,7 @@ class Cascade:
         """Images [len(seeds), 3, H, W] in [-1, 1] of every job, on the CPU: all of stage 1, then all of stage 2.
 
         sampler, eta: of stage 1, one of SAMPLERS; how much fresh noise ddim and dpm++ add. Stage 2 samples with ddpm,
-            the nearest to the original of them in few steps, see weights.md
+            of which few steps come closest to the original, see weights.md
         guidance_interval: the first and last t with guidance in stage 1
         num_steps, guidance_scale, upscaler_steps, upscaler_guidance_scale, noise_level: the model's own when None
         An image depends on its own seed and prompt alone, up to the rounding of another batch size.
@@ -141,38 +141,60 @@ class Cascade:
             {"num_steps": num_steps, "guidance_scale": guidance_scale},
             {"num_steps": upscaler_steps, "guidance_scale": upscaler_guidance_scale, "noise_level": noise_level},
         )
-        timesteps = self._check_settings(settings, sampler, eta, guidance_interval)
+        noise_level = settings[2]["noise_level"]
+        check_settings(sampler, eta, guidance_interval, noise_level)
+        timesteps = {
+            1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
+            2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
+        }
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
         self._check_known(prompts)
+        batches = self._batches(jobs, batch_size)
+        self._embed(prompts)
+
+        images: list[Tensor | None] = [None] * len(batches)
+        for number, files in enumerate(self.stages, start=1):
+            asked = settings[number]["guidance_scale"], guidance_interval, negative_prompt, noise_level
+            loop = {"threshold": files.threshold, "timesteps": timesteps[number]}
+            loop["step"] = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
+            images = self._draw_stage(number, batches, images, asked, progress, loop)
+        return list(torch.cat(images).cpu().split([len(job.seeds) for job in jobs]))
+
+    def _batches(self, jobs: Sequence[Job], batch_size: int) -> list[Job]:
+        """The jobs in batches, once all weights are there and the memory holds the images, and a batch at work."""
         count, (h, w) = sum(len(job.seeds) for job in jobs), self.sizes[-1]
         check_memory(2 * 3 * 4 * count * h * w, f"{count} images of {h} × {w}")
         batches = [batch for job in jobs for batch in job.batches(batch_size)]
-        largest = max(len(batch.seeds) for batch in batches)
-        self._check_sizes(largest)
+        self._check_sizes(max(len(batch.seeds) for batch in batches))
         for files in self.stages:
             find_variant(files, self.dtype)  # all of a download, before anything is computed
-        self._embed(prompts)
+        return batches
 
-        images: list[Tensor] = []
-        for number, files in enumerate(self.stages, start=1):
-            unet = self._load(number, largest)
-            self._check_sizes(largest, [number])  # again, beside the weights
-            told = settings[number]["guidance_scale"], guidance_interval, negative_prompt, settings[2]["noise_level"]
-            step = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
-            loop = {"step": step, "threshold": files.threshold}
-            visited = [(number == 1 and batch.timesteps) or timesteps[number] for batch in batches]
-            steps = sum((number == 1 and job.num_steps) or len(t) for job, t in zip(batches, visited, strict=True))
-            drawn = []
-            with progress_bar(steps, f"stage {number}", progress) as callback:
-                for k, batch in enumerate(batches):
-                    stage = Stage(number, unet, self._embedded, len(batch.seeds), *told)
-                    small = images[k] if number == 2 else None
-                    drawn.append(self._draw(batch, stage, small, timesteps=visited[k], callback=callback, **loop))
-            images = drawn
-        return list(torch.cat(images).cpu().split([len(job.seeds) for job in jobs]))
+    def _draw_stage(
+        self,
+        number: int,
+        batches: Sequence[Job],
+        small: Sequence[Tensor | None],
+        asked: tuple,
+        progress: bool,
+        loop: dict,
+    ) -> list[Tensor]:
+        """Every batch by one stage. small: the images of stage 1, None in stage 1; asked: the rest of `Stage`."""
+        largest = max(len(batch.seeds) for batch in batches)
+        unet = self._load(number, largest)
+        self._check_sizes(largest, [number])  # again, now that the weights are there
+        own = [loop | ({"timesteps": batch.timesteps} if number == 1 and batch.timesteps else {}) for batch in batches]
+        steps = [batch.num_steps if number == 1 else None for batch in batches]
+        total = sum(count or len(loop["timesteps"]) for count, loop in zip(steps, own, strict=True))
+        drawn = []
+        with progress_bar(total, f"stage {number}", progress) as callback:
+            for batch, low, loop in zip(batches, small, own, strict=True):
+                stage = Stage(number, unet, self._embedded, len(batch.seeds), *asked)
+                drawn.append(self._draw(batch, stage, low, callback=callback, **loop))
+        return drawn
 
     def _draw(self, batch: Job, stage: Stage, small: Tensor | None, **loop) -> Tensor:
-        """A batch of images of one stage, in stage 2 beside the small ones; loop: what the algorithm takes besides."""
+        """A batch of images, in stage 2 from the small ones; loop: further arguments of the algorithm."""
         size = self.sizes[stage.number - 1]
         noise = noise_source(batch.seeds, (3, *size), self.device)
         if stage.number == 2:
@@ -185,23 +207,6 @@ class Cascade:
         theirs = SETTINGS | {number: files.settings for number, files in enumerate(self.stages, start=1)}
         chosen = [{name: value for name, value in own.items() if value is not None} for own in given]
         return {number: theirs[number] | chosen[number - 1] for number in theirs}
-
-    def _check_settings(self, settings: dict[int, dict], sampler: str, eta: float, interval) -> dict[int, list[int]]:
-        """The timesteps of each stage. Raises ValueError for a setting that is out of its range."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 to 1, not {eta:g}")
-        if interval[0] > interval[1]:
-            told = f"{interval[1]} {interval[0]}, not {interval[0]} {interval[1]}"
-            raise ValueError(f"the guidance interval begins at the smaller t: {told}")
-        noise_level = settings[2]["noise_level"]
-        if not 0 <= noise_level < SCHEDULE.num_timesteps:
-            raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
-        return {
-            1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
-            2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
-        }
 
     def _check_sizes(self, batch_size: int, stages: Sequence[int] = (1, 2)):
         """Refuse a height or width that a stage cannot halve often enough, or that the memory cannot hold."""
@@ -246,8 +251,8 @@ class Cascade:
         vocabulary = None if self.loras else self.stages[0].vocabulary  # a LoRA may have taught it more
         for prompt in dict.fromkeys(prompts) if vocabulary else ():
             if nearest := nearest_known(prompt, vocabulary):
-                told = f"{source} does not know {prompt!r} and will draw something else; nearest to it are"
-                warnings.warn(f"{told} {', '.join(nearest)}", stacklevel=4)
+                unknown = f"{source} does not know {prompt!r} and will draw something else; nearest to it are"
+                warnings.warn(f"{unknown} {', '.join(nearest)}", stacklevel=4)
 
     def embed_each(self, prompts: Sequence[str]) -> Iterator[str]:
         """Embed prompts into T5's cache, one at a time, so that drawing them needs no T5 and none stays in memory."""
@@ -283,7 +288,7 @@ class Cascade:
         return len(self._unets) == len(self.stages)
 
     def _load(self, number: int, batch_size: int) -> UNet:
-        """Stage 1 or 2; the other one is freed first where both do not fit beside a batch."""
+        """Stage 1 or 2; the other is freed first where both and a batch do not fit."""
         if number not in self._unets:
             files = self.stages[number - 1]
             variant = find_variant(files, self.dtype)
@@ -311,8 +316,21 @@ class Cascade:
         stored = max(dtype.itemsize for dtype in stored_dtypes(paths))
         weights = sum(path.stat().st_size for path in paths) * self.dtype.itemsize // stored
         if self.device.type == "cpu" and not self.low_memory:
-            weights *= 2  # laid out anew
+            weights *= 2  # packed, a copy
         return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
+
+
+def check_settings(sampler: str, eta: float, guidance_interval: tuple[float, float], noise_level: int):
+    """Raises ValueError for a setting that is out of its range."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1, not {eta:g}")
+    first, last = guidance_interval
+    if first > last:
+        raise ValueError(f"the guidance interval begins at the smaller t: {last} {first}, not {first} {last}")
+    if not 0 <= noise_level < SCHEDULE.num_timesteps:
+        raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from ifmodel.unet import Text, UNet
 WARMUP = 20  # steps in which the learning rate rises
 
 
-def draw_batch(data: dict[str, Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Images [size, 3, S, S] of random prompts, and these; all are shifted by up to 1/16 each way, edges repeated.
+def random_batch(data: dict[str, Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Images [size, 3, S, S] of random prompts, and these; all are shifted by up to 1/16 to each side, edges repeated.
 
     data: {prompt: images [N, 3, S, S]}
     """
@@ -42,7 +42,7 @@ def eps_loss(
     generator: torch.Generator,
     upscaling: tuple[int, int] | None = None,
 ) -> Tensor:
-    """‖eps - eps_θ(x_t, t, text)‖² of images [B, 3, S, S] and their prompts [B, 77, D_text]; v has no part in it.
+    """‖eps - eps_θ(x_t, t, text)‖² of images [B, 3, S, S] and their prompts [B, 77, D_text]; v is not trained.
 
     generator: on the CPU; upscaling: for stage 2, the side of the small images and the bound of their noise level
     """
@@ -78,13 +78,13 @@ def dreambooth_loss(
     """
     loss = 0.0
     for weight, data in sets:
-        x_0, prompts = draw_batch(data, batch_size, generator)
+        x_0, prompts = random_batch(data, batch_size, generator)
         prompt_embeds = torch.stack([embeds[prompt] for prompt in prompts])
         loss = loss + weight * eps_loss(unet, x_0.to(prompt_embeds.device), prompt_embeds, generator, upscaling)
     return loss
 
 
-def fit(
+def train_lora(
     layers: dict[str, LoRALayer],
     loss_of: Callable[[torch.Generator], Tensor],
     folder: Path,

@@ -58,7 +58,7 @@ class Stage:
         return self._finite(stage_2(self.unet, low_res, text, null, self.guidance_scale, self.noise_level, guider))
 
     def _finite(self, estimate: Estimate) -> Estimate:
-        """An estimate that stops when it is infinite, which thresholding would hide."""
+        """Raises ValueError as soon as eps is not finite, which thresholding would hide."""
 
         def checked(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
             eps, v = estimate(x_t, t)
@@ -70,7 +70,7 @@ class Stage:
 
 @dataclass
 class _Asked:
-    """Stands in for a `Stage` to learn which prompts a recipe asks for, before anything is computed."""
+    """Stands in for a `Stage`, before anything is computed, to learn which prompts a recipe asks for."""
 
     number: int
     low_res: None = None
@@ -88,12 +88,13 @@ Recipe = str | Sequence[str] | Callable[[Stage], Estimate]
 class Job:
     """Images that share everything but the seed, and the prompt if the recipe is a list of them.
 
-    recipe: a prompt for all, one for each seed, or a function that builds an `Estimate` from a `Stage`
+    recipe: a prompt for all, one for each seed, or a function that builds an `Estimate` from a `Stage`, of which it may
+        use `estimate`, `number` and `low_res`: it is called once before there is a UNet, to learn its prompts
     algorithm: takes estimate, timesteps, schedule, noise, step, threshold and callback by name, as `sample` does; bind
         the others' own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=10)
     timesteps: those of stage 1, noisiest first; the sampler's own spacing when None
     upscale: the algorithm of stage 2
-    num_steps: how many the algorithm takes, where they are not as many as the timesteps: for the progress bar
+    num_steps: how many the algorithm takes, if not one for each timestep: for the progress bar
     """
 
     recipe: Recipe
@@ -107,8 +108,7 @@ class Job:
         if not len(self.seeds):
             raise ValueError("seeds must hold one for each image")
         if not isinstance(self.recipe, str) and not callable(self.recipe) and len(self.recipe) != len(self.seeds):
-            told = f"give one prompt, or one for each of the {len(self.seeds)} seeds"
-            raise ValueError(f"{told}, not {len(self.recipe)}")
+            raise ValueError(f"give one prompt, or one for each of the {len(self.seeds)} seeds, not {len(self.recipe)}")
 
     def prompts(self) -> list[str]:
         """All that it asks for, in either stage."""
@@ -121,7 +121,7 @@ class Job:
         return [prompt for asked in stages for prompt in asked.prompts]
 
     def batches(self, size: int) -> Iterator["Job"]:
-        """The same in parts of at most so many images."""
+        """The same in batches of at most `size` images."""
         for k in range(0, len(self.seeds), size):
             shared = isinstance(self.recipe, str) or callable(self.recipe)
             recipe = self.recipe if shared else self.recipe[k : k + size]

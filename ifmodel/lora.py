@@ -37,6 +37,7 @@ KEY = re.compile(
     r"(?:(?:(?P<down>lora_A|lora_down|down)|(?P<up>lora_B|lora_up|up))(?:\.\w+)?\.weight|alpha)"
 )
 T5_PREFIXES = ("text_encoder.", "lora_te_", "encoder.")
+# taken off in this order: PEFT puts its own outside or inside of the others
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "text_encoder.", "lora_te_", "base_model.model.")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
@@ -57,7 +58,7 @@ class Update:
 
 @dataclass(frozen=True)
 class LoRA:
-    """What a file has for the UNet and for T5, by layer. base: the model that it is of, None if unknown."""
+    """What a file has for the UNet and for T5, by layer. base: the model that it was trained on, None if unknown."""
 
     source: str
     base: str | None
@@ -92,7 +93,7 @@ def load_lora(unet: UNet, source: str | Path, scale: float = 1.0):
 @torch.no_grad()
 def merge_lora(model: nn.Module, lora: LoRA, scale: float = 1.0, part: str = "unet"):
     """Merge a part of a LoRA, "unet" or "text_encoder", into that model. Raises as `load_lora` does."""
-    fitting, misfits = fit(lora, model, part)
+    fitting, misfits = match_layers(lora, model, part)
     if misfits:
         raise ValueError(refusal(lora, misfits))
     if any(model.get_submodule(name).weight.is_meta for name in fitting):  # as accelerate leaves what it offloads
@@ -111,13 +112,13 @@ def place_lora(lora: LoRA, configs: Sequence[UNetConfig]) -> int:
     for number, config in enumerate(configs, start=1):
         with torch.device("meta"):
             unet = UNet(config)
-        refused.append(fit(lora, unet)[1])
+        refused.append(match_layers(lora, unet)[1])
         if not refused[-1]:
             return number
     raise ValueError(refusal(lora, min(refused, key=len)))
 
 
-def fit(lora: LoRA, model: nn.Module, part: str = "unet") -> tuple[dict[str, Update], list[str]]:
+def match_layers(lora: LoRA, model: nn.Module, part: str = "unet") -> tuple[dict[str, Update], list[str]]:
     """The updates by the names of a model's layers, and a line for each that fits none of them."""
     layers = {k: layer for k, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d | PackedConv2d)}
     flat = {name.replace(".", "_"): name for name in layers}  # as kohya writes them

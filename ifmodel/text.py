@@ -31,7 +31,7 @@ PAD, END = 0, 1
 
 
 class Tokenizer:
-    """Prompts to tokens as IF does it: lower-cased, stripped, cut at 77 tokens with the end token, padded to 77.
+    """Prompts to tokens as IF does: lower-cased, stripped, cut at 77 tokens with the end token, padded to 77.
 
     Raises ValueError for a prompt that is not valid Unicode.
     """
@@ -76,8 +76,8 @@ class Tokenizer:
     def _numbers(self, prompt: str) -> list[int]:
         try:
             prompt.encode()
-        except UnicodeEncodeError:  # half a character: a command line that is not UTF-8 leaves such
-            raise ValueError(f"the prompt {prompt!r} is not valid UTF-8: type it anew") from None
+        except UnicodeEncodeError:  # a lone surrogate, from a terminal that is not UTF-8
+            raise ValueError(f"the prompt {prompt!r} is not valid UTF-8: type it again") from None
         return self._encode(normalised(prompt))
 
 
@@ -162,7 +162,7 @@ def save_embeds(path: str | Path, embeds: dict[str, Tensor]):
 
 
 def embed_prompts(source: str | Path, prompts: Sequence[str], **options) -> dict[str, Tensor]:
-    """Embeddings [77, D_text] by prompt; options: as in `embed_each`, for what the memory holds at once."""
+    """Embeddings [77, D_text] by prompt: `embed_each`, with its options, collected."""
     return dict(embed_each(source, prompts, **options))
 
 
@@ -186,10 +186,10 @@ def embed_each(
         float16, T5's `wo` layers stay in float32 because they overflow
     cache: the folder that keeps embeddings, by model revision, dtype, LoRAs and prompt; None keeps nothing
     loras: those that change T5, each with its scale
-    low_memory: read what a GPU cannot hold, and on the CPU all, layer by layer from T5's files, for every prompt
+    low_memory: stream T5's layers from its files, for each prompt; on a GPU only those that do not fit
     T5 is freed after the last. Warns of a prompt that is cut at 77 tokens, with the part that is lost, and of a
     damaged file in the cache, whose prompt is embedded again.
-    Raises FileNotFoundError or ValueError when the tokenizer or T5 cannot be had, is damaged or does not fit in memory.
+    Raises FileNotFoundError or ValueError when the tokenizer or T5 is missing, is damaged or does not fit in memory.
     """
     tokenizer = Tokenizer(fetch(source, "tokenizer", ["spiece.model", "tokenizer.json"], revision))
     prompts = list(dict.fromkeys(prompts))
@@ -207,8 +207,12 @@ def embed_each(
             yield prompt, tensor
     if not unknown:
         return
-    found = _encode(source, revision, tokenizer, unknown, dtype, device, loras, low_memory)
-    for prompt, tensor in zip(unknown, found, strict=True):
+    folder, variant = _find_t5(source, dtype, revision)
+    encoder = load_encoder(folder, tokenizer, dtype, device, variant, low_memory)
+    for lora, scale in loras:
+        merge_lora(encoder, lora, scale, part="text_encoder")
+    for prompt in unknown:
+        tensor = _encode(encoder, *(tensor.to(device) for tensor in tokenizer([prompt])), dtype)
         try:
             if cache:
                 write_atomically(files[prompt], save({"prompt_embeds": tensor}))
@@ -219,20 +223,18 @@ def embed_each(
 
 
 @torch.no_grad()
-def _encode(source, revision, tokenizer, prompts, dtype, device, loras, low_memory) -> Iterator[Tensor]:
-    """T5's output for prompts, one [77, D_text] each, on the CPU; T5 lives no longer than this."""
+def _encode(encoder: nn.Module, tokens: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """T5's output for the tokens of a prompt, [77, D_text], on the CPU."""
+    return encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous()
+
+
+def _find_t5(source: str | Path, dtype: torch.dtype, revision: str | None) -> tuple[Path, str | None]:
+    """T5's folder, and which of its weights to read: those of the dtype where there are some, else others."""
     for variant in VARIANTS[dtype]:
         folder = fetch(source, "text_encoder", weight_patterns("model", variant), revision)
         if _encoder_files(folder, variant):
-            break
-    else:
-        raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
-    encoder = load_encoder(folder, tokenizer, dtype, device, variant, low_memory)
-    for lora, scale in loras:
-        merge_lora(encoder, lora, scale, part="text_encoder")
-    for prompt in prompts:
-        tokens, mask = (tensor.to(device) for tensor in tokenizer([prompt]))
-        yield encoder(tokens, attention_mask=mask).last_hidden_state[0].to("cpu", dtype).contiguous()
+            return folder, variant
+    raise FileNotFoundError(f"{folder} has no safetensors: {source} must hold T5's weights in text_encoder/")
 
 
 def _encoder_files(folder: Path, variant: str | None) -> list[Path]:

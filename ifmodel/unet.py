@@ -90,15 +90,15 @@ class TextEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions, the second scaled and shifted by the time embedding, beside a shortcut.
+    """Two convolutions, the second scaled and shifted by the time embedding, and a shortcut.
 
-    x [B, i, H, W], time [B, D_time] -> [B, o, H, W]; resample "up" doubles H and W, "down" halves them.
+    x [B, in_dim, H, W], time [B, D_time] -> [B, out_dim, H, W]; resample "up" doubles H and W, "down" halves them.
     """
 
     def __init__(
         self,
-        i: int,
-        o: int,
+        in_dim: int,
+        out_dim: int,
         time_dim: int,
         *,
         groups: int,
@@ -109,12 +109,12 @@ class ResnetBlock(nn.Module):
         resample: str | None = None,
     ):
         super().__init__()
-        self.norm1 = GroupNorm(groups, i, eps)
-        self.conv1 = nn.Conv2d(i, o, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, 2 * o)
-        self.norm2 = GroupNorm(groups, o, eps)
-        self.conv2 = nn.Conv2d(o, o, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+        self.norm1 = GroupNorm(groups, in_dim, eps)
+        self.conv1 = nn.Conv2d(in_dim, out_dim, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * out_dim)
+        self.norm2 = GroupNorm(groups, out_dim, eps)
+        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
         self.act = ACTIVATION[act_fn]()
         self.time_act = nn.Identity() if skip_time_act else ACTIVATION[act_fn]()
         self.out_scale_factor = out_scale_factor
@@ -200,13 +200,13 @@ class Text:
 
 
 class DownBlock(nn.Module):
-    """One level of the way down; returns its image and all that it leaves for the way up."""
+    """One level of the way down; returns its image and its skip connections."""
 
-    def __init__(self, i: int, o: int, layers: int, attention, resnet, last: bool):
+    def __init__(self, in_dim: int, out_dim: int, layers: int, attention, resnet, last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([resnet(i if layer == 0 else o, o) for layer in range(layers)])
-        self.attentions = nn.ModuleList([attention(o) for _ in range(layers)] if attention else [])
-        self.downsamplers = nn.ModuleList([] if last else [resnet(o, o, resample="down")])
+        self.resnets = nn.ModuleList([resnet(in_dim if layer == 0 else out_dim, out_dim) for layer in range(layers)])
+        self.attentions = nn.ModuleList([attention(out_dim) for _ in range(layers)] if attention else [])
+        self.downsamplers = nn.ModuleList([] if last else [resnet(out_dim, out_dim, resample="down")])
 
     def forward(self, x: Tensor, time: Tensor, keys_values: Iterator[KeysValues]) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -237,12 +237,12 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level of the way up, with one layer more than its mirror image, and a skip for each."""
 
-    def __init__(self, i: int, o: int, skip_dims: list[int], attention, resnet, last: bool):
+    def __init__(self, in_dim: int, out_dim: int, skip_dims: list[int], attention, resnet, last: bool):
         super().__init__()
-        dims = [i, *[o] * (len(skip_dims) - 1)]
-        self.resnets = nn.ModuleList([resnet(dim + skip, o) for dim, skip in zip(dims, skip_dims, strict=True)])
-        self.attentions = nn.ModuleList([attention(o) for _ in skip_dims] if attention else [])
-        self.upsamplers = nn.ModuleList([] if last else [resnet(o, o, resample="up")])
+        dims = [in_dim, *[out_dim] * (len(skip_dims) - 1)]
+        self.resnets = nn.ModuleList([resnet(dim + skip, out_dim) for dim, skip in zip(dims, skip_dims, strict=True)])
+        self.attentions = nn.ModuleList([attention(out_dim) for _ in skip_dims] if attention else [])
+        self.upsamplers = nn.ModuleList([] if last else [resnet(out_dim, out_dim, resample="up")])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, keys_values: Iterator[KeysValues]) -> Tensor:
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):

@@ -52,8 +52,8 @@ def load_unet(
         SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
     variant: "fp16" or "bf16", as in diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
-    pack: on the CPU, lay the convolutions' weights out anew at the first step (`ifmodel.cpu`): faster, but a copy
-        of them in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
+    pack: on the CPU, reorder the weights of convolutions for oneDNN at the first step, see `ifmodel.cpu`: faster, but
+        a copy in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
     room: the bytes of the device that its weights may take, the rest is read from the files at every step (`offload`);
         None for all that it needs, and nothing is read again
 

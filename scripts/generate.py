@@ -23,7 +23,7 @@ from pathlib import Path
 from shared.figures import save_image, save_table
 from shared.folder import draw_folder
 from shared.options import parser, positive, run
-from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, recipe_of
+from shared.stages import add_cascade_options, draw, open_cascade, parse_prompt, prompts_of
 
 from ddpm.schedule import leading_timesteps
 from ifmodel.jobs import Job
@@ -53,7 +53,7 @@ def main():
     cascade = open_cascade(args)
     prompts = prompts_of(args, cascade, A0_PROMPTS)
     seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [Job(recipe_of(prompt, args.null_prompt), seeds, timesteps=args.visited) for prompt in prompts]
+    jobs = [Job(parse_prompt(prompt, args.null_prompt), seeds, timesteps=args.visited) for prompt in prompts]
     rows = draw(cascade, jobs, args)
     if len(rows) == len(seeds) == 1:
         save_image(args.out, rows[0][0] / 2 + 0.5, args.seed)
@@ -71,7 +71,7 @@ def draw_steps_grid(args):
         )
     cascade = open_cascade(args)
     prompts = prompts_of(args, cascade, A0_PROMPTS)
-    if composed := [prompt for prompt in prompts if callable(recipe_of(prompt, ""))]:
+    if composed := [prompt for prompt in prompts if callable(parse_prompt(prompt, ""))]:
         raise ValueError(f"--steps-grid draws prompts without weights, not {composed[0]!r}")
     jobs = [
         Job(prompts, [args.seed] * len(prompts), timesteps=leading_timesteps(SCHEDULE.num_timesteps, num_steps))

@@ -23,17 +23,17 @@ alphas_cumprod = (1 - betas).cumprod(0)
 
 
 def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
-    """Denoise x_t through the timesteps; model(x_t, t, text) is eps and v, side by side."""
+    """Denoise x_t through the timesteps; model(x_t, t, text) is eps and v, concatenated."""
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
         # classifier-free guidance, eq. 6: eps_u + γ (eps_c - eps_u); v is of the conditional half
-        eps_c, v = model(x_t, t, text).chunk(2, dim=1)
+        eps, v = model(x_t, t, text).chunk(2, dim=1)
         if guidance_scale != 1:
             eps_u, _ = model(x_t, t, null).chunk(2, dim=1)
-            eps_c = eps_u + guidance_scale * (eps_c - eps_u)
+            eps = eps_u + guidance_scale * (eps - eps_u)
 
         # x̂_0 (DDPM eq. 15), dynamically thresholded (Imagen §2.3)
         a_bar, a_bar_prev = alphas_cumprod[t].item(), alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
-        x_0 = (x_t - math.sqrt(1 - a_bar) * eps_c) / math.sqrt(a_bar)
+        x_0 = (x_t - math.sqrt(1 - a_bar) * eps) / math.sqrt(a_bar)
         s = x_0.abs().flatten(1).quantile(0.95, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
         x_0 = x_0.clamp(-s, s) / s
         if t_prev < 0:
@@ -44,7 +44,7 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
         mean = math.sqrt(a_bar_prev) * beta * x_0 + math.sqrt(alpha) * (1 - a_bar_prev) * x_t
         mean = mean / (1 - a_bar)
 
-        # the variance between β̃ and β, where the model says (Improved DDPM eq. 15)
+        # the variance, between β̃ and β as the model says (Improved DDPM eq. 15)
         beta_tilde = max((1 - a_bar_prev) / (1 - a_bar) * beta, 1e-20)
         frac = (v + 1) / 2
         log_variance = frac * math.log(beta) + (1 - frac) * math.log(beta_tilde)
@@ -55,16 +55,16 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
 def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps: int = 6, noise_level: int = 50):
     embeds = embed_prompts("tiny-if/I", [prompt, ""])
 
-    def stage(name, size, steps, guidance_scale, maximum, beside=None):
+    def stage(name, size, steps, guidance_scale, maximum, small=None):
         unet, generator = load_unet(name), torch.Generator().manual_seed(seed)
 
         def draw():
             return torch.randn(1, 3, size, size, generator=generator)
 
         x_T, low_res, level = draw(), None, ()
-        if beside is not None:  # stage 2 sees stage 1's image, upscaled and noised, and the noise level (§2.4)
+        if small is not None:  # stage 2 sees stage 1's image, upscaled and noised, and the noise level (§2.4)
             a_bar, level = alphas_cumprod[noise_level].item(), (noise_level,)
-            low_res = F.interpolate(beside, (size, size), mode="bilinear", align_corners=True)
+            low_res = F.interpolate(small, (size, size), mode="bilinear", align_corners=True)
             low_res = math.sqrt(a_bar) * low_res + math.sqrt(1 - a_bar) * draw()
 
         def model(x_t, t, text):

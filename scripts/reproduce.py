@@ -79,7 +79,7 @@ def arguments() -> Namespace:
     options.add_argument("--device", help="as in the other scripts")
     options.add_argument("--dtype", help="as in the other scripts")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--again", action="store_true", help="make anew what is there already")
+    options.add_argument("--again", action="store_true", help="make again what is there already")
     options.add_argument("--out", type=Path, default=Path("out"), help="folder of the page (default: out)")
     return options.parse_args()
 

@@ -42,7 +42,7 @@ from ifmodel.tiny.data import CaptionedImages, load_captioned
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.models import build_encoder, train_tokenizer
 from ifmodel.tiny.stages import Stage1, Stage2, load_encoder, start_unet
-from ifmodel.tiny.training import Recipe, fit, processes, rank, train_text
+from ifmodel.tiny.training import Recipe, processes, rank, train_stage, train_text
 from ifmodel.unet import UNetConfig
 from ifmodel.weights import fetch, load_config
 
@@ -58,7 +58,7 @@ def arguments() -> Namespace:
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
     options.add_argument("--start", metavar="FOLDER", help=help)
-    help = "with --start: tokenizer and text encoder anew, for other words; the UNet alone keeps its weights"
+    help = "with --start: train a new tokenizer and text encoder, for other words; the UNet alone keeps its weights"
     options.add_argument("--new-text", action="store_true", help=help)
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
     options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64 pixels)")
@@ -153,7 +153,7 @@ def main():
     if args.compile:
         stage.model.unet.compile()
     options = {"resume": args.resume, "every": args.every, "draw": partial(draw_sheet, args)}
-    end_training(args, fit(stage, data, watched, recipe, args.out, **options), "model")
+    end_training(args, train_stage(stage, data, watched, recipe, args.out, **options), "model")
 
 
 def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:

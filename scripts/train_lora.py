@@ -31,7 +31,7 @@ from torch import Tensor
 from ddpm.files import load_tensors, save_tensors
 from ddpm.runs import STATE, check_same
 from ifmodel import Cascade, UNet, load_unet
-from ifmodel.dreambooth import dreambooth_loss, fit
+from ifmodel.dreambooth import dreambooth_loss, train_lora
 from ifmodel.jobs import Job
 from ifmodel.lora import ATTENTION, FILES, RESNETS, add_lora
 from ifmodel.stage import SCHEDULE, find_variant
@@ -85,7 +85,7 @@ def main():
     images = read_folder(args.images, learning.config.sample_size)
     args.fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
     if args.resume:  # refuses another recipe now, not after drawing
-        check_same(args.out / STATE, load_tensors(args.out / STATE)[1], {"recipe": recipe_of(args)})
+        check_same(args.out / STATE, load_tensors(args.out / STATE)[1], {"recipe": described(args)})
     embeds = embed_prompts(args.model, [args.prompt, *args.class_prompt], dtype=args.dtype, device=args.device)
     kept = class_images(args)
     unet = load_unet(learning.source, args.dtype, args.device, find_variant(learning, args.dtype))
@@ -95,12 +95,12 @@ def main():
     sets = [(1.0, {args.prompt: images}), *([(args.class_weight, kept)] if kept else [])]
     loss_of = partial(dreambooth_loss, unet, sets, embeds, args.batch_size, upscaling=upscaling)
     options = {"dtype": args.dtype, "base": learning.source, "resume": args.resume}
-    end_training(args, fit(layers, loss_of, args.out, recipe_of(args), **options), FILES[0])
+    end_training(args, train_lora(layers, loss_of, args.out, described(args), **options), FILES[0])
     draw_row(args, images)
 
 
 def cascade_of(args: Namespace, **options) -> Cascade:
-    """Both stages, or stage 1 alone; made anew each time, so that no other UNet stays in memory while one learns."""
+    """Both stages, or stage 1 alone; made for each use, so that no other UNet stays in memory while one learns."""
     return Cascade(args.model, upscaler=args.upscaler, dtype=args.dtype, device=args.device, **options)
 
 
@@ -129,7 +129,7 @@ def class_images(args: Namespace) -> dict[str, Tensor]:
     return kept
 
 
-def recipe_of(args: Namespace) -> dict:
+def described(args: Namespace) -> dict:
     """What decides the weights."""
     return {name: getattr(args, name) for name in RECIPE} | {"images": args.fingerprint}
 

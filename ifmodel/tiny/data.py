@@ -1,4 +1,4 @@
-"""A folder of captioned images as training data: many drawings of each thing, augmented anew each time.
+"""A folder of captioned images as training data: many drawings of each thing, freshly augmented each time.
 
 The folder has the "imagefolder" layout of Hugging Face datasets: images, and metadata.jsonl with a line for each,
 {"file_name": …, "text": its short name, "tags": [more words], "artist": who drew it}; tags and artist may be left out.
@@ -227,26 +227,10 @@ def load_captioned(
     caption is missing, an image is too small, or a name is not in the folder; each in one line that names it.
     """
     folder = Path(folder)
-    rows = read_metadata(folder)
-    if part != "all":
-        rows = [row for row, held in zip(rows, held_out(rows), strict=True) if held == (part == "held out")]
-    if names is None:
-        names = list(dict.fromkeys(row["text"] for row in rows))
-    else:
-        known = {plainly(row["text"]) for row in rows}
-        if part != "all":
-            names = [name for name in names if plainly(name) in known]
-        if unknown := [name for name in names if plainly(name) not in known]:
-            raise ValueError(f"{folder} has no {', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}")
+    names, rows = select_rows(folder, names, part)
     number = {plainly(name): k for k, name in enumerate(names)}
-    rows = [row for row in rows if plainly(row["text"]) in number]
-    if not rows:
-        raise ValueError(f"{folder} has no images of this part: {part}")
-    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
-    if missing:
-        more = ", …" if len(missing) > 5 else ""
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} images: {', '.join(missing[:5])}{more}")
-    images, things, styles, files, tags = [], [], [], [], [[] for _ in names]
+    images, things, styles, files = [], [], [], []
+    tags: list[list[str]] = [[] for _ in names]
     with tqdm(rows, desc="images", unit="image", leave=False, disable=quiet or len(rows) < 100) as bar:
         for row in bar:
             for style, image in styled(folder / row["file_name"], size, row.get("artist"), finer):
@@ -257,9 +241,30 @@ def load_captioned(
             mine = tags[number[plainly(row["text"])]]
             mine += [tag for tag in row["tags"] if tag not in mine]
     phrases = [[with_article(name), *ALIASES.get(plainly(name), ())] for name in names]
-    return CaptionedImages(
-        torch.stack(images), torch.tensor(things), torch.tensor(styles), list(names), phrases, tags, files
-    )
+    return CaptionedImages(torch.stack(images), torch.tensor(things), torch.tensor(styles), names, phrases, tags, files)
+
+
+def select_rows(folder: Path, names: Sequence[str] | None, part: str) -> tuple[list[str], list[dict]]:
+    """The lines of a folder's metadata.jsonl for these things and this part, and the things that it has."""
+    rows = read_metadata(folder)
+    if part != "all":
+        rows = [row for row, held in zip(rows, held_out(rows), strict=True) if held == (part == "held out")]
+    known = {plainly(row["text"]) for row in rows}
+    if names is None:
+        names = list(dict.fromkeys(row["text"] for row in rows))
+    elif part != "all":
+        names = [name for name in names if plainly(name) in known]
+    if unknown := [name for name in names if plainly(name) not in known]:
+        raise ValueError(f"{folder} has no {', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}")
+    wanted = {plainly(name) for name in names}
+    rows = [row for row in rows if plainly(row["text"]) in wanted]
+    if not rows:
+        raise ValueError(f"{folder} has no images of this part: {part}")
+    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
+    if missing:
+        more = ", …" if len(missing) > 5 else ""
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} images: {', '.join(missing[:5])}{more}")
+    return list(names), rows
 
 
 def read_metadata(folder: str | Path) -> list[dict]:

@@ -79,7 +79,7 @@ def train_text(encoder, data: CaptionedImages, tokenizer: Tokenizer, recipe: Rec
     return True
 
 
-def fit(
+def train_stage(
     stage: Stage1 | Stage2,
     data: CaptionedImages,
     watched: CaptionedImages,

@@ -347,7 +347,7 @@ def growth(work: Work, rounds: int) -> dict[str, Lines]:
 
     def step(batch: int, size: int) -> float:
         x_t = torch.randn(2 * batch, work.ours.config.in_channels, size, size, device=work.device)
-        unet = work.load(pack=True)  # anew: it is packed for the first size it sees
+        unet = work.load(pack=True)  # again: it is packed for the first size it sees
         text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
         what = f"a step of {batch} images of {size} × {size}, each"
         return seconds_of(what, partial(unet, x_t, 500, text, work.noise_level), rounds // 3, batch)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared.figures import save_image
 from shared.processes import rank, share
-from shared.stages import open_cascade, recipe_of, settings_of
+from shared.stages import open_cascade, parse_prompt, settings_of
 
 import torch
 from PIL import Image
@@ -88,12 +88,12 @@ def jobs_of(batch: Sequence[Wanted], args: Namespace) -> list[Job]:
     """A batch in its order: prompts without weights that follow each other are drawn together, each other by itself."""
 
     def composition(image: Wanted) -> str | None:
-        return image.prompt if callable(recipe_of(image.prompt, args.null_prompt)) else None
+        return image.prompt if callable(parse_prompt(image.prompt, args.null_prompt)) else None
 
     jobs = []
     for composed, images in itertools.groupby(batch, composition):
         prompts, seeds = zip(*((image.prompt, image.seed) for image in images), strict=True)
-        recipes = [recipe_of(prompt, args.null_prompt) for prompt in prompts]
+        recipes = [parse_prompt(prompt, args.null_prompt) for prompt in prompts]
         jobs.append(Job(recipes[0] if composed else recipes, seeds, timesteps=args.visited))
     return jobs
 

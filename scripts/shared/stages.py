@@ -170,7 +170,7 @@ def prompts_of(args: Namespace, cascade: Cascade, default: Sequence[str]) -> lis
     return prompts
 
 
-def recipe_of(prompt: str, null: str) -> Recipe:
+def parse_prompt(prompt: str, null: str) -> Recipe:
     """What a prompt says: itself, or where it has weights, such as "a dog AND snow :-1", a composition."""
     parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
     texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]

@@ -105,7 +105,7 @@ def test_embeddings_are_t5s_and_t5_is_needed_once(model_folder, tmp_path, monkey
     def refuse(*_):
         raise AssertionError("T5 was loaded for prompts that are known")
 
-    monkeypatch.setattr(text, "_encode", refuse)
+    monkeypatch.setattr(text, "load_encoder", refuse)
     again = embed_prompts(model_folder, [*prompts, " A photo of a DOG "], cache=tmp_path)
     assert torch.equal(again["a photo of a dog"], found["a photo of a dog"])
     assert torch.equal(again[" A photo of a DOG "], found["a photo of a dog"])
@@ -150,7 +150,7 @@ def test_a_t5_that_the_memory_cannot_hold_is_not_loaded(model_folder, monkeypatc
 def test_another_model_has_another_cache(model_folder, tmp_path, monkeypatch):
     embed_prompts(model_folder, ["a dog"], cache=tmp_path / "cache")
     shutil.copytree(model_folder, tmp_path / "other")
-    monkeypatch.setattr(text, "_encode", lambda *_: [torch.zeros(77, 24)])
+    monkeypatch.setattr(text, "_encode", lambda *_: torch.zeros(77, 24))
     assert embed_prompts(tmp_path / "other", ["a dog"], cache=tmp_path / "cache")["a dog"].abs().sum() == 0
 
 

@@ -172,7 +172,7 @@ def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
     assert set(load_embeds(embeds)) == {PROMPT, "a photo of a dog", "", "a hat"}
 
     run_script("generate", *common, "--steps", 2, "--prompt", PROMPT, "--out", tmp_path / "with_t5.png")
-    monkeypatch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
     common = (*common, "--steps", 2, "--embeds", embeds)
     status, _, err = run_script("generate", *common, "--prompt", PROMPT, "--out", tmp_path / "without.png")
     assert status == 0, err
@@ -190,7 +190,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
         return refused("generate", *options, *more)
 
     with monkeypatch.context() as patch:  # refused before anything is computed
-        patch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+        patch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
         patch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
         assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
         assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
@@ -236,7 +236,7 @@ def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, num
 
 def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade, tmp_path, monkeypatch):
     folder, out = cascade[0], tmp_path / "out.png"
-    monkeypatch.setattr("ifmodel.text._encode", lambda *_: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
     monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     two = shutil.copytree(folder / "stage_2", tmp_path / "two")
 

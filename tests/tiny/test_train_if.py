@@ -143,11 +143,11 @@ def test_the_log_measures_on_what_is_held_out(monkeypatch, folder, tmp_path):
     drawn = [{**row, "artist": artist} for row in rows for artist in ("noto", "twemoji")]
     (other / "metadata.jsonl").write_text("\n".join(map(json.dumps, drawn)))
 
-    def fit(stage, data, watched, *rest, **options):
+    def train_stage(stage, data, watched, *rest, **options):
         seen.update(data=data, watched=watched)
         return True
 
-    monkeypatch.setattr(train_if, "fit", fit)
+    monkeypatch.setattr(train_if, "train_stage", train_stage)
     for more in ([], ["--hold-out"]):
         out = tmp_path / str(len(more))
         options = [str(x) for x in stage_1_options(other, out, 1, "--text-steps", 1, *more)]
