@@ -88,8 +88,8 @@ class Run:
                 if due or stop or self.step == total or self.step % 10 == 1:
                     recent = self.losses[max(first, self.step - 100) : self.step].mean().item()
                     if not abs(recent) < 1e3:
-                        told = "try a lower learning rate or --dtype float32, or --resume what was saved"
-                        raise ValueError(f"the loss is {recent} at step {self.step - 1}: {told}")
+                        advice = "try a lower learning rate or --dtype float32, or --resume what was saved"
+                        raise ValueError(f"the loss is {recent} at step {self.step - 1}: {advice}")
                     bar.set_description(f"loss {recent:.4f}", refresh=False)
                 if due:
                     self.save()
@@ -180,8 +180,8 @@ def check_same(path: str | Path, found: dict, wanted: dict):
     found, wanted = flat({key: found.get(key) for key in wanted}), flat(wanted)
     differ = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if differ:
-        told = ", ".join(f"another {key}: {found.get(key)}, not {wanted.get(key)}" for key in differ)
-        raise ValueError(f"{path} is of another run: it has {told}")
+        differences = ", ".join(f"another {key}: {found.get(key)}, not {wanted.get(key)}" for key in differ)
+        raise ValueError(f"{path} is of another run: it has {differences}")
 
 
 @contextmanager

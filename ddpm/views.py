@@ -212,23 +212,23 @@ def check_view(
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 8, *shape, generator=generator)
     seen = view.view(x)
-    told = f"the view {view.name!r} cannot make an anagram:"
+    named = f"the view {view.name!r} cannot make an anagram:"
     if seen.shape != x.shape:
-        raise ValueError(f"{told} it turns images of {list(x.shape[1:])} into {list(seen.shape[1:])}")
+        raise ValueError(f"{named} it turns images of {list(x.shape[1:])} into {list(seen.shape[1:])}")
     if (view.view(x + 2 * y) - seen - 2 * view.view(y)).abs().max() > tolerance * 10:
-        raise ValueError(f"{told} it is not linear, so the view of a noisy image is not a view plus noise")
+        raise ValueError(f"{named} it is not linear, so the view of a noisy image is not a view plus noise")
     error = (view.inverse(seen) - x).abs().max().item()
     if error > tolerance * 10:
-        raise ValueError(f"{told} its inverse does not undo it, by up to {error:.2g} for images of {list(shape)}")
+        raise ValueError(f"{named} its inverse does not undo it, by up to {error:.2g} for images of {list(shape)}")
     difference = (seen * y).flatten(1).sum(1) - (x * view.inverse(y)).flatten(1).sum(1)
     if difference.abs().max() > tolerance * 10 * x[0].numel() ** 0.5:
         raise ValueError(
-            f"{told} it is not orthogonal: noise of standard deviation 1 is seen with {seen.std().item():.2g}, or with "
-            "its pixels correlated, and the model was trained on independent noise"
+            f"{named} it is not orthogonal: noise of standard deviation 1 is seen with {seen.std().item():.2g}, or "
+            "with its pixels correlated, and the model was trained on independent noise"
         )
     moved = seen.abs().flatten(1).sort()[0] - x.abs().flatten(1).sort()[0]
     if learned_variance and moved.abs().max() > tolerance * 10:
         raise ValueError(
-            f"{told} it mixes pixels, so a learned variance has no way back: for models that learn none, "
+            f"{named} it mixes pixels, so a learned variance has no way back: for models that learn none, "
             "check it with learned_variance=False"
         )

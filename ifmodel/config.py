@@ -1,4 +1,4 @@
-"""The shape of a UNet, read from the config.json beside its weights, and how it is sampled.
+"""The shape of a UNet, read from the config.json next to its weights, and how it is sampled.
 
 The file is written by diffusers and has some fifty fields. `UNetConfig` keeps those in which IF's models
 differ. All others must have the one value that IF gives them: a field with another value, and a field that is
@@ -58,7 +58,7 @@ ASSUMED = {
 # Fields that say nothing about these blocks: where the file was written, and options of other blocks
 IGNORED = (
     *("_diffusers_version", "_name_or_path", "downsample_padding", "upcast_attention"),
-    # what diffusers' EMAModel writes beside the model's own fields, about a training that is over
+    # what diffusers' EMAModel adds to the model's own fields, about a training that is over
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
 )
 # What the values of the other fields must be, by their type in UNetConfig
@@ -89,7 +89,7 @@ VARIANCES = {"learned_range": "learned_range", "fixed_small": "beta_tilde", "fix
 # Those that matter where nothing but noise is added: to stage 2's small image
 NOISING_FIXED = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "trained_betas")
 
-# What the config.json of every IF stage 1 says beside its widths
+# What the config.json of every IF stage 1 says, apart from its widths
 STAGE_1_CONFIG = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "gelu",
@@ -221,7 +221,7 @@ class UNetConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def activation_bytes(self, batch: int, height: int, width: int, itemsize: int = 4) -> int:
-        """About how much memory a forward pass needs beside the weights: the skips, and what a layer works on.
+        """About how much memory a forward pass needs on top of the weights: the skips, and what a layer works on.
 
         itemsize: bytes of a value, 2 in half precision
         Measured in float32 on the CPU, three images of 128 to 512 pixels took 0.98 to 1.6 times this.

@@ -4,7 +4,7 @@
 
     load_lora(unet, "pytorch_lora_weights.safetensors", scale=0.8)  # before encode_text: a text's keys change, too
 
-An update is merged into its layer, so that an image costs what it cost before; `add_lora` sets one beside each layer
+An update is merged into its layer, so that an image costs what it cost before; `add_lora` adds one to each layer
 instead, where it can be learned. A name in the file that fits no layer is an error, since it would have no effect.
 Source: LoRA §4.1, arXiv 2106.09685.
 """
@@ -207,12 +207,12 @@ def layer_of(name: str) -> tuple[str, str]:
 
 
 def adapter_config(path: Path, metadata: dict[str, str]) -> dict:
-    """PEFT's settings: in the file's metadata, where diffusers keeps them by part, or in a file beside it."""
-    beside = path.with_name(ADAPTER_CONFIG)
+    """PEFT's settings: in the file's metadata, where diffusers keeps them by part, or in a file of its own."""
+    adapter = path.with_name(ADAPTER_CONFIG)
     if "lora_adapter_metadata" in metadata:
         config = parse_json(metadata["lora_adapter_metadata"], f"the metadata of {path}")
     else:
-        config = parse_json(read_small(beside), beside) if path.name == FILES[1] and beside.is_file() else {}
+        config = parse_json(read_small(adapter), adapter) if path.name == FILES[1] and adapter.is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not say how its LoRA was made, but has a {type(config).__name__} there")
     return config
@@ -229,8 +229,8 @@ def update_of(source: str | Path, part: str, layer: str, pieces: dict[str, Tenso
     if down is None or up is None:
         raise ValueError(f"{source} has no {'down (A)' if down is None else 'up (B)'} of {layer}")
     if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up[0].numel() != len(down):
-        told = f"down is {list(down.shape)}, up {list(up.shape)}"
-        raise ValueError(f"{source} has no one rank for {layer}: {told}")
+        shapes = f"down is {list(down.shape)}, up {list(up.shape)}"
+        raise ValueError(f"{source} has no one rank for {layer}: {shapes}")
     try:
         if alpha is None:
             patterns = (setting(config, part, "alpha_pattern") or {}).items()
@@ -248,7 +248,7 @@ def update_of(source: str | Path, part: str, layer: str, pieces: dict[str, Tenso
 
 
 class LoRALayer(nn.Module):
-    """W x + B A x: a linear layer or a convolution as it is, and an update beside it that learns. B starts at zero."""
+    """W x + B A x: a linear layer or a convolution as it is, plus an update that learns. B starts at zero."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
         super().__init__()
@@ -269,7 +269,7 @@ class LoRALayer(nn.Module):
 
 
 def add_lora(unet: UNet, rank: int, targets: Sequence[str] = ATTENTION) -> dict[str, LoRALayer]:
-    """Set an update beside every layer whose name ends in one of the targets; nothing else is learned any more.
+    """Add an update to every layer whose name ends in one of the targets; nothing else is learned any more.
 
     unet: not packed
     Raises ValueError when the rank is above a layer's width, or no layer is a target; then nothing is changed.
@@ -291,7 +291,7 @@ def add_lora(unet: UNet, rank: int, targets: Sequence[str] = ATTENTION) -> dict[
 
 
 def save_lora(path: str | Path, layers: dict[str, LoRALayer], base: str | None = None):
-    """Write what was learned beside a UNet's layers as diffusers does, atomically; alpha is the rank.
+    """Write the updates of a UNet's layers as diffusers does, atomically; alpha is the rank.
 
     base: the name of the model that it is of
     """

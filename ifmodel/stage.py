@@ -65,14 +65,14 @@ def stage_2(
     noise_level: int = 250,
     guider: Guider = classifier_free,
 ) -> Estimate:
-    """The guided estimate of stage 2 for noisy images [N, 3, H, W], beside what it sees of the small ones.
+    """The guided estimate of stage 2 for noisy images [N, 3, H, W], given what it sees of the small ones.
 
     low_res: from `noised_upscaled`, [N, 3, H, W], with the same noise_level; the rest as in `stage_1`
     """
 
     def model(x_t: Tensor, t: int, text: Text) -> Tensor:
-        beside = low_res.repeat(len(x_t) // len(low_res), 1, 1, 1)  # once, or for both halves of guidance
-        return unet(torch.cat([x_t, beside], dim=1), t, text, noise_level)
+        seen = low_res.repeat(len(x_t) // len(low_res), 1, 1, 1)  # once, or for both halves of guidance
+        return unet(torch.cat([x_t, seen], dim=1), t, text, noise_level)
 
     text, null = encode_texts(unet, prompt_embeds, null_embeds)
     return guided(model, text, null, guidance_scale, guider=guider)
@@ -206,7 +206,7 @@ class StageFiles:
 def spaced_timesteps(sampler: str, num_steps: int, eta: float = 0.0) -> list[int]:
     """Which timesteps a sampler visits, noisiest first: DPM-Solver++ those of `log_snr_timesteps`, others IF's own.
 
-    Its own are even in log SNR with noise, and nearly so without: what is nearest to the converged image was measured.
+    Chosen by their distance from the converged image, see scripts/evaluate/solvers.py.
     """
     if sampler == "dpm++":
         return log_snr_timesteps(SCHEDULE, num_steps, **({} if eta else {"scale": 3.0, "skipped": (1.0, 0.75)}))

@@ -74,7 +74,7 @@ def load_unet(
     if room is not None:
         check_tensors(f"the weights in {folder} do not fit its config.json", unet.state_dict(), mapped(files))
         return offload(unet, files, device, room)
-    if pack and stored == {dtype}:  # beside the file: a converted copy is given up for the packed one
+    if pack and stored == {dtype}:  # a copy on top of the file; of a converted model it takes the place
         held += [convolution.weight for _, _, convolution in plain_convolutions(unet)]
     needed = sum(parameter.numel() for parameter in held) * dtype.itemsize
     check_memory(needed, f"{folder} in {str(dtype).removeprefix('torch.')}", device)
@@ -142,13 +142,13 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The files that an index of weights names. Raises ValueError when it names none, or one that is not beside it."""
+    """The files that an index of weights names. Raises ValueError when it names none, or one outside of its folder."""
     try:
         names = sorted({str(Path(name)) for name in parse_json(read_small(index), index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} does not say which files hold the weights: download it again") from None
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]}, which is not a file beside it: download it again")
+        raise ValueError(f"{index} names {outside[0]}, which is not in its folder: download it again")
     if not names:
         raise ValueError(f"{index} names no files: download it again")
     return [index.with_name(name) for name in names]
@@ -158,7 +158,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     """One subfolder of a model: that of a folder as it is, or of a Hub repository, downloaded to the Hub's cache.
 
     patterns: the files to download, such as "config.json"; nothing else is
-    Raises ValueError, in one line that says what to do, when the repository cannot be had.
+    Raises ValueError, in one line that says what to do, when the repository is out of reach.
     """
     if str(source) in SHIPPED:
         return SHIPPED[str(source)] / subfolder

@@ -6,7 +6,7 @@ Four figures in out/digits_gallery, each with a number of samples that the judge
 inpaint    the lower half of test digits, filled in as the digit that it was
 sdedit     test digits 3, led towards an 8
 anagram    a 6 that is a 9 when it is turned by 180°
-hybrid     one digit from afar (low pass), another near by
+hybrid     one digit from afar (low pass), another up close
 Prints the share that the judge confirms, and writes it to measures.json.
 """
 
@@ -151,7 +151,7 @@ def draw_hybrid(digits: Digits):
     seen_far, seen_near = digits.read(low) == far, digits.read(high) == near
     measures = {"far": share(seen_far, True), "near": share(seen_near, True), "both": share(seen_far & seen_near, True)}
     rows = {"hybrid": drawn, "low pass": low, "high pass": high}
-    return rows, "hybrids: one digit from afar, another near by", measures
+    return rows, "hybrids: one digit from afar, another up close", measures
 
 
 if __name__ == "__main__":

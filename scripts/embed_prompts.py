@@ -20,8 +20,8 @@ from ifmodel.text import embed_each, embed_prompts, load_embeds, normalised, rea
 
 def main():
     options = parser(__doc__)
-    told = "it holds tokenizer/ and text_encoder/"
-    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help=told)
+    help = "it holds tokenizer/ and text_encoder/"
+    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help=help)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     options.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")

@@ -1,4 +1,4 @@
-"""A flow's velocity beside the true one, along the path from noise to test digits (B8).
+"""A flow's velocity and the true one, along the path from noise to test digits (B8).
 
     python scripts/flow_velocity.py
 

@@ -7,10 +7,10 @@
     torchrun --nproc-per-node 2 scripts/generate.py --prompts prompts.txt --out out/images
 
 A model is a folder as diffusers saves it, or a Hub id; by default the shipped tiny-if/I and tiny-if/II. One prompt
-and one seed give the bare image; more give a labelled grid, with each image beside it in a file of its own. Image k
+and one seed give the bare image; more give a labelled grid, and each image in a file of its own. Image k
 of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps. The
-prompts are the assignment's three unless others are given. A prompt may be several, with weights: "a dog AND a hat
-:0.5 AND snow :-1" is all of the first (1, where none is given), some of the second, and none of the third. T5 runs
+prompts are the assignment's three unless others are given. A prompt may combine several with weights: "a dog AND a
+hat :0.5 AND snow :-1" is all of the first (1 if none is given), some of the second, and less than none of the third. T5 runs
 only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed
 before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the
 folder --out with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is
@@ -35,8 +35,8 @@ A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a ha
 def main():
     options = parser(__doc__)
     options.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    told = "a prompt on each line, for a folder of images, --out"
-    options.add_argument("--prompts", type=Path, metavar="FILE", help=told)
+    help = "a prompt on each line, for a folder of images, --out"
+    options.add_argument("--prompts", type=Path, metavar="FILE", help=help)
     options.add_argument("--num-images", type=positive, default=1, help="images of each prompt (default: 1)")
     options.add_argument("--steps-grid", type=positive, nargs="+", metavar="N", help="a row for each number of steps")
     add_cascade_options(options, out="out/generated.png")

@@ -1,10 +1,10 @@
-"""A11: hybrid images, one thing from afar and another near by.
+"""A11: hybrid images, one thing from afar and another up close.
 
     python scripts/hybrid_image.py
     python scripts/hybrid_image.py --components grey_colour \\
         --prompt "a photo of a skull" --prompt "a photo of flowers" --num-images 8
 
-A prompt for each component: low_high_pass (two prompts: far, near; --sigma parts them), three_bands (coarse, middle,
+A prompt for each component: low_high_pass (two prompts: far, near; split at --sigma), three_bands (coarse, middle,
 fine), grey_colour and motion_blur (moving, still). Rows: the image, then its components, those without a mean on
 grey; columns: seeds. --animate adds the first seed as an animation that recedes and returns.
 --keep FILE takes the first component from an image instead, and makes up the rest (one prompt).
@@ -42,7 +42,7 @@ def main():
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
     sigmas = f"{SIGMA:g}; 4 with {MODEL}"
-    help = f"of low_high_pass, its blur in pixels of a 64-pixel image: more of it, more near by (default: {sigmas})"
+    help = f"of low_high_pass, in pixels of a 64-pixel image: larger shows more of the near one (default: {sigmas})"
     options.add_argument("--sigma", type=positive_number, metavar="PIXELS", help=help)
     options.add_argument("--keep", metavar="FILE", help="an image whose first component is kept")
     options.add_argument("--num-images", type=positive, default=4, help="seeds to try (default: 4)")
@@ -89,7 +89,7 @@ def main():
 
 
 def row_labels(args: Namespace, components: list[Component], prompts: tuple[str, ...]) -> list[str]:
-    """What is seen in the rows of one image: itself, and each component beside the prompt or file it is from."""
+    """What is seen in the rows of one image: itself, and each component with the prompt or file it is from."""
     sources = [Path(args.keep).name, *prompts * (len(components) - 1)] if args.keep else prompts
     parts = [f"{component.name}:\n{source}" for component, source in zip(components, sources, strict=True)]
     if args.components == "low_high_pass":

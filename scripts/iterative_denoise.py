@@ -3,7 +3,7 @@
     python scripts/iterative_denoise.py --image photo.jpg
 
 First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
-step and all steps make of the same noisy image. x_t and x̂_0 of every step lie beside them, OUT_steps_ROW_STEP.png.
+step and all steps make of the same noisy image. x_t and x̂_0 of every step are written, too, as OUT_steps_ROW_STEP.png.
 """
 
 from shared.figures import save_cells, save_table

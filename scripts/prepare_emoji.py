@@ -5,7 +5,7 @@
     python scripts/prepare_emoji.py iconify-json-*.tgz --out emoji
 
 Takes the packages as npm packs them, or folders of their unpacked files. Every thing that at least --artists of them
-draw becomes a PNG for each artist, beside metadata.jsonl in the "imagefolder" layout of Hugging Face datasets:
+draw becomes a PNG for each artist, with a metadata.jsonl, in the "imagefolder" layout of Hugging Face datasets:
 
     {"file_name": "noto/red-apple.png", "text": "red apple", "tags": ["apple"], "artist": "noto"}
 

@@ -5,9 +5,9 @@
     python scripts/reproduce.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 --out out/if-xl
 
 A0 to A11 run on the tiny IF that is shipped, or on --model, and so do C1 and C2, which go beyond the assignment; B1 to
-B8 run on the shipped digits. Each is one of the other scripts, with the command line that the page shows. What was made
-before with the same command, code and weights is left as it is, so a stopped run goes on where it was, and what --only
-leaves out stays on the page. --fast is a tour of a minute or two, with fewer images and steps.
+B8 run on the shipped digits. Each is one of the other scripts, with the command line that the page shows. Finished
+experiments are skipped unless command, code or weights changed, so a stopped run goes on where it was; those that --only
+leaves out stay on the page. --fast is a tour of a minute or two, with fewer images and steps.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ def main():
             for number, experiment in enumerate(chosen):
                 made.pop(experiment.key, None)
                 page.show(made, chosen[number:])
-                told = "" if number else f"\nopen {args.out / 'index.html'}: it fills as they are made"
-                print(f"[{number + 1}/{len(chosen)}] {experiment.key}: {experiment.title}{told}", flush=True)
+                hint = "" if number else f"\nopen {args.out / 'index.html'}: it fills as they are made"
+                print(f"[{number + 1}/{len(chosen)}] {experiment.key}: {experiment.title}{hint}", flush=True)
                 made[experiment.key] = make(experiment, args)
         except KeyboardInterrupt:
             print("stopped: the same command goes on here", file=sys.stderr)
@@ -156,7 +156,7 @@ def command_options(experiment: Experiment, args: Namespace, folder: Path) -> li
 
 
 def default_data() -> Path:
-    """All of MNIST where it was downloaded before, else the 100 test digits that lie beside the tests."""
+    """All of MNIST where it was downloaded before, else the 100 test digits of the tests."""
     everything, few = Path("data"), ROOT / "tests" / "data"
     return everything if (everything / "MNIST" / "raw").is_dir() else Path(os.path.relpath(few))
 

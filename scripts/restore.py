@@ -100,8 +100,8 @@ def main():
     restored = cascade.draw_all(jobs, **settings_of(args))
     rows = [[seen, without, result[0], x] for (seen, without, x), result in zip(rows, restored, strict=True)]
     for label, (_, without, result, x) in zip(labels, rows, strict=True):
-        told = f"PSNR {psnr(result, x):.1f} dB, without a model {psnr(without, x):.1f} dB"
-        print(f"{' '.join(label.split())}: {told}")
+        measured = f"PSNR {psnr(result, x):.1f} dB, without a model {psnr(without, x):.1f} dB"
+        print(f"{' '.join(label.split())}: {measured}")
     save_table(args.out, rows, row_labels=labels, column_labels=COLUMNS, seed=args.seed)
 
 
@@ -123,8 +123,8 @@ def arguments() -> Namespace:
     prompts = args.prompt or [DRAWING_PROMPTS.get(image, ANYTHING) if tiny else ANYTHING for image in args.image]
     args.prompt = prompts * len(args.image) if len(prompts) == 1 else prompts
     if len(args.prompt) != len(args.image):
-        told = f"give one --prompt, or one for each of the {len(args.image)} images"
-        raise ValueError(f"{told}, not {len(args.prompt)}")
+        wanted = f"give one --prompt, or one for each of the {len(args.image)} images"
+        raise ValueError(f"{wanted}, not {len(args.prompt)}")
     if args.noise < 0:
         raise ValueError(f"--noise must not be below 0, it is {args.noise:g}")
     return args

@@ -41,8 +41,8 @@ def arguments() -> Namespace:
     samplers = [*SAMPLERS, *FLOW_SAMPLERS]
     options.add_argument("--sampler", choices=samplers, help="default: ddpm; with a flow euler (or heun)")
     options.add_argument("--eta", type=number, default=0.0, help="how much fresh noise ddim and dpm++ add (default: 0)")
-    told = "also how they came to be, at most 100: --out as a .gif, and its frames"
-    options.add_argument("--animate", action="store_true", help=told)
+    help = "also how they came to be, at most 100: --out as a .gif, and its frames"
+    options.add_argument("--animate", action="store_true", help=help)
     options.add_argument("--save", type=Path, metavar="FILE.safetensors", help="images [N, 1, 28, 28], labels [N]")
     add_common_options(options, "out/digits.png", dtype="float32")  # so that every machine draws the same digits
     return options.parse_args()

@@ -21,8 +21,8 @@ from ddpm.schedule import linear_schedule, linspace_timesteps
 
 def main():
     options = parser(__doc__)
-    told = "what it sees beside x_t: t, or t and the digit"
-    options.add_argument("--condition", required=True, choices=["time", "class"], help=told)
+    help = "what it sees besides x_t: t, or t and the digit"
+    options.add_argument("--condition", required=True, choices=["time", "class"], help=help)
     options.add_argument("--sample-steps", type=int, help="timesteps that the samples visit (default: all 300)")
     add_digits_options(options, DDPM, width=64, sample_epochs=[5, 20], out="out/ddpm_{condition}")
     args = options.parse_args()

@@ -5,7 +5,7 @@
 
 Writes to out/denoiser: weights.safetensors, state.safetensors (for --resume), log.csv, loss.png, and test
 digits clean, noisy and denoised after epochs 1 and 5. From pure noise the best answer is the mean digit, which is drawn
-beside the model's. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, as an
+below the model's. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, as an
 uninterrupted run on the same CPU with as many threads.
 """
 

@@ -21,8 +21,8 @@ from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, flow_from_dd
 
 def main():
     options = parser(__doc__)
-    told = "what the model is told: t, or t and the digit"
-    options.add_argument("--condition", required=True, choices=["time", "class"], help=told)
+    help = "what the model is told: t, or t and the digit"
+    options.add_argument("--condition", required=True, choices=["time", "class"], help=help)
     options.add_argument("--sample-steps", type=positive, default=50, help="Euler steps of the samples (default: 50)")
     options.add_argument("--from-ddpm", action="store_true", help="begin with the shipped DDPM's weights")
     add_digits_options(options, FLOW, width=64, sample_epochs=[1, 5, 10], out="out/flow_{condition}")

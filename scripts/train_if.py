@@ -11,11 +11,11 @@ the encoder and the UNet together. Small images are cheap and teach which captio
 on with --start. Stage 2 keeps the text encoder of its stage 1, and learns on crops, which are cheap; let it finish on
 whole images, which alone show where a pixel lies (--start out/stage-2/model --crop 128).
 Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
-2 its error beside bicubic upscaling; samples.png; and model/, with the averaged weights, which scripts/generate.py
+2 its error and bicubic upscaling's; samples.png; and model/, with the averaged weights, which scripts/generate.py
 and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
-CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing. Processes of
-torchrun share each batch, and on several hosts the folder --out. --resume with more --steps trains for longer, at the
-learning rate of a run that long.
+CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing. Under torchrun the
+processes share each batch; on several hosts, --out must be a shared folder. --resume with more --steps trains for
+longer, at the learning rate of a run that long.
 """
 
 import hashlib
@@ -98,8 +98,8 @@ def check_shapes(args: Namespace):
     sides = {"--size": args.size, **({"--crop": args.crop} if args.stage_2_of else {})}
     for name, side in sides.items():
         if side % wanted.size_multiple:
-            told = f"a multiple of {wanted.size_multiple} for a UNet of {len(args.widths)} levels"
-            raise ValueError(f"{name} must be {told}, but is {side}")
+            needed = f"a multiple of {wanted.size_multiple} for a UNet of {len(args.widths)} levels"
+            raise ValueError(f"{name} must be {needed}, but is {side}")
     if args.stage_2_of:
         small = stage_config("--stage-2-of", args.stage_2_of, 1).sample_size
         if args.size % small or args.crop > args.size:
@@ -188,8 +188,8 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: 
     encoder = load_encoder(args.start) if kept else build_encoder(tokenizer.vocab_size, args.text_dim)
     stage = Stage1(unet_config(args), encoder, unet, folder, device)
     if not (args.resume or kept or train_text(encoder, data, tokenizer, recipe, device)):
-        told = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
-        print(f"{told} with the same command", file=sys.stderr)
+        message = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
+        print(f"{message} with the same command", file=sys.stderr)
         raise SystemExit(130)
     return stage
 

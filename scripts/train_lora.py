@@ -6,7 +6,7 @@
         --class-prompt "a photo of a dog" --lr 1e-4 --steps 500 --out out/my_dog
 
 The prompt has a rare word, which becomes the thing's name. --class-prompt, which may be given several times, names what
-must not change: images of it, drawn beforehand, are learned beside the new ones (prior preservation). With --upscaler,
+must not change: images of it, drawn beforehand, are learned with the new ones (prior preservation). With --upscaler,
 stage 2 learns, from noisy small images, and --model is the stage 1 that has its text encoder. Only eps is learned, so
 with a LoRA ddpm draws with the variance fixed_small. Writes to --out: pytorch_lora_weights.safetensors, which diffusers
 loads, too; row.png with images before, the training images and images after; and state.safetensors. Ctrl-C saves and

@@ -68,7 +68,7 @@ scissors; key; hammer; gear; balance scale; crossed swords; bow and arrow; bomb;
 shopping cart; moai; yin yang; radioactive; peace symbol
 """
 
-# What a caption may begin with in an article's place
+# What a caption may begin with instead of an article
 DETERMINERS = {
     *("a", "an", "the", "this", "that", "these", "those", "my", "your", "his", "her", "its", "our", "their"),
     *("some", "several", "many", "all", "both", "no", "two", "three", "four", "five", "six", "seven", "eight"),

@@ -288,13 +288,13 @@ def read_metadata(folder: str | Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
-            told = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
-            raise ValueError(f"{path}, line {number} is not {told}: {line[:60]!r}")
+            layout = '{"file_name": …, "text": a caption, "tags": [words]}, of which tags may be left out'
+            raise ValueError(f"{path}, line {number} is not {layout}: {line[:60]!r}")
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # which no tokenizer takes
-            told = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
-            raise ValueError(f"{path}, line {number} {told}: {line[:60]!r}") from None
+            fault = "has half of a character, a surrogate such as \\ud800 alone: write the whole one"
+            raise ValueError(f"{path}, line {number} {fault}: {line[:60]!r}") from None
         if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
             raise ValueError(f"{path}, line {number} names {row['file_name']!r}, which is not in the folder")
         rows.append(row)

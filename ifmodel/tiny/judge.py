@@ -1,7 +1,7 @@
 """An independent judge of images: which thing is it, and in which style?
 
 A small CNN that learns the names and styles of tiny-if's drawings, while they are placed, turned and coloured as in its
-training, and blurred, high-passed and noised besides. It knows nothing of diffusion. Its penultimate features are the
+training, and blurred, high-passed and noised as well. It knows nothing of diffusion. Its penultimate features are the
 space in which images are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured.
 """
 

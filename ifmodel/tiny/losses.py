@@ -41,7 +41,7 @@ def draw_batch(
     drop: float = 0.1,
     variety: float = 1.0,
 ) -> Batch:
-    """So many images of size × size with their captions, see `draw_images`.
+    """`count` images of size × size with their captions, see `draw_images`.
 
     drop: the share of captions that become "", for classifier-free guidance
     """
@@ -84,7 +84,7 @@ def stage_2_loss(
     max_noise_level: int = 100,
     offset: float = 0.1,
 ) -> Tensor:
-    """As `stage_1_loss`, for crops of the images beside crops of what stage 2 sees of the small ones.
+    """As `stage_1_loss`, for crops of the images, concatenated with crops of what stage 2 sees of the small ones.
 
     small: the size of stage 1's images; crop: of the crops; offset: the standard deviation of the noise's brightness
     The small images are noised to a random level, also passed to the model, which makes it robust to stage-1

@@ -1,4 +1,4 @@
-"""What differs between the trainings of the two stages: model, loss, what is measured, and the sheet of samples."""
+"""What differs between training stage 1 and stage 2: model, loss, what is measured, and the sheet of samples."""
 
 from functools import partial
 from pathlib import Path

@@ -17,7 +17,7 @@ class Style:
     templates: captions, {} stands for the thing
     anything: captions that name no thing
     artists: whose drawings have this style as they are; with a filter, to whose drawings it is applied
-    weight: how often it is drawn in training, beside the others
+    weight: how often it is drawn in training, relative to the others
     ground: the colour around a filtered image, as white paper becomes, RGB in [0, 1]; None where it may be any
     """
 

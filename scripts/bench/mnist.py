@@ -6,8 +6,8 @@ Training: the plain recipe (DataLoader over torchvision's MNIST with ToTensor, f
 ours (digits in memory, channels_last, fused Adam, bfloat16 where the hardware has it, --compile) take turns in
 this process, a few steps each, with the same initial weights, digits, timesteps and noise. Prints the median
 images/s of both, the ratio and both losses. Sampling: a guided step of 100 digits by the UNet as it is written, and
-with what `sample_digits` does (BatchNorm folded, the encoder once for both halves of guidance), in turns; and the share
-of the time that is spent outside convolutions. --sampling: the latter alone.
+with what `sample_digits` does (BatchNorm folded, the encoder once for both halves of guidance), alternately; and the
+share of the time that is spent outside convolutions. --sampling: the latter alone.
 """
 
 import sys
@@ -89,7 +89,7 @@ def main():
 
 
 def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
-    """The plain recipe and ours in turns."""
+    """The plain recipe and ours, alternately."""
     images, _ = load_mnist(args.data)
     if (args.rounds + 1) * args.steps * args.batch_size > len(images):
         raise ValueError(f"{args.rounds} rounds of {args.steps} steps need more than the {len(images)} training digits")
@@ -106,7 +106,7 @@ def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
 
 @torch.no_grad()
 def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds: int):
-    """A guided step of digits, as `sample_digits` does it and as the UNet is written, in turns."""
+    """A guided step of digits, as `sample_digits` does it and as the UNet is written, alternately."""
     model = load_model("ddpm_class", device=device)
     c = one_hot([k % 10 for k in range(count)], device)
     x_t = noise_source(range(count), (1, IMAGE_SIZE, IMAGE_SIZE), device)()

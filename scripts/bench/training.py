@@ -4,7 +4,7 @@
     python scripts/bench/training.py --stage 2 --rounds 5
 
 Both sides train stage 1, or stage 2 on crops, of tiny-if's shape from the same random weights on the same random
-images, timesteps and noise, with the same loss, in turns in this process. "plain" is diffusers' UNet in float32 with
+images, timesteps and noise, with the same loss, alternately in this process. "plain" is diffusers' UNet in float32 with
 AdamW; "tuned" is that in our dtype and memory format; ours is what scripts/train_if.py does. Prints the median
 images/s of each, the ratio, the losses after as many steps, and what our step spends its time on.
 """
@@ -35,7 +35,7 @@ VOCABULARY, TEXT_DIM = 1500, 128
 
 
 class Plain(nn.Module):
-    """diffusers' UNet as a loop around it would call it, the prompt beside the image."""
+    """diffusers' UNet as a loop around it would call it, with image and prompt."""
 
     def __init__(self, encoder: nn.Module, unet: nn.Module):
         super().__init__()

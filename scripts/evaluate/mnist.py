@@ -130,11 +130,11 @@ def arguments() -> Namespace:
     options.add_argument("--guidance", type=number, nargs="+", default=[5.0], help="one or more γ (default: 5)")
     options.add_argument("--steps", type=positive, default=300, help="timesteps to visit (default: 300)")
     options.add_argument("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="default: ddpm; with a flow, euler")
-    told = "compare samplers; γ is the first --guidance"
-    options.add_argument("--evaluations", type=positive, nargs="+", metavar="N", help=told)
+    help = "compare samplers; γ is the first --guidance"
+    options.add_argument("--evaluations", type=positive, nargs="+", metavar="N", help=help)
     options.add_argument("--curves", nargs="+", default=CURVES, metavar="WEIGHTS:SAMPLER", help=" ".join(CURVES))
-    told = "test digits for the denoiser (default: 10000)"
-    options.add_argument("--digits", type=positive, default=10_000, help=told)
+    help = "test digits for the denoiser (default: 10000)"
+    options.add_argument("--digits", type=positive, default=10_000, help=help)
     add_common_options(options, "out/evaluation")
     args = options.parse_args()
     args.weights = SHIPPED.get(str(args.weights), args.weights)

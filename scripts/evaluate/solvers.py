@@ -83,12 +83,12 @@ def ours(estimate: Estimate, path: NoisePath, timesteps: list[int], threshold, e
 def theirs(estimate: Estimate, path: NoisePath, num_steps: int, setting: dict, threshold, eta: float) -> Tensor:
     from diffusers import DPMSolverMultistepScheduler
 
-    told = threshold.keywords
+    settings = threshold.keywords
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2",
         thresholding=True,
-        dynamic_thresholding_ratio=told.get("percentile", 0.95),
-        sample_max_value=told["maximum"],
+        dynamic_thresholding_ratio=settings.get("percentile", 0.95),
+        sample_max_value=settings["maximum"],
         lambda_min_clipped=-5.1,  # as diffusers asks for with this schedule
         algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
         **setting,

@@ -10,12 +10,12 @@ about held-out drawings is said first. Then it says what it sees in images of st
 - named: things asked for plainly and in a style, for each --guidance, then for other samplers at the best guidance
 - aliases: other names of things, such as the assignment's "a rocket ship"
 - anything: "a high quality photo" and "": how many show some thing, and how many different ones
-- variety: how far ten samples of one prompt lie apart, beside drawings by different artists
-- memory: how near the nearest training drawing is to a sample, beside a held-out drawing
+- variety: how far ten samples of one prompt lie apart, compared with drawings by different artists
+- memory: how near the nearest training drawing is to a sample, compared with a held-out drawing
 - holes: the middle of held-out drawings filled again
 - sdedited: our own drawings, started at index 5 to 10 of 34
 - anagrams, hybrids: both things recognised, in random pairs and in pairs that are alike when blurred
-- stage 2: beside bicubic upscaling
+- stage 2: compared with bicubic upscaling
 - taught, with --lora and instead of all others: whether a new thing is drawn, and the others still are
 
 Writes report.json, curves.png and samples of each kind to --out, each as soon as it is known. What was drawn is kept
@@ -84,8 +84,8 @@ class Evaluation:
         """Images [N, 3, S, S] in [-1, 1] of all jobs, from --out if they are there."""
         kind, eta, steps = sampler
         asked = [(job.prompts(), list(job.seeds)) for job in jobs]
-        told = hashlib.sha256(repr((asked, guidance, sampler, self.identity, str(self.cascade.dtype))).encode())
-        path = self.args.out / "images" / f"{name}_{told.hexdigest()[:16]}.safetensors"
+        digest = hashlib.sha256(repr((asked, guidance, sampler, self.identity, str(self.cascade.dtype))).encode())
+        path = self.args.out / "images" / f"{name}_{digest.hexdigest()[:16]}.safetensors"
         if not path.is_file():
             settings = {"sampler": kind, "eta": eta, "num_steps": steps, "guidance_scale": guidance}
             size = batch_size or self.args.batch_size
@@ -206,8 +206,8 @@ def arguments() -> Namespace:
         args.only = []
     if args.prompts < 2:
         raise ValueError("--prompts must be at least 2: one image has no covariance")
-    told = f"batches of up to {args.batch_size} images: make them smaller with --batch-size"
-    check_shares(-(-args.prompts // args.batch_size), told)
+    what = f"batches of up to {args.batch_size} images: make them smaller with --batch-size"
+    check_shares(-(-args.prompts // args.batch_size), what)
     if args.upscaler != "none":
         args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler
         check_stage(args.upscaler, 2)
@@ -319,7 +319,7 @@ def apart(features: Tensor) -> float:
 
 
 def variety(e: Evaluation, guidance: float) -> dict[str, float]:
-    """Ten images of each of a fifth as many things, beside ten drawings of the thing in as many ways."""
+    """Ten images of each of a fifth as many things, compared with ten drawings of it."""
     chosen = shuffled(len(e.data.names), 2)[: -(-e.args.samples // 5)]
     prompts = [photo_of(e.data.phrases[thing][0]) for thing in chosen for _ in range(10)]
     images, samples, drawings = e.prompts("variety", prompts, guidance), [], []
@@ -392,7 +392,7 @@ def anagrams(e: Evaluation, alike: bool, reduction: str) -> dict[str, float]:
 
 
 def hybrids(e: Evaluation, alike: bool) -> dict[str, float]:
-    """From afar and near by, seen through σ = 2 however they were drawn."""
+    """From afar and up close, seen through σ = 2 however they were drawn."""
 
     def recipe(pair, stage):
         return hybrid([stage.estimate(prompt) for prompt in pair], low_high_pass(SIGMA))

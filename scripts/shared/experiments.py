@@ -293,7 +293,7 @@ EXPERIMENTS = [
     Experiment(
         ("A11",),
         "Hybrid images",
-        "One prompt for what is seen from afar, another for what is seen near by.",
+        "One prompt for what is seen from afar, another for what is seen up close.",
         r"\epsilon = \mathrm{lowpass}(\epsilon_\theta(x_t, p_1)) + \mathrm{highpass}(\epsilon_\theta(x_t, p_2))",
         (hybrid,),
         "hybrid_image",
@@ -302,7 +302,7 @@ EXPERIMENTS = [
         (
             (
                 "hybrids.png",
-                "Of each pair: the images, what is seen of them from afar, and what only near by. With tiny-if three "
+                "Of each pair: the images, what is seen of them from afar, and what only up close. With tiny-if three "
                 "pairs come first whose images are alike when blurred, and σ is 4 of 64 pixels; else 2.",
             ),
         ),
@@ -423,7 +423,7 @@ EXPERIMENTS = [
     Experiment(
         ("C1",),
         "Several prompts at once",
-        "Estimates with weights, each beside that of the empty prompt. With one prompt this is guidance.",
+        "Several estimates, weighted, each relative to the empty prompt's. With one prompt this is guidance.",
         r"\epsilon = \epsilon_u + \gamma \sum_i w_i\, (\epsilon_i - \epsilon_u)",
         (compose,),
         "generate",

@@ -47,7 +47,7 @@ def save_grid(
 ):
     """Write images [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
 
-    zoom: how many pixels of the figure a pixel of an image gets, each way; gap: pixels between images
+    zoom: how many pixels of the figure a pixel of an image gets, in width and height; gap: pixels between images
     Labels are wrapped, those of columns to the images' width; where one is larger still, the images move apart.
     """
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def wrapped(text: str, width: int) -> str:
 
 @cache
 def text_size(text: str) -> tuple[int, int]:
-    """The width and the height in pixels of a label and the space beside it; no label takes none."""
+    """The width and the height in pixels of a label and the space around it; no label takes none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -161,7 +161,7 @@ def save_table(
     title: str = "",
     seed: int = SEED,
 ):
-    """Write images [3, H, W] in [-1, 1] as a labelled grid, and each beside it as `save_cells` does; say where."""
+    """Write images [3, H, W] in [-1, 1] as a labelled grid, and each as a file, as `save_cells` does; say where."""
     rows = [[image.detach().float().cpu() / 2 + 0.5 for image in row] for row in rows]
     labels = {"row_labels": row_labels, "column_labels": column_labels, "seed": seed}
     save_cells(path, rows, **labels)

@@ -111,7 +111,7 @@ def wanted_images(args: Namespace, prompts: Sequence[str]) -> list[Wanted]:
 
 
 def described(args: Namespace) -> str:
-    """The options that an image depends on, beside its prompt and seed."""
+    """The options that an image depends on, besides its prompt and seed."""
     return json.dumps({k: v for k, v in vars(args).items() if k not in FREE}, default=str, sort_keys=True)
 
 

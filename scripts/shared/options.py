@@ -48,18 +48,18 @@ def add_device_options(options: argparse.ArgumentParser, *, float16: bool = Fals
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     dtypes = ["auto", "float32", "bfloat16", *["float16"] * float16]
     otherwise = "else float16 on CUDA, and float32" if float16 else "else float32"
-    told = f"auto: bfloat16 where the hardware has it, {otherwise} (default: {dtype})"
-    options.add_argument("--dtype", default=dtype, choices=dtypes, help=told)
+    help = f"auto: bfloat16 where the hardware has it, {otherwise} (default: {dtype})"
+    options.add_argument("--dtype", default=dtype, choices=dtypes, help=help)
 
 
 def add_data_option(options: argparse.ArgumentParser):
-    told = "folder holding MNIST/raw; downloaded there when absent (default: data)"
-    options.add_argument("--data", type=Path, default=Path("data"), help=told)
+    help = "folder holding MNIST/raw; downloaded there when absent (default: data)"
+    options.add_argument("--data", type=Path, default=Path("data"), help=help)
 
 
 def add_low_memory_option(options: argparse.ArgumentParser):
-    told = "read what the device's memory cannot hold from its files, layer by layer, at every step; needs accelerate"
-    options.add_argument("--low-memory", action="store_true", help=told)
+    help = "read what the device's memory cannot hold from its files, layer by layer, at every step; needs accelerate"
+    options.add_argument("--low-memory", action="store_true", help=help)
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The page of scripts/reproduce.py: plain HTML, CSS and JavaScript in one file, with its figures beside it."""
+"""The page of scripts/reproduce.py: plain HTML, CSS and JavaScript in one file, next to its figures."""
 
 import html
 import inspect
@@ -166,12 +166,12 @@ def label_of(image: Path) -> list[str]:
 
 def slider(play: Play, frames: Sequence[Sequence[str]], labels: Sequence[str], says: str, steps: str) -> str:
     """A figure of as many images as there are lists of frames, and a slider for all of them."""
-    says, told = html.escape(says), html.escape(json.dumps(labels))
+    says, label_data = html.escape(says), html.escape(json.dumps(labels))
     images = "".join(
         f'<img class="pixels" src="{own[0]}" data-frames="{html.escape(json.dumps(own))}" alt="{says}">'
         for own in frames
     )
-    return f"""<figure class="play" data-play="{play.kind}" data-labels="{told}"><div>{images}</div>
+    return f"""<figure class="play" data-play="{play.kind}" data-labels="{label_data}"><div>{images}</div>
 <input type="range" value="0" {steps} aria-label="{says}" hidden> <output></output>
 <figcaption>{says}</figcaption></figure>
 """

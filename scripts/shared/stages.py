@@ -75,8 +75,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     options.set_defaults(default_stride=stride)
     options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
     options.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
-    told = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
-    options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({told})")
+    default = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
+    options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({default})")
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}
     options.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
     options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")

@@ -49,8 +49,8 @@ def check_run(args: Namespace):
 def end_training(args: Namespace, complete: bool, trained: str = "weights.safetensors"):
     """Say where the weights are, or how to go on; a stopped run ends with status 130, as Ctrl-C does."""
     if not complete:
-        told = "stopped and saved: go on with the same command and --resume"
-        print(f"{told} (the run is in {args.out})", file=sys.stderr)
+        message = "stopped and saved: go on with the same command and --resume"
+        print(f"{message} (the run is in {args.out})", file=sys.stderr)
         sys.exit(130)
     print(f"trained: {args.out / trained}")
 

@@ -169,7 +169,7 @@ def test_t5s_index_names_files_beside_it_and_no_others(model_folder, tmp_path): 
     (folder / first).rename(tmp_path / first)
     outside = {name: f"../../{file}" if file == first else file for name, file in content["weight_map"].items()}
     index.write_text(json.dumps({**content, "weight_map": outside}))
-    with pytest.raises(ValueError, match=rf"names \.\./\.\./{first}, which is not a file beside it"):
+    with pytest.raises(ValueError, match=rf"names \.\./\.\./{first}, which is not in its folder"):
         embed_prompts(tmp_path / "model", ["a dog"], cache=None)
 
 
