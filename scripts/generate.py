@@ -6,16 +6,15 @@
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
     torchrun --nproc-per-node 2 scripts/generate.py --prompts prompts.txt --out out/images
 
-A model is a folder as diffusers saves it, or a Hub id; by default the shipped tiny-if/I and tiny-if/II. One prompt
-and one seed give the bare image; more give a labelled grid, and each image in a file of its own. Image k
-of a prompt starts from seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps. The
-prompts are the assignment's three unless others are given. A prompt may combine several with weights: "a dog AND a
-hat :0.5 AND snow :-1" is all of the first (1 if none is given), some of the second, and less than none of the third. T5 runs
-only for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed
-before stage 2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the
-folder --out with 00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is
-missing. torchrun starts a process for each GPU, or several on the CPU, and each draws its share of the batches: the
-same images as one process.
+A model is a folder as diffusers saves it, or a Hub id; by default the shipped tiny-if/I and tiny-if/II. One prompt and
+one seed give the bare image; more give a labelled grid, and each image in a file of its own. Image k of a prompt starts
+from seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps. The prompts are the
+assignment's three unless others are given. A prompt may combine several with weights: "a dog AND a hat :0.5 AND snow
+:-1" is all of the first (1 if none is given), some of the second, and none of the third. T5 runs only for prompts that
+--embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage 2 is loaded
+unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the folder --out with 00000.png,
+00001.png, …, each written when it is ready; run again after a stop, it draws what is missing. torchrun starts a process
+for each GPU, or several on the CPU, and each draws its share of the batches: the same images as one process.
 """
 
 from pathlib import Path

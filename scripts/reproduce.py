@@ -6,8 +6,8 @@
 
 A0 to A11 run on the tiny IF that is shipped, or on --model, and so do C1 and C2, which go beyond the assignment; B1 to
 B8 run on the shipped digits. Each is one of the other scripts, with the command line that the page shows. Finished
-experiments are skipped unless command, code or weights changed, so a stopped run goes on where it was; those that --only
-leaves out stay on the page. --fast is a tour of a minute or two, with fewer images and steps.
+experiments are skipped unless command, code or weights changed, so a stopped run goes on where it was; those that
+--only leaves out stay on the page. --fast is a tour of a minute or two, with fewer images and steps.
 """
 
 import hashlib
