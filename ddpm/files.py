@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,10 +42,11 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict):
     write_atomically(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def load_tensors(path: str | Path, expected: Collection[str] = ()) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the description of a safetensors file.
 
-    Raises FileNotFoundError when there is none, ValueError when it is damaged or no safetensors file.
+    Raises FileNotFoundError when there is none, ValueError when it is damaged, no safetensors file, or lacks a tensor
+    that is expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,6 +54,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     with reading(path, "whole safetensors file"), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         described = file.metadata() or {}
+    if missing := sorted(set(expected) - tensors.keys()):
+        raise ValueError(f"{path} has no {missing[0]!r}: delete it, so that it is made again")
     what = f"{path} was not written by this project's training scripts: its metadata"
     return tensors, {key: parse_json(value, what) for key, value in described.items() if key != "format"}
 

@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_cells, save_gif, save_grid
-from shared.options import add_common_options, check_writable, number, parser, pick, positive, run
+from shared.options import (
+    add_common_options,
+    check_not_overwritten,
+    check_writable,
+    number,
+    parser,
+    pick,
+    positive,
+    run,
+)
 
 import torch
 from torch import Tensor
@@ -54,6 +63,7 @@ def main():
     check_writable(args.out, ".png")
     if args.save:
         check_writable(args.save, ".safetensors")
+        check_not_overwritten(args, "save", ["weights"])
     model = load_model(args.weights, (ClassUNet, TimeUNet, ClassFlow, TimeFlow), device)
     steps, draw = pick_sampling(model, args)
     by_class = isinstance(model, (ClassUNet, ClassFlow))

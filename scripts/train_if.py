@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import parser, pick_device, pick_dtype, positive, positive_number, run
+from shared.options import LARGEST, parser, pick_device, pick_dtype, positive, positive_number, run
 from shared.processes import num_processes
 from shared.stages import MODEL, UPSCALER
 from shared.training import add_run_options, check_run, end_training
@@ -36,14 +36,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpm.files import write_atomically
+from ddpm.memory import check_memory
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages, load_captioned
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.models import build_encoder, train_tokenizer
-from ifmodel.tiny.stages import Stage1, Stage2, load_encoder, start_unet
+from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_unet
 from ifmodel.tiny.training import Recipe, processes, rank, train_stage, train_text
-from ifmodel.unet import UNetConfig
+from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_config
 
 
@@ -77,8 +78,8 @@ def arguments() -> Namespace:
     args = options.parse_args()
     if args.new_text and (args.stage_2_of or not args.start):
         raise ValueError("--new-text is for stage 1 and goes with --start, whose UNet it keeps")
-    if args.text_steps < 0:
-        raise ValueError(f"--text-steps must not be negative, but is {args.text_steps}")
+    if not 0 <= args.text_steps <= LARGEST:
+        raise ValueError(f"--text-steps must be from 0 to {LARGEST}")
     if not 0 <= args.variety <= 1:
         raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
     args.stage_2_of = MODEL if args.stage_2_of == "tiny-if" else args.stage_2_of
@@ -113,6 +114,17 @@ def check_shapes(args: Namespace):
             raise ValueError(f"--start {args.start} has {field.name} = {theirs}, the options of this run say {ours}")
 
 
+def check_room(args: Namespace, device: torch.device):
+    """Refuse a training that the memory cannot hold: weights, gradients, Adam's moments, EMA, and a batch."""
+    config, side = UNetConfig.from_dict(unet_config(args)), args.crop if args.stage_2_of else args.size
+    with torch.device("meta"):
+        parts = [UNet(config), *([] if args.stage_2_of else [build_encoder(1, args.text_dim)])]
+    weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    batch = args.batch_size // num_processes()
+    needed = 5 * 4 * weights + config.activation_bytes(batch, side, side)
+    check_memory(needed, f"training with {batch} images of {side} × {side} at a time", device)
+
+
 def unet_config(args: Namespace) -> dict:
     """The config.json of the UNet that the options ask for. Raises ValueError if --stage-2-of is no stage 1."""
     if args.stage_2_of:
@@ -136,6 +148,7 @@ def main():
     device = start_processes(args)
     dtype = pick_dtype(args.dtype, device)
     check_run(args)
+    check_room(args, device)
     names, finer = curated() if args.curated else None, 1 if args.stage_2_of else 2
     load = partial(load_captioned, args.data, args.size, names, finer=finer, quiet=rank() > 0)
     data = load(part="train" if args.hold_out else "all")
@@ -185,7 +198,7 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: 
     tokenizer = Tokenizer(folder)
     unet = start_unet(unet_config(args), args.start)
     kept = args.start and not args.new_text
-    encoder = load_encoder(args.start) if kept else build_encoder(tokenizer.vocab_size, args.text_dim)
+    encoder = start_encoder(args.start, folder) if kept else build_encoder(tokenizer.vocab_size, args.text_dim)
     stage = Stage1(unet_config(args), encoder, unet, folder, device)
     if not (args.resume or kept or train_text(encoder, data, tokenizer, recipe, device)):
         message = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
@@ -198,7 +211,9 @@ def new_stage_2(args: Namespace, tokenizer: Path, device: torch.device) -> Stage
     """Stage 2 before its first step, with the text encoder of its stage 1."""
     unet = start_unet(unet_config(args), args.start)
     small = load_config(args.stage_2_of).sample_size
-    return Stage2(unet_config(args), load_encoder(args.stage_2_of), unet, tokenizer, device, small, args.crop)
+    return Stage2(
+        unet_config(args), start_encoder(args.stage_2_of, tokenizer), unet, tokenizer, device, small, args.crop
+    )
 
 
 def start_processes(args: Namespace) -> torch.device:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ddpm.files import load_tensors, save_tensors
+from ddpm.memory import check_memory
 from ddpm.runs import STATE, check_same
 from ifmodel import Cascade, UNet, load_unet
 from ifmodel.dreambooth import dreambooth_loss, train_lora
@@ -80,9 +81,12 @@ def main():
             raise ValueError(f"--max-noise-level must be at most {SCHEDULE.num_timesteps}, not {highest}")
         upscaling = stages[0].config.sample_size, highest
     targets = ATTENTION if args.layers == "attention" else (*ATTENTION, *RESNETS)
+    config = learning.config
+    needed = config.activation_bytes(args.batch_size, config.sample_size, config.sample_size)
+    check_memory(needed, f"training with {args.batch_size} images at a time", args.device)
     with torch.device("meta"):
-        add_lora(UNet(learning.config), args.rank, targets)  # so that a rank is refused before anything is drawn
-    images = read_folder(args.images, learning.config.sample_size)
+        add_lora(UNet(config), args.rank, targets)  # so that a rank is refused before anything is drawn
+    images = read_folder(args.images, config.sample_size)
     args.fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
     if args.resume:  # refuses another recipe now, not after drawing
         check_same(args.out / STATE, load_tensors(args.out / STATE)[1], {"recipe": described(args)})
@@ -118,7 +122,7 @@ def class_images(args: Namespace) -> dict[str, Tensor]:
     """For each class prompt, images [K, 3, S, S] by the untrained model; kept in --out."""
     path, count = args.out / "class_images.safetensors", args.class_images
     if args.resume and path.exists():
-        found, _ = load_tensors(path)
+        found, _ = load_tensors(path, args.class_prompt)
         return {prompt: found[prompt] for prompt in args.class_prompt}
     if not args.class_prompt:
         return {}

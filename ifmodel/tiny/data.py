@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import first_line, parse_json
+from ddpm.files import parse_json, read_small
+from ddpm.images import eight_bits, open_image
 from ifmodel.tiny.captions import ALIASES, plainly, with_article
 from ifmodel.tiny.styles import STYLES, Style
 
@@ -273,7 +274,7 @@ def read_metadata(folder: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each image, file_name and text")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
+        lines = read_small(path).decode("utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
     rows = []
@@ -308,15 +309,12 @@ def styled(path: Path, size: int, artist: str | None, finer: int = 1) -> list[tu
 
     Raises ValueError when it is no image or too small.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")  # upright, as a phone's are shown
-    except Exception as error:  # PIL raises a dozen kinds
-        raise ValueError(f"{path} cannot be read as an image: {first_line(error)}") from None
+    least = max(256, size * finer)
+    image = eight_bits(open_image(path, (least, least)), path).convert("RGBA")
     if min(image.size) < size:
         raise ValueError(f"{path} is too small: {image.size[0]} × {image.size[1]}, for training at {size} × {size}")
     size *= finer
-    side = min(max(256, size), *image.size)  # the filters are slow, and nothing finer is seen
+    side = min(least, *image.size)  # the filters are slow, and nothing finer is seen
     image = ImageOps.fit(image, (side, side), Image.Resampling.BOX)
     plain = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     found = []

@@ -1,7 +1,6 @@
 """npm's icon packages: which things they draw, under which names, and rendering them; see scripts/prepare_emoji.py."""
 
 import io
-import json
 import re
 import tarfile
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpm.files import reading
+from ddpm.files import LARGEST_TEXT, parse_json, read_small, reading
 
 # Names of what is left out: skin tones, flags, keycaps, clock faces, buttons and shapes
 SKIPPED = re.compile(
@@ -42,11 +41,11 @@ def read_package(path: Path) -> tuple[str, dict]:
     """An icon package's name and its icons.json, from a .tgz or a folder. Raises ValueError for anything else."""
     with reading(path, "package of icons"):
         if path.is_dir():
-            text = (path / "icons.json").read_bytes()
+            text = read_small(path / "icons.json")
         else:
             with tarfile.open(path) as archive:
-                text = archive.extractfile("package/icons.json").read()
-        icons = json.loads(text)
+                text = archive.extractfile("package/icons.json").read(LARGEST_TEXT)  # cut, it is no JSON
+        icons = parse_json(text, "icons.json")
         return icons["prefix"], {"aliases": {}, **icons, "icons": dict(icons["icons"])}
 
 

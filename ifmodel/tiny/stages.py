@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, upscale
-from ifmodel.text import Tokenizer
+from ifmodel.text import Tokenizer, load_encoder
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import save_stage_1, save_stage_2
 from ifmodel.tiny.losses import (
@@ -88,12 +88,9 @@ class Stage2:
         save_stage_2(folder, self.config, weights)
 
 
-def load_encoder(source: str):
-    """The T5 encoder of a stage 1, in float32."""
-    from transformers import T5EncoderModel
-
-    folder = fetch(source, "text_encoder", ["*.json", "*.safetensors"])
-    return T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+def start_encoder(source: str, tokenizer: Path):
+    """The T5 encoder of a stage 1, in float32. Raises as `load_encoder` does."""
+    return load_encoder(fetch(source, "text_encoder", ["*.json", "*.safetensors"]), Tokenizer(tokenizer))
 
 
 def start_unet(config: dict, start: str | None) -> UNet:

@@ -30,7 +30,7 @@ from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.sampling import encoded_once, one_hot
 from ddpm.mnist.training import DDPM, drop_classes, train
-from ddpm.mnist.unet import IMAGE_SIZE, folded
+from ddpm.mnist.unet import IMAGE_SIZE, check_batch, folded
 from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule
@@ -108,6 +108,7 @@ def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
 def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds: int):
     """A guided step of digits, as `sample_digits` does it and as the UNet is written, alternately."""
     model = load_model("ddpm_class", device=device)
+    check_batch(model, 2 * count)
     c = one_hot([k % 10 for k in range(count)], device)
     x_t = noise_source(range(count), (1, IMAGE_SIZE, IMAGE_SIZE), device)()
     models = {"ours": encoded_once(folded(model), count), "written": model}

@@ -20,6 +20,7 @@ from shared.timing import operators, race, short, where
 import torch
 from torch import Tensor, nn
 
+from ddpm.memory import check_memory
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
 from ifmodel.tiny.models import TextToImage, build_encoder, zero_init
@@ -71,12 +72,16 @@ def steps(side: str, stage: int, batch_size: int, device: torch.device, dtype: t
         yield loss.item()
 
 
-def model_of(side: str, stage: int) -> nn.Module:
-    """A text encoder and a UNet of tiny-if's shape, ours or with the same weights diffusers'."""
+def config_of(stage: int) -> dict:
+    """Of tiny-if's shape."""
     if stage == 1:
-        config = stage_1_config(SMALL, [64, 96, 192], 1, TEXT_DIM)
-    else:
-        config = stage_2_config(LARGE, [32, 48, 64, 96], 1, TEXT_DIM)
+        return stage_1_config(SMALL, [64, 96, 192], 1, TEXT_DIM)
+    return stage_2_config(LARGE, [32, 48, 64, 96], 1, TEXT_DIM)
+
+
+def model_of(side: str, stage: int) -> nn.Module:
+    """A text encoder and a UNet, ours or with the same weights diffusers'."""
+    config = config_of(stage)
     encoder, unet = build_encoder(VOCABULARY, TEXT_DIM), UNet(UNetConfig.from_dict(config))
     zero_init(unet)
     if side == "ours":
@@ -95,6 +100,9 @@ def main():
     add_device_options(options)
     args = options.parse_args()
     device, dtype = pick(args)
+    config, side = config_of(args.stage), SMALL if args.stage == 1 else CROP
+    needed = UNetConfig.from_dict(config).activation_bytes(args.batch_size, side, side)
+    check_memory(needed, f"training with {args.batch_size} images at a time", device)
     if diffusers is None:
         print("diffusers is not installed: ours alone")
     names = ["ours"] if diffusers is None else ["ours", "plain", "tuned"]

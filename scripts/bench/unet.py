@@ -41,6 +41,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.files import write_atomically
+from ddpm.memory import check_memory
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
@@ -121,6 +122,8 @@ class Work:
         self.ours = self.load(pack=True)
         config, batch, generator = self.ours.config, args.batch_size, torch.Generator().manual_seed(SEED)
         self.size = tuple(args.size or [config.sample_size] * 2)
+        what = f"a step of {batch} × 2 images of {' × '.join(map(str, self.size))}"
+        check_memory(config.activation_bytes(2 * batch, *self.size, dtype.itemsize), what, device)
         self.noise_level = 50 if config.class_embed_type else None
         self.x_t = torch.randn((2 * batch, config.in_channels, *self.size), generator=generator).to(device)
         embeds = torch.randn((2 * batch, 77, config.encoder_hid_dim), generator=generator)

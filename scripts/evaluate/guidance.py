@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
-from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_atomically
+from ddpm.memory import check_memory
 from ddpm.mnist import sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
@@ -48,13 +49,17 @@ GUIDERS = ("plain", "rescaled", "projected")
 
 def main():
     args = arguments()
-    check_writable(args.out / "report.json")
-    report = json.loads((args.out / "report.json").read_text()) if (args.out / "report.json").is_file() else {}
+    path = args.out / "report.json"
+    check_writable(path)
+    if not args.skip_digits:  # refused before any image is drawn
+        load_mnist(args.data, "test")
+        check_memory(8 * 28**2 * args.digits, f"{args.digits} digits")
+    report = parse_json(read_small(path), path) if path.is_file() else {}
     for part, measure in (("images", measure_images), ("digits", measure_digits)):
         if not getattr(args, f"skip_{part}"):
             report[part] = measure(args)
             if rank() == 0:
-                write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+                write_atomically(path, json.dumps(report, indent=2).encode())
     if rank() == 0:
         draw_figure(args.out / "guidance.png", report, args.seed)
 
@@ -97,7 +102,7 @@ def drawn(args: Namespace, what: str, made: str, draw: Callable) -> Iterator[tup
             save_tensors(path_of(*one), {"images": draw(*one)}, {})
     wait()
     for one in asked if rank() == 0 else ():
-        yield *one, load_tensors(path_of(*one))[0]["images"]
+        yield *one, load_tensors(path_of(*one), ["images"])[0]["images"]
 
 
 @torch.no_grad()

@@ -186,7 +186,9 @@ def draw_samples(how: Drawn, args: Namespace):
 def load_samples(how: Drawn, args: Namespace) -> Tensor:
     """Samples [N, 1, 28, 28] that were drawn."""
     folder = folder_of(how, args)
-    chunks = [load_tensors(folder / f"{start:06d}.safetensors")[0] for start in range(0, args.samples, CHUNK)]
+    chunks = [
+        load_tensors(folder / f"{start:06d}.safetensors", ["images"])[0] for start in range(0, args.samples, CHUNK)
+    ]
     return torch.cat([chunk["images"] for chunk in chunks])[: args.samples]
 
 

@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
+from ddpm.memory import check_memory
 from ddpm.process import dpm_solver_step
 from ddpm.sampling import Estimate, iterative_denoise, noise_source
 from ifmodel import load_unet
-from ifmodel.stage import SCHEDULE, spaced_timesteps, stage_1, stage_threshold
+from ifmodel.stage import SCHEDULE, check_stage, spaced_timesteps, stage_1, stage_threshold
 from ifmodel.text import embed_prompts
 
 PROMPTS = ["a photo of a dog", "a rocket ship"]
@@ -118,11 +119,14 @@ def main():
     options.add_argument("--out", type=Path, default=Path("out/solvers.json"), help="default: out/solvers.json")
     args = options.parse_args()
     check_writable(args.out, ".json")
-    unet, prompts = load_unet(args.model, pack=True), (args.prompt or PROMPTS) * args.num_images
+    side, prompts = check_stage(args.model, 1).sample_size, args.prompt or PROMPTS
+    count = len(prompts) * args.num_images
+    check_memory(4 * 3 * side**2 * SCHEDULE.num_timesteps * count, f"the noise of {count} images")
+    unet, prompts = load_unet(args.model, pack=True), prompts * args.num_images
     embeds = embed_prompts(args.model, [*prompts, ""])
     estimate = stage_1(unet, torch.stack([embeds[prompt] for prompt in prompts]), embeds[""][None], args.guidance)
     seeds = [args.seed + k // len(args.prompt or PROMPTS) for k in range(len(prompts))]
-    path, threshold = NoisePath(seeds, side := unet.config.sample_size), stage_threshold(args.model, 1)
+    path, threshold = NoisePath(seeds, side), stage_threshold(args.model, 1)
 
     @cache
     def by_ours(num_steps: int, eta: float) -> Tensor:

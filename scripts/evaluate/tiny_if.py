@@ -45,7 +45,8 @@ from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
-from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.files import check_tensors, fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.memory import check_memory
 from ddpm.mnist.judge import frechet_distance
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
 from ddpm.schedule import strided_timesteps
@@ -96,7 +97,7 @@ class Evaluation:
             if rank() == 0:
                 save_tensors(path, {"images": images.clamp(-1, 1)}, {"name": name})
             wait()
-        return load_tensors(path)[0]["images"]
+        return load_tensors(path, ["images"])[0]["images"]
 
     def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler=FAST) -> Tensor:
         job = Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))
@@ -134,7 +135,10 @@ def identity_of(model: str) -> str:
 def main():
     args = arguments()
     check_writable(args.out / "report.json")
-    load = partial(load_captioned, args.data, check_stage(args.model, 1).sample_size, finer=2)
+    side = check_stage(args.model, 1).sample_size
+    count = max(args.prompts, 2 * args.samples + 10, 4 * args.pairs)  # of the largest kind
+    check_memory(2 * 3 * 4 * count * side**2, f"{count} images of {side} × {side}")
+    load = partial(load_captioned, args.data, side, finer=2)
     names = [*dict.fromkeys([*curated(), *args.taught[:1]])] if args.curated else None
     data = load(names, part="train" if args.hold_out else "all")
     held = load(data.names, part="held out") if args.hold_out else data
@@ -222,8 +226,9 @@ def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
         trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
     wait()
-    judge = ImageJudge(len(data.names))
-    judge.load_state_dict(load_tensors(path)[0])
+    judge, (tensors, _) = ImageJudge(len(data.names)), load_tensors(path)
+    check_tensors(f"{path} is no judge of these drawings", judge.state_dict(), tensors)
+    judge.load_state_dict(tensors)
     return judge.eval()
 
 

@@ -10,8 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 from torch import Tensor
 
-from ddpm.files import reading
-from ddpm.memory import check_memory
+from ddpm.images import eight_bits, open_image
 
 
 def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
@@ -19,54 +18,19 @@ def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
 
     source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no image.
     """
-    image = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(open_image(source, size), source)
+    image = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(find_image(source, size), source)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def open_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """PIL's image of a file, upright. Raises FileNotFoundError, or ValueError when it is no image or too large."""
+def find_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """PIL's image of a file, see `open_image`. Raises FileNotFoundError when there is none, or as that does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
-    Image.MAX_IMAGE_PIXELS = None  # the memory is asked instead
-    with reading(path, "image"):
-        image = Image.open(path)
-        image.draft("RGB", (4 * size[1], 4 * size[0]))  # a large JPEG is read at a fraction of its size
-        (w, h), copies = image.size, 40 if image.mode.startswith(("I", "F")) else 16  # bytes a pixel, of all copies
-        check_memory(copies * w * h, f"reading {w} × {h} pixels")
-        image.load()
-        return ImageOps.exif_transpose(image)
-
-
-def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """An image of any mode as RGB, or as RGBA when some of it is transparent.
-
-    White is 65535 in integers of more than 8 bits, or 4095 or 255 where none is larger; in floating point it is 1, or
-    the largest value beyond 1, and black is 0, or -1 where there are negative values. Warns of all but the first.
-    Raises ValueError for values of no such range, or that are no numbers.
-    """
-    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip them
-        pixels = numpy.asarray(image, dtype=numpy.float64)
-        least, most = pixels.min(), pixels.max()  # NaN if one is
-        whole, signed = image.mode.startswith("I"), least < -0.1  # a little below 0 is a resampled edge
-        low, high = (0, 65535) if whole else (-1.1, 1.1) if signed else (-0.1, 1e30)
-        if not low <= least <= most <= high:
-            raise ValueError(f"{path} has values from {least:g} to {most:g}: save it with 8 bits, or with 16")
-        white = next(white for white in (255, 4095, 65535) if most <= white) if whole else max(most, 1)
-        if whole and 0 < most <= 4095:
-            warnings.warn(f"{path}: no value is above {most:g}, so {white} is white, not 65535", stacklevel=3)
-        if signed:
-            warnings.warn(f"{path} has values down to {least:g}: -1 is black and 1 is white", stacklevel=3)
-            pixels, white = (pixels + 1) / 2, 1
-        image = Image.fromarray((pixels.clip(0, white) / white * 255).round().astype(numpy.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            return image
-    return image.convert("RGB")
+    return open_image(path, (4 * size[0], 4 * size[1]))
 
 
 def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
@@ -92,7 +56,7 @@ def mask_of_file(path: str, size: tuple[int, int], image: str | Path) -> Tensor:
     In a file with transparency, white paint is the hole, on a transparent layer or on black; where what is seen is
     neither, it is what was erased.
     """
-    drawn, notes = eight_bits(open_image(path, size), path), []
+    drawn, notes = eight_bits(find_image(path, size), path), []
     hole = drawn.convert("L")
     if drawn.mode == "RGBA":
         alpha = drawn.getchannel("A")

@@ -158,13 +158,14 @@ def run(main: Callable[[], None]):
     sys.exit(2)
 
 
-def check_not_overwritten(args: argparse.Namespace):
-    """Refuse an --out that is an --image, --mask or --keep of the same command. Raises ValueError."""
-    for option in ("image", "mask", "keep"):
+def check_not_overwritten(args: argparse.Namespace, out: str = "out", read: Sequence[str] = ("image", "mask", "keep")):
+    """Refuse an output that is what another option of the same command reads. Raises ValueError."""
+    written = getattr(args, out)
+    for option in read:
         given = getattr(args, option, None)
         for path in given if isinstance(given, list) else [given] if given else []:
-            if Path(path).is_file() and args.out.exists() and Path(path).samefile(args.out):
-                raise ValueError(f"--out {args.out} would overwrite --{option}: name another file")
+            if Path(path).is_file() and written.exists() and Path(path).samefile(written):
+                raise ValueError(f"--{out} {written} would overwrite --{option}: name another file")
 
 
 def check_writable(path: Path, suffix: str | None = None):

@@ -15,10 +15,10 @@ from PIL import Image
 
 from ddpm.mnist import ClassFlow, ClassUNet, UNet
 from ddpm.mnist.checkpoint import save_weights
-from shared.options import OneLineParser, number, positive, seed_number
+from shared.options import OneLineParser, number, positive, positive_number, seed_number
 from shared.stages import model_name, steps_or_name
 from tests.conftest import DATA, ROOT, settled
-from tests.forked import PRELOADED, SERVER, run_all
+from tests.forked import PRELOADED, SERVER, Run, run_all
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 from tests.scripts.test_prepare_emoji import RED, pack
@@ -27,17 +27,24 @@ TRILLION, LONG = "1" + "0" * 12, "9" * 400
 TEXTS = ["", " ", "x" * 300, "ü \u202e<script>$\\frac{", "\udcff", "a/../b", "two words " * 500]
 PATHS = ["", "nowhere/ü n.png", "../../there", "../../there.txt", "../../there.txt/below", "y" * 250 + ".png"]
 PATHS += ["/proc/nope.png", "-", "../../there.png", "~", "a/" * 3000, "/dev/null"]
-VALUES = {  # what is given to an option, by its type
-    positive: ["", "x", "0", "-1", "1.5", "nan", TRILLION, LONG, "٣", "1000000", "²"],
-    int: ["", "x", "-1", "1e3", "inf", TRILLION, LONG],
-    number: ["", "x", "nan", "inf", "-inf", "1e400", "1e38", "-1e300", "0", LONG],
+WRONG = {  # what no option of a type takes
+    positive: ["", "x", "0", "-1", "1.5", "nan", TRILLION, LONG, "²"],
+    int: ["", "x", "1e3", "inf", LONG],
+    number: ["", "x", "nan", "inf", "-inf", "1e400", LONG],
     seed_number: ["", "x", "-1", "4294967296", TRILLION, LONG, "1.5"],
     steps_or_name: ["", "x", "0", "-1", "1001", "smart51", TRILLION, LONG],
-    model_name: [*TEXTS, *PATHS, "tiny-if/II", "no/such-model"],
+    model_name: ["", "tiny-if/II", "no/such-model", "../../there.txt/below"],
+    Path: ["../../there.txt/below"],
+    "choices": ["", "nothing", "DDPM"],
+    "flag": ["1"],
+}
+TAKEN = {  # what some take
+    positive: ["٣"],
+    int: ["-1", TRILLION],
+    number: ["1e38", "-1e300", "0"],
+    model_name: [*TEXTS, *PATHS],
     Path: PATHS,
     None: [*TEXTS, *PATHS],
-    "choices": ["", "nothing", "DDPM"],
-    "flag": ["=1"],
 }
 SKIPPED = {"--help", "--compile", "--train-judge"}
 
@@ -69,6 +76,8 @@ def bases(models: Path) -> dict[str, list]:
     training = ["--data", DATA, "--width", 4, "--limit", 20, "--epochs", 1]
     pair = ["--prompt", "a dog", "--prompt", "a hat"]
     one_step = ["--steps", 1, "--batch-size", 1, *cpu]
+    few_guided = ["--digits", 2, "--digit-steps", 1, "--images", 2, "--image-steps", 1, "--judge-steps", 1]
+    few_judged = ["--only", "named", "--guidance", 2, "--prompts", 2, "--most-steps", 1, "--judge-steps", 1]
     small = ["--size", 16, "--widths", 32, 32, "--text-dim", 32, "--text-steps", 1, "--every", 1]
     return {
         "forward_process": ["--size", 16, "--timesteps", 0, 500],
@@ -85,7 +94,7 @@ def bases(models: Path) -> dict[str, list]:
         "embed_prompts": ["--model", models / "stage_1", "--prompt", "a dog", "--dtype", "float32"],
         "sample_mnist": ["--weights", models / "ClassUNet.safetensors", "--steps", 1, "--per-class", 1],
         "denoise_mnist": ["--data", DATA, "--weights", models / "UNet.safetensors"],
-        "digits_gallery": [*digits, "--only", "anagram"],
+        "digits_gallery": [*digits, "--only", "inpaint"],
         "train_ddpm": ["--condition", "class", "--sample-steps", 1, *training],
         "train_denoiser": training,
         "train_flow": ["--condition", "class", "--sample-steps", 1, *training],
@@ -95,6 +104,12 @@ def bases(models: Path) -> dict[str, list]:
         "prepare_emoji": [models / "icons.tgz", "--artists", 1, "--size", 16],
         "reproduce": ["--only", "B2"],
         "evaluate/mnist": [*digits, "--digits", 2, "--denoiser", models / "UNet.safetensors"],
+        "evaluate/guidance": ["--data", DATA, "--emoji", DATA / "emoji", "--guidance", 2, *few_guided],
+        "evaluate/solvers": [*stage_1[:2], "--prompt", "a dog", "--num-images", 1, "--steps", 4, "--eta", 0],
+        "evaluate/tiny_if": ["--data", DATA / "emoji", *stage_1[:2], "--upscaler", "none", *cpu, *few_judged],
+        "bench/mnist": ["--data", DATA, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--sample-digits", 1, *cpu],
+        "bench/training": ["--rounds", 1, *one_step],
+        "bench/unet": ["--rounds", 1, "--size", 8, 8, *cpu],
     }
 
 
@@ -102,57 +117,82 @@ class Seen(Exception):
     """Raised with a parser when it would read the command line."""
 
 
-def options_of(script: str, monkeypatch) -> list[argparse.Action]:
+def options_of(script: str) -> list[argparse.Action]:
     """All options of a script."""
 
     def see(self, *_):
         raise Seen(self)
 
-    with monkeypatch.context() as patch, pytest.raises(Seen) as seen:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(OneLineParser, "parse_known_args", see)
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
-    return [
-        action
-        for action in seen.value.args[0]._actions
-        if action.option_strings and not SKIPPED & {*action.option_strings}
-    ]
+    actions = seen.value.args[0]._actions
+    return [action for action in actions if action.option_strings and not SKIPPED & {*action.option_strings}]
 
 
-def wrong_values(models: Path, monkeypatch, each: int = 2) -> list[list]:
-    """Command lines that each give one option another value, `each` for an option, the next ones at the next script."""
-    turns = {kind: itertools.cycle(values) for kind, values in VALUES.items()}
+def kind_of(action: argparse.Action):
+    """Which of the values an option is given."""
+    if action.nargs == 0:
+        return "flag"
+    return "choices" if action.choices else number if action.type in (float, positive_number) else action.type
+
+
+def commands_of(models: Path, values: dict, each: int = 1, bare: bool = False) -> list[list]:
+    """Command lines that each give one option another value, `each` for an option, the next ones at the next option.
+
+    bare: one without a value for every option, not only for those whose type has none
+    """
+    turns = {kind: itertools.cycle(listed) for kind, listed in values.items()}
     commands = []
     for script, base in bases(models).items():
-        for action in options_of(script, monkeypatch):
-            kind = "flag" if action.nargs == 0 else "choices" if action.choices else action.type
-            for _ in range(1 if kind == "flag" else each):
-                value = next(turns.get(kind, turns[number]))
-                commands.append([script, *base, f"{action.option_strings[0]}{'' if kind == 'flag' else '='}{value}"])
-            if action.nargs != 0:
-                commands.append([script, *base, action.option_strings[0]])  # and none at all
+        for action in options_of(script):
+            kind, name = kind_of(action), action.option_strings[0]
+            number_of = (1 if kind == "flag" else each) if kind in turns else 0
+            given = [f"{name}={next(turns[kind])}" for _ in range(number_of)]
+            given += [name] if number_of == 0 or (bare and action.nargs not in (0, "*")) else []
+            commands += [[script, *base, one] for one in given]
     return commands
 
 
-def complaints(runs, expected=None) -> str:
-    told = [(" ".join(run.command)[-300:], run.complaint(expected)) for run in runs]
-    return "\n\n".join(f"{command}\n{complaint}" for command, complaint in told if complaint)
+def check(runs: list[Run], expected: list[str | None]):
+    """Fail with what is wrong with some of the runs; expected: of each, see `Run.complaint`."""
+    told = [(" ".join(run.command)[-300:], run.complaint(part)) for run, part in zip(runs, expected, strict=True)]
+    wrong = [f"{command}\n{complaint}" for command, complaint in told if complaint]
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.fixture
+def there(tmp_path):
+    """What stands beside the folder of each run, as PATHS have it."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.txt").write_text("in the way")
+    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    return tmp_path
+
+
+def test_every_script_has_its_campaign():
+    scripts = [path for path in (ROOT / "scripts").rglob("*.py") if "\n    run(main" in path.read_text()]
+    names = {str(path.relative_to(ROOT / "scripts").with_suffix("")) for path in scripts}
+    assert names == bases(Path()).keys()
+
+
+def test_a_wrong_value_for_every_option(models, there):
+    commands = commands_of(models, WRONG, 2, bare=True)
+    assert len(commands) >= 1000
+    # reproduce passes most of them on to B2, which needs none of them
+    check(run_all(commands, there), [None if script == "reproduce" else "error: " for script, *_ in commands])
 
 
 @pytest.fixture(scope="module")
 def commands(models):
-    with pytest.MonkeyPatch.context() as patch:
-        return wrong_values(models, patch)
+    return commands_of(models, TAKEN, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", bases(Path()))
-def test_every_option_with_other_values(commands, tmp_path, script):
-    assert len(commands) >= 400
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there.txt").write_text("in the way")
-    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
-    runs = run_all([command for command in commands if command[0] == script], tmp_path)
-    assert not complaints(runs)
+def test_every_option_with_values_that_some_take(commands, there, script):
+    own = [command for command in commands if command[0] == script]
+    check(run_all(own, there), [None] * len(own))
 
 
 CONTRADICTIONS = [  # a script, options that do not go together, and a part of what it says
@@ -172,6 +212,7 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("generate", ["--noise-level", 1000], "noise level must be from 0 to 999"),
     ("generate", ["--dtype", "float16"], "float16 is for GPUs"),
     ("generate", ["--device", "cuda:99"], "is not on this machine"),
+    ("generate", ["--out", "y" * 250 + ".png"], "is too long: use at most 200 bytes"),
     ("generate", ["--prompt=--"], "gives no value"),
     ("generate", ["--prompt"], "expected one argument"),
     ("one_step_denoise", ["--upscaler", "tiny-if/II"], "of stage 1 alone"),
@@ -196,6 +237,7 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("sample_mnist", ["--guidance", "1e38", "--steps", 3], "not finite any more"),
     ("sample_mnist", ["--steps", 301], "from 1 to 300"),
     ("sample_mnist", ["--out", "digits.jpg"], "must end in .png"),
+    ("sample_mnist", ["--out", "ü" * 120 + ".png"], "is too long: use at most 200 bytes"),
     ("sample_mnist", ["--save", "digits.pt"], "must end in .safetensors"),
     ("digits_gallery", ["--samples", 1_000_000], "GB of memory"),
     ("digits_gallery", ["--guidance", "1e38", "--steps", 3], "not finite any more"),
@@ -208,6 +250,33 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("train_ddpm", ["--condition", "none"], "invalid choice"),
     ("train_denoiser", ["--width", 1000], "GB of memory"),
     ("train_denoiser", ["--start", "nowhere"], "no weights file at"),
+    ("train_if", ["--widths", 3200, 3200], "GB of memory"),
+    ("train_if", ["--widths", 1_000_000], "one whole number from 1 to 1000000"),
+    ("train_if", ["--text-dim", 32_000], "GB of memory"),
+    ("train_if", ["--batch-size", 1_000_000], "GB of memory"),
+    ("train_if", ["--layers", 1_000_000], "at most 1000"),
+    ("train_if", ["--text-steps", LONG], "--text-steps must be from 0 to 1000000"),
+    ("train_if", ["--size", 1_000_000], "GB of memory"),
+    ("train_if", ["--start", "tiny-if/II"], "is a stage-2 model, not a stage-1 one"),
+    ("train_lora", ["--batch-size", 1_000_000], "GB of memory"),
+    ("train_lora", ["--class-prompt", "a hat", "--class-images", 1_000_000], "GB of memory"),
+    ("train_lora", ["--rank", 1_000_000], "take a lower one"),
+    ("train_lora", ["--model", "tiny-if/II"], "is a stage-2 model, not a stage-1 one"),
+    ("train_flow", ["--width", 1_000_000], "GB of memory"),
+    ("evaluate/solvers", ["--num-images", 1_000_000], "GB of memory"),
+    ("evaluate/solvers", ["--model", "tiny-if/II"], "is a stage-2 model, not a stage-1 one"),
+    ("evaluate/solvers", ["--steps", 1001], "steps must be from 1 to 1000"),
+    ("evaluate/guidance", ["--digits", 1_000_000], "GB of memory"),
+    ("evaluate/tiny_if", ["--prompts", 1_000_000], "GB of memory"),
+    ("evaluate/tiny_if", ["--pairs", 1_000_000], "GB of memory"),
+    ("evaluate/tiny_if", ["--taught", "penguin", "a bird"], "give both"),
+    ("evaluate/tiny_if", ["--upscaler", "tiny-if/I"], "is a stage-1 model, not a stage-2 one"),
+    ("bench/mnist", ["--sampling", "--sample-digits", 1_000_000], "GB of memory"),
+    ("bench/mnist", ["--rounds", 1_000_000], "need more than the"),
+    ("bench/training", ["--batch-size", 1_000_000], "GB of memory"),
+    ("bench/unet", ["--batch-size", 1_000_000], "GB of memory"),
+    ("bench/unet", ["--size", 1_000_000, 1_000_000], "GB of memory"),
+    ("bench/unet", ["--size", 9, 9], "must be multiples of"),
     ("forward_process", ["--size", 1_000_000], "GB of memory"),
     ("classical_denoise", ["--timesteps", 1000], "--timesteps must be from 0 to 999"),
     ("reproduce", ["--only", "A12"], "there is no experiment"),
@@ -217,6 +286,4 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
 def test_options_that_contradict_each_other(models, tmp_path):
     base = bases(models)
     commands = [[script, *base[script], *more] for script, more, _ in CONTRADICTIONS]
-    runs = run_all(commands, tmp_path)
-    told = [complaints([run], part) for run, (*_, part) in zip(runs, CONTRADICTIONS, strict=True)]
-    assert not "\n\n".join(filter(None, told))
+    check(run_all(commands, tmp_path), [part for *_, part in CONTRADICTIONS])

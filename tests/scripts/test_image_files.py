@@ -1,5 +1,6 @@
 """Images and masks as people have them: values of other ranges, transparency, labels in any script."""
 
+import time
 import warnings
 
 import numpy
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw
 
+from ifmodel.tiny.data import load_captioned
 from shared.figures import characters, readable, save_grid, text_size, warn_of_missing
 from shared.images import read_image, read_mask
 
@@ -133,3 +135,31 @@ def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, 
     assert readable("a 狗") == ("a \ufffd", ["sans-serif"])
     with Image.open(tmp_path / "grid.png") as figure:
         assert figure.text["Description"] == "\n".join([*prompts, "x = 1"])
+
+
+def test_a_label_of_many_words_is_cut_and_the_metadata_has_them_all(tmp_path):
+    prompt, image = "word " * 8000, torch.zeros(3, 8, 8)
+    begun = time.process_time()
+    save_grid(tmp_path / "grid.png", [[image]], row_labels=[prompt])
+    assert time.process_time() - begun < 5  # uncut it takes more than 20
+    with Image.open(tmp_path / "grid.png") as figure:
+        assert figure.text["Description"] == prompt and figure.height < 2000
+
+
+def test_pixels_are_bounded_by_memory(tmp_path, monkeypatch):
+    """Of images that a script is given, and of those that a training reads."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "large.png", "text": "nothing"}')
+    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: 16 * 300 * 200 - 1)
+    for read in (lambda: read_image(tmp_path / "large.png", (16, 16)), lambda: load_captioned(tmp_path, 16)):
+        with pytest.raises(ValueError, match="reading 300 × 200 pixels needs about"):
+            read()
+    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: 16 * 300 * 200)
+    read_image(tmp_path / "large.png", (16, 16))
+
+
+def test_a_training_reads_every_range_too(tmp_path):
+    Image.fromarray((RAMP * 65535).astype(numpy.uint16)).save(tmp_path / "ramp.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "ramp.png", "text": "a ramp"}')
+    data = load_captioned(tmp_path, 16)
+    torch.testing.assert_close(data.images[0, 0].numpy(), (RAMP * 255).round().astype(numpy.uint8), atol=1, rtol=0)

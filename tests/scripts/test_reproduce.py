@@ -75,6 +75,25 @@ def test_what_was_made_is_left_and_what_changed_is_made_again(run_script, tmp_pa
     assert "made before" not in printed
 
 
+@pytest.mark.parametrize("damage", ["figure", "seconds", "command", "figures", "list"])
+def test_what_is_not_as_it_was_left_is_made_again(run_script, tmp_path, damage):
+    """A figure that was overwritten, or a note of other types."""
+    options, note, figure = (
+        ["--only", "A1", "--out", tmp_path],
+        tmp_path / "A1" / "made.json",
+        tmp_path / "A1/forward.png",
+    )
+    run_script("reproduce", *options)
+    before = figure.read_bytes()
+    if damage == "figure":
+        figure.write_bytes((tmp_path / "A1" / "forward_0_0.png").read_bytes())
+    else:
+        note.write_text(json.dumps([5] if damage == "list" else {**json.loads(note.read_text()), damage: [5]}))
+    status, printed, err = run_script("reproduce", *options)
+    assert status == 0, err
+    assert "made before" not in printed and len(figure.read_bytes()) == len(before)
+
+
 def test_what_only_leaves_out_stays_on_the_page(run_script, tmp_path):
     run_script("reproduce", "--only", "A1", "--out", tmp_path)
     run_script("reproduce", "--only", "A2", "--out", tmp_path)

@@ -1,12 +1,15 @@
 """Every script end to end on the committed digits, and every bad input: one clear line, exit status 2."""
 
 import errno
+import io
 import json
 import os
 import pkgutil
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
 from ddpm.sampling import noise_source
 from ddpm.schedule import linear_schedule
-from shared.options import pick_dtype
+from shared.options import pick_dtype, run
 from tests.conftest import DATA, ROOT, settled
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
@@ -491,6 +494,38 @@ def test_a_run_in_the_way(refused, run_script, tmp_path):
     assert "another recipe" in refused(*options, "--resume", "--batch-size", 7)
     assert "another digits: 300, not 200" in refused(*options, "--resume", "--limit", 200)
     assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
+def test_a_terminal_without_greek(monkeypatch):
+    """Such as PYTHONIOENCODING=ascii: γ becomes a question mark."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    run(lambda: print("γ = 5", flush=True))
+    assert out.buffer.getvalue() == b"? = 5\n"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    script = f"{ROOT / 'scripts' / 'forward_process.py'} --size 16 --out {tmp_path / 'out.png'}"
+    for timestep, status in ((500, 0), (5000, 2)):
+        command = f"{sys.executable} {script} --timesteps {timestep} {closed}"
+        assert subprocess.run(command, shell=True, capture_output=True).returncode == status
+        assert (tmp_path / "out.png").exists() == (status == 0)
+        (tmp_path / "out.png").unlink(missing_ok=True)
+
+
+def test_weights_are_not_overwritten_by_what_they_draw(refused, weights):
+    path = weights["ClassUNet"]
+    before = path.read_bytes()
+    assert "would overwrite --weights" in refused("sample_mnist", "--weights", path, "--steps", 1, "--save", path)
+    assert path.read_bytes() == before
+
+
+def test_files_without_their_tensors_are_refused(tmp_path):
+    save_tensors(tmp_path / "drawn.safetensors", {"labels": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=r"drawn.safetensors has no 'images': delete it"):
+        load_tensors(tmp_path / "drawn.safetensors", ["images", "labels"])
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
