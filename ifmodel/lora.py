@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ddpm.files import parse_json, read_small, reading, write_atomically
 from ifmodel.config import UNetConfig
 from ifmodel.cpu import PackedConv2d
+from ifmodel.offload import change_weight
 from ifmodel.unet import UNet
 from ifmodel.weights import fetch
 
@@ -51,9 +53,13 @@ class Update:
     up: Tensor
     scale: float
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """α/r · B A: [out, in], of a convolution [out, in · k · k]."""
-        return self.scale * self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)
+    @torch.no_grad()
+    def merged(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """W + scale · α/r · B A, in the dtype and on the device of W, which is left alone: it may be the file's."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        up, down = (piece.flatten(1).to(weight.device, dtype) for piece in (self.up, self.down))
+        delta = (self.scale * up @ down).reshape(weight.shape)
+        return torch.empty_like(weight).copy_(weight.to(dtype) + scale * delta)
 
 
 @dataclass(frozen=True)
@@ -90,20 +96,13 @@ def load_lora(unet: UNet, source: str | Path, scale: float = 1.0):
     merge_lora(unet, lora, scale)
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module, lora: LoRA, scale: float = 1.0, part: str = "unet"):
     """Merge a part of a LoRA, "unet" or "text_encoder", into that model. Raises as `load_lora` does."""
     fitting, misfits = match_layers(lora, model, part)
     if misfits:
         raise ValueError(refusal(lora, misfits))
-    if any(model.get_submodule(name).weight.is_meta for name in fitting):  # as accelerate leaves what it offloads
-        raise ValueError(f"{lora.source} cannot be merged into weights that stay in their file: leave low memory out")
     for name, update in fitting.items():
-        layer = model.get_submodule(name)
-        weight, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
-        delta = update.delta(dtype).reshape(weight.shape).to(weight.device)
-        merged = torch.empty_like(weight).copy_(weight.to(dtype) + scale * delta)  # not in place: W may be the file's
-        layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        change_weight(model.get_submodule(name), partial(update.merged, scale=scale))
 
 
 def place_lora(lora: LoRA, configs: Sequence[UNetConfig]) -> int:

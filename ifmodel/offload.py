@@ -5,13 +5,14 @@ freed after it. They are not copied to the disk, and in host memory they are the
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm.files import opened
 
@@ -47,6 +48,33 @@ def offload(model: nn.Module, files: Sequence[Path], device: str | torch.device,
         return model
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
     return dispatch_model(model, device_map, main_device=str(device), offload_index=index)
+
+
+def change_weight(layer: nn.Module, change: Callable[[Tensor], Tensor]):
+    """Put `change` of a layer's weight in its place: now, or where it stays in its file, whenever it is read."""
+    if layer.weight.is_meta:
+        hook = layer._hf_hook  # accelerate's
+        hook.weights_map = _Changed(hook.weights_map, change)
+    else:
+        layer.weight = nn.Parameter(change(layer.weight), requires_grad=layer.weight.requires_grad)
+
+
+@dataclass
+class _Changed(Mapping):
+    """A layer's tensors, as accelerate reads them, with another weight."""
+
+    tensors: Mapping[str, Tensor]
+    change: Callable[[Tensor], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return self.change(tensor) if name == "weight" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _index(model: nn.Module, files: Sequence[Path]) -> dict[str, dict]:

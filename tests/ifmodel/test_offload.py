@@ -10,14 +10,17 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from ifmodel import Cascade, UNet, UNetConfig, cascade, load_unet
+from ifmodel import Cascade, UNet, UNetConfig, cascade, load_lora, load_unet
 from ifmodel.config import published_config
+from ifmodel.lora import read_lora
 from ifmodel.offload import offload
-from ifmodel.text import embed_prompts
+from ifmodel.text import embed_each, embed_prompts, load_embeds
 from ifmodel.weights import SHIPPED
+from tests.ifmodel.test_lora import diffusers_keys, layers_of, peft_keys, save_updates, updates_of
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 
 PROMPTS = ["a photo of a dog", ""]
@@ -68,6 +71,40 @@ def test_a_unet_by_layers_is_the_unet(stage, part):
     assert sum(parameter.nbytes for parameter in low.parameters() if not parameter.is_meta) == held
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_a_unet_by_layers_takes_loras(part, tmp_path):
+    """Merged whenever a layer is read, with the results of those merged once; of add_k_proj before the first step."""
+    weights = sum(parameter.nbytes for parameter in load_unet("tiny-if/I").parameters())
+    low, plain = load_unet("tiny-if/I", room=int(part * weights)), load_unet("tiny-if/I")
+    updates = updates_of(layers_of(plain))
+    path = save_updates(tmp_path / "lora.safetensors", updates, diffusers_keys)
+    generator = torch.Generator().manual_seed(0)
+    x_t, embeds = torch.randn(1, 3, 32, 32, generator=generator), torch.randn(1, 77, 128, generator=generator)
+    before = plain(x_t, 500, plain.encode_text(embeds))
+    for unet in (low, plain):
+        for scale in (0.5, 0.25):
+            load_lora(unet, path, scale)
+    assert any(low.get_submodule(name).weight.is_meta for name in updates)
+    with torch.no_grad():
+        outputs = [unet(x_t, 500, unet.encode_text(embeds)) for unet in (low, plain, low)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], before, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_t5_by_layers_takes_loras(shards, dtype, tmp_path):
+    encoder = T5EncoderModel.from_pretrained(shards / "text_encoder", torch_dtype=torch.float32)
+    layers = {f"encoder.block.0.layer.{k}": 0 for k in ("0.SelfAttention.q", "1.DenseReluDense.wo")}
+    updates = updates_of({name: encoder.get_submodule(name).weight.shape for name in layers})
+    path = save_updates(tmp_path / "lora.safetensors", updates, lambda name: peft_keys(name, "text_encoder."))
+    options = {"dtype": dtype, "cache": None, "loras": [(read_lora(path), 1.0)]}
+    found = embed_prompts(shards, PROMPTS, low_memory=True, **options)
+    expected = embed_prompts(shards, PROMPTS, **options)
+    plain = embed_prompts(shards, PROMPTS, dtype=dtype, cache=None)
+    for prompt in PROMPTS:
+        assert torch.equal(found[prompt], expected[prompt]) and not torch.allclose(found[prompt], plain[prompt])
+
+
 def test_the_images_are_the_same(monkeypatch):
     """Where the UNets do not fit, and where they do, when nothing is read layer by layer."""
     options = {"seeds": [1, 2], "num_steps": 2, "upscaler_steps": 1, "progress": False}
@@ -78,6 +115,34 @@ def test_the_images_are_the_same(monkeypatch):
         low = Cascade("tiny-if", size=(16, 16), low_memory=True)
         assert torch.equal(low.draw("a photo of a dog", **options), expected)
         assert {parameter.is_meta for parameter in low._unets[2].parameters()} == {on_meta}
+
+
+def test_scripts_with_low_memory_write_the_same(run_script, monkeypatch, tmp_path):
+    """T5, stage 1 and stage 2 are read layer by layer, for the same pixels and embeddings."""
+    models = []
+
+    def watched(model, *rest):
+        models.append(type(model).__name__)
+        return offload(model, *rest)
+
+    for module in ("text", "weights"):
+        monkeypatch.setattr(f"ifmodel.{module}.offload", watched)
+    monkeypatch.setattr("ifmodel.weights.can_pack", lambda dtype: False)
+    monkeypatch.setattr(cascade, "free_memory", lambda device: 10_000_000)
+    monkeypatch.setitem(embed_each.__kwdefaults__, "cache", None)
+    few = ["--prompt", PROMPTS[0], "--dtype", "float32", "--device", "cpu"]
+    small, pixels = ["--size", 16, 16, "--steps", 2, "--upscaler-steps", 1], []
+    for name, options in (("plain", []), ("low", ["--low-memory"])):
+        assert not models
+        status, _, err = run_script("generate", *few, *small, *options, "--out", tmp_path / f"{name}.png")
+        assert status == 0, err
+        pixels.append(Image.open(tmp_path / f"{name}.png").tobytes())
+        out = tmp_path / f"{name}.safetensors"
+        status, _, err = run_script("embed_prompts", "--model", "tiny-if/I", *few, *options, "--out", out)
+        assert status == 0, err
+    assert models == ["T5EncoderModel", "UNet", "UNet", "T5EncoderModel"] and pixels[0] == pixels[1]
+    found, expected = (load_embeds(tmp_path / f"{name}.safetensors") for name in ("low", "plain"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[prompt], expected[prompt]) for prompt in found)
 
 
 def test_weights_of_another_model_are_refused(shards):
@@ -120,7 +185,7 @@ WATCHED = """
 import sys, threading, time
 import torch
 from ifmodel import Cascade
-from ifmodel.text import embed_prompts
+from ifmodel.text import embed_each, embed_prompts, load_embeds
 
 def anonymous():
     status = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
