@@ -1,9 +1,12 @@
 """The loss of DreamBooth: eps alone, and what stage 2 sees beside it."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from ifmodel import UNet, UNetConfig, dreambooth
+from ifmodel.dreambooth import eps_loss
 from ifmodel.lora import ATTENTION, RESNETS, add_lora
 from ifmodel.stage import SCHEDULE
 from ifmodel.unet import Text
@@ -52,3 +55,27 @@ def test_stage_2_sees_the_small_image_noised_to_the_level_that_it_is_told():
     noise = (x_t[:, 3:] - alphas_cumprod.sqrt() * upscaled) / (1 - alphas_cumprod).sqrt()
     assert abs(noise.std(dim=(1, 2, 3)) - 1).max() < 0.15
     assert abs(noise.mean()) < 0.02
+
+
+def test_what_must_stay_is_weighed_beside_the_new_thing():
+    """Prior preservation: each set's loss is of its own images with its own prompt."""
+    unet, seen = pair(STAGE_1, torch.float32)[0], []
+    data = {"a zwx dog": torch.rand(3, 3, 16, 16), "a dog": -torch.rand(2, 3, 16, 16)}
+    embeds = {prompt: torch.randn(77, 24) for prompt in data}
+
+    def watched(unet, x_0, prompt_embeds, generator, upscaling):
+        seen.append((x_0, prompt_embeds))
+        return eps_loss(unet, x_0, prompt_embeds, generator, upscaling)
+
+    def loss(*weights: float) -> float:
+        sets = [(weight, {prompt: data[prompt]}) for weight, prompt in zip(weights, data, strict=False)]
+        with patch.object(dreambooth, "eps_loss", watched), torch.no_grad():
+            return dreambooth.dreambooth_loss(unet, sets, embeds, 2, torch.Generator().manual_seed(0)).item()
+
+    new, both, more = loss(1.0), loss(1.0, 1.0), loss(1.0, 3.0)
+    assert both - new > 0.1
+    assert more - new == pytest.approx(3 * (both - new), rel=1e-4)
+    for k, (x_0, prompt_embeds) in enumerate(seen[1:3]):
+        prompt = list(data)[k]
+        assert x_0.shape == (2, 3, 16, 16) and (x_0 > 0).all() == (prompt == "a zwx dog")
+        assert torch.equal(prompt_embeds, embeds[prompt].expand(2, -1, -1))

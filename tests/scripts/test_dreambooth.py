@@ -10,8 +10,11 @@ import train_lora
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from ifmodel import dreambooth
-from ifmodel.lora import read_lora
+from ifmodel import Cascade, dreambooth
+from ifmodel.jobs import Job
+from ifmodel.lora import place_lora, read_lora
+from ifmodel.weights import load_config
+from shared.options import SEED
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade, own_cache  # noqa: F401
 
@@ -39,9 +42,9 @@ def options(cascade, images, tmp_path):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def short_row(monkeypatch):
-    """Images of the row in two steps rather than 50."""
-    draw = train_lora.Cascade.draw
-    monkeypatch.setattr(train_lora.Cascade, "draw", lambda *given, num_steps, **rest: draw(*given, **rest, num_steps=2))
+    """Images of the row in few steps."""
+    draw, few = train_lora.Cascade.draw, {"num_steps": 2, "upscaler_steps": 1}
+    monkeypatch.setattr(train_lora.Cascade, "draw", lambda *given, num_steps, **rest: draw(*given, **rest, **few))
 
 
 def test_it_writes_a_lora_that_generate_draws_with(run_script, options, tmp_path):
@@ -64,6 +67,10 @@ def test_stopped_it_saves_and_goes_on_to_the_same_weights(monkeypatch, run_scrip
     options = [*options[:-2], "--class-prompt", "a photo of a dog", "--class-images", 2, "--layers", "attention"]
     status, _, err = run_script("train_lora", *options, "--out", tmp_path / "whole")
     assert status == 0, err
+    kept = load_file(tmp_path / "whole" / "class_images.safetensors")
+    sampler = {"sampler": "dpm++", "eta": 1.0, "num_steps": 20}
+    (untrained,) = Cascade(options[1]).draw_all([Job("a photo of a dog", [SEED, SEED + 1])], **sampler)
+    assert list(kept) == ["a photo of a dog"] and torch.equal(kept["a photo of a dog"], untrained)
 
     out, calls, loss = ["--out", tmp_path / "parts"], [], dreambooth.ddpm_loss
 
@@ -106,10 +113,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, options, cascade, ima
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_run_is_neither_overwritten_nor_continued_by_another(run_script, refused, options, cascade):  # noqa: F811
+def test_a_run_is_neither_overwritten_nor_continued_by_another(
+    run_script,
+    refused,
+    options,
+    cascade,  # noqa: F811
+    tmp_path,
+):
     options = [*options, "--upscaler", cascade[0] / "stage_2", "--steps", 1]
     status, _, err = run_script("train_lora", *options)
     assert status == 0, err
+    configs = [load_config(cascade[0] / stage) for stage in ("stage_1", "stage_2")]
+    assert place_lora(read_lora(tmp_path / "lora"), configs) == 2
     assert "add --resume to go on" in refused("train_lora", *options)
     assert "another recipe prompt: a photo of a zwx dog, not a cat" in refused(
         "train_lora", *options, "--resume", "--prompt", "a cat"

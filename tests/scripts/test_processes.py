@@ -25,7 +25,9 @@ PROMPTS = ["a photo of a dog", "a rocket ship", "an oil painting of a castle", "
 # A script and its options; with two images in a batch, the processes have unequal shares
 SCRIPTS = {
     "generate": ["--prompt", PROMPTS[0], "--num-images", 5, *SMALL, "--steps", 2],
+    "sample": ["--prompt", PROMPTS[0], "--num-images", 3, *SMALL, "--steps", 2],
     "visual_anagram": ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--animate", *SMALL, "--steps", 2],
+    "hybrid_image": ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 3, *SMALL, "--steps", 2],
 }
 
 # Runs several scripts in one process, since starting one takes longer than what they do
@@ -88,11 +90,11 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         lines = torchrun(processes, commands(folder, tmp_path / "prompts.txt"), tmp_path)
-        assert lines.count(str(folder / "generate.png")) == 1
+        assert all(lines.count(str(folder / f"{name}.png")) == 1 for name in SCRIPTS)
     one, two = (
         {path.relative_to(folder) for path in folder.rglob("*.*")} for folder in (tmp_path / "1", tmp_path / "2")
     )
-    assert one == two and len(one) == 21
+    assert one == two and len(one) == 38
     for name in one:
         if name.suffix in (".png", ".gif"):
             assert (pixels(tmp_path / "1" / name) == pixels(tmp_path / "2" / name)).all(), name
