@@ -12,12 +12,13 @@ from a folder, beside a copy of its file; and with --cold processes of their own
 memory. Each time is also given as a multiple of the floor: the step's FLOPs, as torch counts them, at the rate of a
 2048 × 2048 matrix product, or the weights' bytes at the rate at which a copy reads and writes, whichever is longer.
 Published geometries have random weights. Without diffusers, ours is timed alone. Prints a table and writes it to --out
-as JSON; --growth draws, beside it, what an image costs as there are more of them, more steps and more pixels, and for
-tiny what 1 to 1,000 prompts cost one and two processes.
+as JSON; --growth draws, beside it, what time and memory an image takes as there are more of them, more steps and more
+pixels, and for tiny what 1 to 1,000 prompts take of one and of two processes.
 """
 
 import gc
 import json
+import math
 import os
 import re
 import subprocess
@@ -235,7 +236,8 @@ def load_sides(work: Work) -> dict[str, Callable]:
     return sides if diffusers is None else sides | {"diffusers, same dtype": touched(partial(work.theirs, work.dtype))}
 
 
-# Runs a script and then says how much memory this process had at most; rusage would count its parent's too.
+# Runs a script and then says how much memory this process had at most, of a GPU where it used one; rusage would count
+# its parent's too.
 MEASURED = """
 import resource, runpy, sys, time
 from pathlib import Path
@@ -245,6 +247,8 @@ status = Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.exists() else []
 peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 peak = 1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+cuda = sys.modules["torch"].cuda
+peak = cuda.max_memory_allocated() if cuda.is_initialized() else peak
 print(f"measured: {time.process_time()} {peak}\\n", end="", flush=True)
 """
 
@@ -332,72 +336,89 @@ def layers_alone(work: Work, rounds: int, floor: float) -> dict[str, float]:
     return seconds
 
 
-Lines = dict[str, dict[int, float]]  # of a panel of the figure: their names, and their points
+Lines = dict[str, dict[int, tuple[float, float]]]  # of a column of the figure, by name: seconds and GB for each x
 
 
 @torch.no_grad()
 def growth(work: Work, rounds: int) -> dict[str, Lines]:
-    """Seconds of a step, for each image, as images and pixels grow, and of a sample as its steps do.
+    """Seconds of a step as images and pixels grow, and of a sample as its steps do; beside them GB.
 
-    On the CPU those of computing, of all threads together, which other processes on the same cores disturb little.
+    On the CPU those of computing, of all threads together, which other processes on the same cores disturb little; of
+    all rounds the least, since they disturb in one direction. The GB are what a process of its own takes at most.
     """
+    side, embeds = work.size[0], Path(work.folder.name) / "embeds.safetensors"
+    save_embeds(embeds, {"something": work.embeds[0], "": work.embeds[-1]})
     clock = time.process_time if work.device.type == "cpu" else time.perf_counter
 
-    def seconds_of(what: str, draw: Callable, rounds: int, images: int = 1) -> float:
-        seconds = median(in_turns({"ours": draw}, max(1, rounds), work.device, clock)["ours"]) / images
-        print(f"  {what}: {1000 * seconds:.1f} ms")
-        return seconds
-
-    def step(batch: int, size: int) -> float:
+    def step(batch: int, size: int) -> Callable:
         x_t = torch.randn(2 * batch, work.ours.config.in_channels, size, size, device=work.device)
         unet = work.load(pack=True)  # again: it is packed for the first size it sees
         text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        what = f"a step of {batch} images of {size} × {size}, each"
-        return seconds_of(what, partial(unet, x_t, 500, text, work.noise_level), rounds // 3, batch)
+        return partial(unet, x_t, 500, text, work.noise_level)
 
-    def sample(steps: int) -> float:
+    def sample(steps: int) -> Callable:
         options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
-        draw = partial(generate, work.ours, work.prompt[:1], work.null[:1], **options)
-        return seconds_of(f"an image in {steps} steps", draw, rounds // 10)
+        return partial(generate, work.ours, work.prompt[:1], work.null[:1], **options)
 
-    side = work.size[0]
-    grown = {"batch": {"": {batch: step(batch, side) for batch in (1, 2, 4, 8, 16)}}}
+    def column(what: str, draws: dict[int, Callable], options: Callable[[int], list], rounds: int) -> Lines:
+        """Seconds, and GB of generate.py with these options; they take turns, so that all are disturbed alike."""
+        times, points = in_turns({str(x): draw for x, draw in draws.items()}, rounds, work.device, clock), {}
+        for x in draws:
+            seconds, gigabytes = min(times[str(x)]), math.nan
+            if work.noise_level is None:
+                given = ["--model", work.root, "--embeds", embeds, "--prompt", "something", *options(x)]
+                gigabytes = generating(work, *given)[1]
+            points[x] = seconds, gigabytes
+            print(f"  {what.format(x)}: {1000 * seconds:.1f} ms, {gigabytes:.2f} GB", flush=True)
+        return {"": points}
+
+    together, sizes = {n: step(n, side) for n in (1, 2, 4, 8, 16)}, {side * k: step(1, side * k) for k in (1, 2, 4, 8)}
+    usual, one = ["--size", *work.size], ["--steps", 1]
+
+    def at_a_time(n: int) -> list:
+        return [*usual, *one, "--num-images", n, "--batch-size", n]
+
+    grown = {"batch": column("{} images", together, at_a_time, 10 * rounds)}
+    grown["size"] = column("an image {} pixels wide", sizes, lambda size: [*one, "--size", size, size], rounds)
     if work.noise_level is None:
-        grown["steps"] = {"": {steps: sample(steps) for steps in (10, 20, 50, 100, 200)}}
-    grown["size"] = {"": {size: step(1, size) for size in (side, 2 * side, 4 * side, 8 * side)}}
-    return grown | (many_prompts(work, (1, 10, 100, 1000)) if work.args.geometry == "tiny" else {})
+        steps = {n: sample(n) for n in (10, 20, 50, 100, 200)}
+        grown["steps"] = column("{} steps", steps, lambda n: [*usual, "--steps", n], rounds)
+    if work.args.geometry == "tiny":
+        grown["prompts"] = many_prompts(work, (1, 10, 100, 1000))
+    return grown
 
 
-def many_prompts(work: Work, numbers: Sequence[int]) -> dict[str, Lines]:
-    """One and two processes of generate.py for so many prompts, two steps of 16 × 16 each.
-
-    Of the process that has more: its time of computing, since the two share the cores, and its peak memory.
-    """
-    scripts, folder = Path(__file__).parents[1], Path(work.folder.name)
-    grown = {"seconds": {"one process": {}, "each of two": {}}, "memory": {"one process": {}, "each of two": {}}}
-    (folder / "measured.py").write_text(MEASURED)
-    names = [with_article(name) for name in curated()]
+def many_prompts(work: Work, numbers: Sequence[int]) -> Lines:
+    """One and two processes for so many prompts, T5 included, two steps of 16 × 16 each."""
+    grown, names = {"one process": {}, "each of two": {}}, [with_article(name) for name in curated()]
+    file = Path(work.folder.name) / "prompts.txt"
     for number in numbers:
-        prompts = [f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)]
-        (folder / "prompts.txt").write_text("\n".join(prompts))
+        file.write_text("\n".join(f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)))
         for processes, name in ((1, "one process"), (2, "each of two")):
             if processes == 2 and number <= 8:  # a batch, which two cannot share
                 continue
-            out = folder / f"{number}_{processes}"  # where its cache is, too, so that all prompts are new to it
-            environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(out)}
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-            script = [folder / "measured.py", scripts / "generate.py", "--prompts", folder / "prompts.txt"]
-            options = ["--out", out, "--upscaler", "none", "--steps", 2, "--size", 16, 16]
-            options += ["--dtype", short(work.dtype), "--device", work.device]
-            command = [*map(str, torchrun + script + options)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise ValueError(f"a process of generate.py failed: {done.stderr[-200:]}")
-            measured = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
-            seconds, peak = max(float(found[0]) for found in measured), max(int(found[1]) for found in measured) / 1e9
-            grown["seconds"][name][number], grown["memory"][name][number] = seconds, peak
-            print(f"  {number} prompts, {name}: {seconds:.1f} s of computing, {peak:.2f} GB", flush=True)
+            options = ["--prompts", file, "--steps", 2, "--size", 16, 16]
+            grown[name][number] = seconds, gigabytes = generating(work, *options, processes=processes)
+            print(f"  {number} prompts, {name}: {seconds:.1f} s of computing, {gigabytes:.2f} GB", flush=True)
     return grown
+
+
+def generating(work: Work, *options, processes: int = 1) -> tuple[float, float]:
+    """Seconds of computing, since the processes may share cores, and GB of the one of generate.py that has more."""
+    scripts, out = Path(__file__).parents[1], Path(tempfile.mkdtemp(dir=work.folder.name))
+    measured = out / "measured.py"
+    measured.write_text(MEASURED)
+    # its cache is there, too, so that all prompts are new to it
+    environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(out)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    alike = ["--upscaler", "none", "--dtype", short(work.dtype), "--device", work.device]
+    alike += ["--out", out / ("images" if "--prompts" in options else "image.png")]
+    command = [*map(str, [*torchrun, measured, scripts / "generate.py", *options, *alike])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"a process of generate.py failed: {done.stderr[-200:]}")
+    found = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
+    return max(float(seconds) for seconds, _ in found), max(int(peak) for _, peak in found) / 1e9
 
 
 def draw_growth(path: Path, grown: dict[str, Lines]):
@@ -405,27 +426,31 @@ def draw_growth(path: Path, grown: dict[str, Lines]):
     from matplotlib.figure import Figure
 
     labels = {
-        "batch": ("images at a time", "seconds of a step, each"),
+        "batch": ("images at a time", "seconds of a step"),
         "steps": ("steps", "seconds of an image"),
         "size": ("height and width", "seconds of a step"),
-        "seconds": ("prompts, 2 steps of 16 × 16", "seconds"),
-        "memory": ("prompts, 2 steps of 16 × 16", "GB at most"),
+        "prompts": ("prompts, 2 steps of 16 × 16", "seconds"),
     }
-    figure = Figure(figsize=(3.1 * len(grown), 3), dpi=150, layout="constrained")
-    for axes, (panel, lines) in zip(figure.subplots(1, len(grown)), grown.items(), strict=True):
-        for name, points in lines.items():
-            axes.plot(list(points), list(points.values()), "o-" if name != "each of two" else "s--", label=name)
-        axes.set(xlabel=labels[panel][0], ylabel=labels[panel][1], xscale="log")
-        if panel in ("batch", "memory"):  # which nearly stay as they are
-            axes.set_ylim(0, None)
-        else:
-            axes.set_yscale("log")
-        ticks = sorted({value for points in lines.values() for value in points})
-        axes.set_xticks(ticks, [str(value) for value in ticks])
-        axes.xaxis.minorticks_off()
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(3.1 * len(grown), 5), dpi=150, layout="constrained")
+    for column, (axes, (name, lines)) in enumerate(zip(figure.subplots(2, len(grown)).T, grown.items(), strict=True)):
+        for row, panel in enumerate(axes):
+            for line, points in lines.items():
+                values = [point[row] for point in points.values()]
+                panel.plot(list(points), values, "s--" if line == "each of two" else "o-", label=line)
+            panel.set(xscale="log", yscale="log" if row == 0 else "linear")
+            if row == 1:
+                highest = max(point[1] for points in lines.values() for point in points.values())
+                panel.set_ylim(0, None if math.isnan(highest) else 1.2 * highest)
+            else:
+                panel.yaxis.set_minor_formatter("")
+            ticks = sorted({value for points in lines.values() for value in points})
+            panel.set_xticks(ticks, [str(value) for value in ticks])
+            panel.xaxis.minorticks_off()
+            panel.grid(alpha=0.3)
+        axes[0].set_ylabel(labels[name][1])
+        axes[1].set(xlabel=labels[name][0], ylabel="" if column else "GB of a process at most")
         if len(lines) > 1:
-            axes.legend(fontsize=8)
+            axes[0].legend(fontsize=8)
     save_figure(path, figure, SEED)
 
 
