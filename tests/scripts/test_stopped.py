@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from ddpm.files import load_tensors
-from tests.conftest import DATA, ROOT
+from tests.conftest import ROOT
 from tests.forked import run_all, stopped_at
 from tests.ifmodel.test_text import model_folder  # noqa: F401
-from tests.scripts.test_campaign import models  # noqa: F401
+from tests.scripts.test_campaign import bases, models  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
-DIGITS = ["--data", DATA, "--width", 4, "--limit", 60, "--batch-size", 20, "--epochs", 8, "--sample-epochs", 1, 5]
-TRAININGS = {
-    "train_ddpm": ["--condition", "class", "--sample-steps", 1, *DIGITS],
+DIGITS = ["--limit", 60, "--batch-size", 20, "--epochs", 8, "--sample-epochs", 1, 5]
+LONGER = {  # than the campaign's
+    "train_ddpm": [*DIGITS, "--average", 0.9],
     "train_denoiser": DIGITS,
+    "train_flow": DIGITS,
+    "train_if": ["--steps", 20, "--every", 100, "--batch-size", 4],
+    "train_lora": ["--steps", 20],
 }
 
 SCRIPTS = [path for path in (ROOT / "scripts").rglob("*.py") if "\n    run(main" in path.read_text()]
@@ -60,28 +63,28 @@ def test_ctrl_c_after_that_is_the_scripts_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("script", TRAININGS)
+@pytest.mark.parametrize("script", LONGER)
 def test_a_training_that_is_stopped_ends_as_one_that_is_not(models, tmp_path, script, number):  # noqa: F811
     """Bit for bit, however often, since what a SIGKILL takes away is done again."""
-    command, draw = [script, *TRAININGS[script], "--out"], random.Random(number)
+    command, draw = [script, *bases(models)[script], *LONGER[script], "--out", "out"], random.Random(number)
     begun = time.monotonic()
-    whole = run_all([[*command, "out"]], tmp_path / "whole")[0]
+    whole = run_all([command], tmp_path / "whole")[0]
     assert whole.complaint("") is None
-    seconds, state = time.monotonic() - begun, tmp_path / "parts" / "run" / "out" / "state.safetensors"
+    seconds, folder = time.monotonic() - begun, tmp_path / "parts" / "run"
+    expected, state = load_tensors(whole.folder / "out" / "state.safetensors")[0], folder / "out" / "state.safetensors"
     for _ in range(6):
-        resume = ["--resume"] if state.exists() else []
-        run = stopped_at([*command, "out", *resume], tmp_path / "parts" / "run", number, draw.uniform(0, seconds / 2))
+        before = state.stat().st_mtime_ns if state.exists() else None
+        run = stopped_at([*command, *["--resume"] * state.exists()], folder, number, draw.uniform(0, seconds / 2))
         assert run.status in (0, 130, -number) and "Traceback" not in run.err, (run.status, run.err[-1500:])
-        if run.status == 130 and state.exists():
-            assert "go on with the same command and --resume" in run.err
-        if state.exists():
-            load_tensors(state)
-        else:
+        if not state.exists():
             shutil.rmtree(state.parent, ignore_errors=True)
-    run = stopped_at([*command, "out", *(["--resume"] if state.exists() else [])], tmp_path / "parts" / "run", 0, 60)
+            continue
+        left = len(expected["losses"]) - len(load_tensors(state)[0]["losses"])
+        if run.status == 130 and left and state.stat().st_mtime_ns != before:  # not while it was read or drawn from
+            assert "go on with the same command and --resume" in run.err
+    run = stopped_at([*command, *["--resume"] * state.exists()], folder, 0, 60)
     assert run.status == 0, run.err[-1500:]
-    expected, found = load_tensors(whole.folder / "out" / "state.safetensors")[0], load_tensors(state)[0]
+    found = load_tensors(state)[0]
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    names = {path.name for path in (whole.folder / "out").iterdir()}
-    assert names <= {path.name for path in state.parent.iterdir()}
+    assert {path.name for path in (whole.folder / "out").iterdir()} <= {path.name for path in state.parent.iterdir()}
