@@ -2,15 +2,17 @@
 
     for set in noto noto-v1 twemoji fluent-emoji fluent-emoji-flat fluent-emoji-high-contrast \\
         emojione emojione-monotone fxemoji; do npm pack @iconify-json/$set; done
-    python scripts/prepare_emoji.py iconify-json-*.tgz --out emoji
+    npm pack emojibase-data
+    python scripts/prepare_emoji.py iconify-json-*.tgz --words emojibase-data-*.tgz --out emoji
 
 Takes the packages as npm packs them, or folders of their unpacked files. Every thing that at least --artists of them
 draw becomes a PNG for each artist, with a metadata.jsonl, in the "imagefolder" layout of Hugging Face datasets:
 
     {"file_name": "noto/red-apple.png", "text": "red apple", "tags": ["apple"], "artist": "noto"}
 
-Flags, clock faces, keycaps, buttons and skin tones are left out. Needs `pip install -e ".[data]"`. All of it takes
-about two minutes and 60 MB; images that are there already are kept.
+Tags are a thing's other names, and with --words what else people say of it ("puppy" of a dog face). Flags, clock faces,
+keycaps, buttons and skin tones are left out. Needs `pip install -e ".[data]"`. All of it takes about two minutes and 60
+MB; images that are there already are kept.
 """
 
 import json
@@ -21,12 +23,13 @@ from shared.options import check_writable, parser, positive, run
 from tqdm import tqdm
 
 from ddpm.files import first_line, write_atomically
-from ifmodel.tiny.icons import find_renderer, read_package, svg, things
+from ifmodel.tiny.icons import find_renderer, read_package, read_words, svg, things
 
 
 def main():
     options = parser(__doc__)
     options.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="a .tgz, or its unpacked folder")
+    options.add_argument("--words", type=Path, metavar="PACKAGE", help="emojibase-data, for more tags")
     options.add_argument("--artists", type=positive, default=6, help="that draw a thing, at least (default: 6)")
     options.add_argument("--size", type=positive, default=128, help="pixels across (default: 128)")
     options.add_argument("--out", type=Path, default=Path("emoji"), help="default: emoji")
@@ -36,6 +39,7 @@ def main():
     check_writable(args.out / "metadata.jsonl")
     render = find_renderer()
     artists = dict(read_package(path) for path in args.packages)
+    words = read_words(args.words) if args.words else {}
     if args.artists > len(artists):
         raise ValueError(f"--artists {args.artists} is above the {len(artists)} packages that were given")
     rows = list(things(artists, args.artists))
@@ -49,7 +53,8 @@ def main():
                 tqdm.write(f"left out, as it cannot be drawn: {artist}/{key} ({first_line(error)})")
                 continue
             write_atomically(path, image)
-        text, tags = name.replace("-", " "), [other.replace("-", " ") for other in others]
+        text = name.replace("-", " ")
+        tags = [*dict.fromkeys([*(other.replace("-", " ") for other in others), *words.get(name.replace("-", ""), ())])]
         row = {"file_name": f"{artist}/{name}.png", "text": text, "tags": tags, "artist": artist}
         written.append(json.dumps(row, ensure_ascii=False))
     write_atomically(args.out / "metadata.jsonl", "\n".join([*written, ""]).encode())

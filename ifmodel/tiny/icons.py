@@ -40,13 +40,23 @@ def find_renderer() -> Callable[[str, int], bytes]:
 def read_package(path: Path) -> tuple[str, dict]:
     """An icon package's name and its icons.json, from a .tgz or a folder. Raises ValueError for anything else."""
     with reading(path, "package of icons"):
-        if path.is_dir():
-            text = read_small(path / "icons.json")
-        else:
-            with tarfile.open(path) as archive:
-                text = archive.extractfile("package/icons.json").read(LARGEST_TEXT)  # cut, it is no JSON
-        icons = parse_json(text, "icons.json")
+        icons = read_member(path, "icons.json")
         return icons["prefix"], {"aliases": {}, **icons, "icons": dict(icons["icons"])}
+
+
+def read_words(path: Path) -> dict[str, list[str]]:
+    """Words by name, without spaces and hyphens, from npm's emojibase-data. Raises ValueError for anything else."""
+    with reading(path, "package of emojibase-data"):
+        rows = read_member(path, "en/data.json")
+        return {re.sub(r"[\W_]", "", row["label"].lower()): list(row.get("tags", ())) for row in rows}
+
+
+def read_member(path: Path, name: str):
+    """A JSON file of an npm package, packed or unpacked."""
+    if path.is_dir():
+        return parse_json(read_small(path / name), name)
+    with tarfile.open(path) as archive:
+        return parse_json(archive.extractfile(f"package/{name}").read(LARGEST_TEXT), name)  # cut, it is no JSON
 
 
 def things(artists: dict[str, dict], least: int) -> Iterator[tuple[str, str, str, list[str]]]:

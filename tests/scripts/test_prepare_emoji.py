@@ -50,11 +50,25 @@ def test_things_drawn_by_enough_artists_become_one_folder(run_script, packages, 
     assert pixels[2, 2, 3] == 0  # transparent where nothing is drawn
 
 
+def test_words_that_people_say_of_a_thing_are_tags(run_script, packages, tmp_path):
+    words = tmp_path / "words"
+    (words / "en").mkdir(parents=True)
+    (words / "en" / "data.json").write_text('[{"label": "Red apple", "tags": ["fruit", "apple"]}, {"label": "A"}]')
+    options = ("--artists", 2, "--size", 40, "--words", words, "--out", tmp_path / "out")
+    status, _, err = run_script("prepare_emoji", *packages, *options)
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    tags = {row["text"]: row["tags"] for row in rows}
+    assert tags["red apple"] == ["apple", "fruit"] and tags["waving hand"] == []
+
+
 def test_bad_input_is_one_line(refused, packages, tmp_path):
     (tmp_path / "no.tgz").write_bytes(b"no archive")
     out = ("--out", tmp_path / "out")
     assert "is no package of icons" in refused("prepare_emoji", tmp_path / "no.tgz", *out)
     assert "is no package of icons" in refused("prepare_emoji", tmp_path / "nowhere", *out)
+    wrong = ("--words", tmp_path / "no.tgz", *out)
+    assert "is no package of emojibase-data" in refused("prepare_emoji", *packages, "--artists", 2, *wrong)
     assert "--artists 6 is above the 3 packages" in refused("prepare_emoji", *packages, *out)
     assert "--size 4096 is above 1024" in refused("prepare_emoji", *packages, "--size", 4096, *out)
     assert not (tmp_path / "out").exists()
