@@ -13,7 +13,7 @@ from ddpm.mnist.unet import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, TimeFlow, ClassFlow, Judge)}
 SHIPPED = {
     name: Path(__file__).parent / "weights" / f"{name}.safetensors"
-    for name in ("denoiser", "ddpm_time", "ddpm_class", "flow_class", "judge")
+    for name in ("denoiser", "ddpm_time", "ddpm_class", "flow_time", "flow_class", "judge")
 }
 
 

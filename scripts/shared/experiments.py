@@ -380,22 +380,27 @@ EXPERIMENTS = [
         ("B6",),
         "Flow matching",
         "Since 2025 the assignment trains a velocity instead of an eps, on the straight way from noise, t = 0, to a "
-        "digit, t = 1. B1 to B3 are the same in all of them. The shipped flow is class-conditioned and began with "
-        "the weights of B5's DDPM, the same network: see weights.md.",
+        "digit, t = 1. B1 to B3 are the same in all of them. This flow is told the time alone, as B4 is; it began with "
+        "the weights of B4's DDPM: see weights.md.",
         r"x_t = (1 - t)\, x_0 + t\, x_1, \quad L = \mathbb{E}\; || (x_1 - x_0) - u_\theta(x_t, t) ||^2",
         (interpolate, flow_loss, TimeFlow),
-        "train_flow",
-        ("--condition", "time"),
-        "",
-        (),
-        frozenset(),
-        trained=(("loss_flow_class.png", "The loss of every step."),),
+        "sample_mnist",
+        ("--weights", "flow_time"),
+        "digits.png",
+        (("digits.png", "Drawn from noise, now."),),
+        frozenset({"device", "dtype"}),
+        ("--steps", "10"),
+        (
+            ("b6_epoch01.png", "After 30,000 digits of the training."),
+            ("b6_epoch04.png", "After 120,000, the last."),
+            ("loss_flow_time.png", "The loss of every step."),
+        ),
     ),
     Experiment(
         ("B7",),
         "A class-conditioned flow",
-        "Euler steps along the velocity, with guidance γ = 5. Two figures are from the training, the "
-        "other was drawn now.",
+        "Euler steps along the velocity, with guidance γ = 5. Three figures are from the training, the "
+        "first was drawn now.",
         r"x_{t'} = x_t + (t' - t)\, u, \quad u = u_u + \gamma\, (u_c - u_u)",
         (integrate, euler_step, velocity_of, ClassFlow),
         "sample_mnist",
@@ -404,7 +409,11 @@ EXPERIMENTS = [
         (("digits.png", "Drawn from noise, now."),),
         frozenset({"device", "dtype"}),
         ("--steps", "10"),
-        (("b7_epoch01.png", "After 30,000 digits of the training."), ("b7_epoch04.png", "After 120,000, the last.")),
+        (
+            ("b7_epoch01.png", "After 30,000 digits of the training."),
+            ("b7_epoch04.png", "After 120,000, the last."),
+            ("loss_flow_class.png", "The loss of every step."),
+        ),
     ),
     Experiment(
         ("B8",),
