@@ -30,9 +30,9 @@ PAIRS = [  # the assignment's
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
 ]
 TINY_PAIRS = [  # of scripts/evaluate/tiny_if.py's, alike when blurred: the assignment's are too far apart for tiny-if
-    ("a photo of a deer", "a photo of a giraffe"),
-    ("a photo of a stop sign", "a photo of a basketball"),
-    ("a photo of a tooth", "a photo of a tornado"),
+    ("a photo of a penguin", "a photo of an owl"),
+    ("a photo of an old man", "a photo of a nerd face"),
+    ("a photo of an evergreen tree", "a photo of a tent"),
 ]
 
 

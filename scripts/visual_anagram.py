@@ -27,8 +27,8 @@ PAIRS = [  # the assignment's
 # Of scripts/evaluate/tiny_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
 TINY_PAIRS = [
     ("a photo of a light bulb", "a photo of a pear"),
-    ("a photo of a baby", "a photo of an old man"),
-    ("a photo of a sailboat", "a photo of a pizza"),
+    ("a photo of an ear", "a photo of a thumbs up"),
+    ("a photo of a mouse", "a photo of a shark"),
 ]
 
 
