@@ -196,7 +196,7 @@ EXPERIMENTS = [
             (
                 "samples.png",
                 "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high quality "
-                "photo”, of anything, is too little for tiny-if.",
+                "photo” names no thing: some of these are things, some nearly.",
             ),
         ),
         CASCADE,
@@ -218,8 +218,8 @@ EXPERIMENTS = [
         (
             (
                 "sdedit.png",
-                "A row for each drawing, which tiny-if has learned; from the left, the start moves towards it. The "
-                "prompt names no thing: where noise prevails, there is nothing to hold on to.",
+                "A row for each drawing; from the left, the start moves towards it. The prompt names no thing: where "
+                "noise prevails, it becomes another one.",
             ),
         ),
         CASCADE,
@@ -263,8 +263,8 @@ EXPERIMENTS = [
         (
             (
                 "inpainted.png",
-                "White in the mask is the hole. Of the first three drawings tiny-if has learned, the third is filled "
-                "with another thing; the last it has never seen, and fills in its own style.",
+                "White in the mask is the hole. The third drawing is filled with another thing; the last is one of "
+                "ours, which tiny-if has never seen.",
             ),
         ),
         CASCADE,
