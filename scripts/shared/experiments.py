@@ -340,6 +340,7 @@ EXPERIMENTS = [
             ("loss_denoiser.png", "The loss of every step."),
             ("b2_epoch1.png", "Test digits after the first epoch."),
             ("b2_epoch5.png", "Test digits after the fifth."),
+            ("b2_pure_noise.png", "Trained on noise alone, --pure-noise: the best answer to any is the mean digit."),
         ),
     ),
     Experiment(
