@@ -159,13 +159,12 @@ def fit(
     check_batch(model, min(recipe.batch_size, len(images)), numbers=33)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
 
-    average, averaged = EMA(model, recipe.average), copy.deepcopy(model)
+    average, used = EMA(model, recipe.average), copy.deepcopy(model) if recipe.average else model
 
     def to_use() -> nn.Module:
-        if not recipe.average:
-            return model.eval()
-        averaged.load_state_dict(average.weights)
-        return averaged.eval()
+        if recipe.average:
+            used.load_state_dict(average.weights)
+        return used.eval()
 
     def write():
         epochs = {"epochs": round(run.step / per_epoch, 4)}

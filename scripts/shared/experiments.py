@@ -160,7 +160,7 @@ EXPERIMENTS = [
         ESTIMATE,
         (one_step_denoise,),
         "one_step_denoise",
-        ("--image", known("1F436")),
+        ("--image", known("1F436"), "--prompt", "a photo of a dog"),
         "one_step.png",
         (("one_step.png", "Noisy above, the estimate below."),),
         STAGE_1,
@@ -173,7 +173,7 @@ EXPERIMENTS = [
         STEP,
         (denoise_along, ddpm_step),
         "iterative_denoise",
-        ("--image", known("1F436")),
+        ("--image", known("1F436"), "--prompt", "a photo of a dog"),
         "iterative.png",
         (
             ("iterative.png", "Every fifth step, and the result."),
