@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm.files import check_tensors, load_tensors, save_tensors
@@ -161,11 +162,12 @@ class EMA:
     def update(self, model: nn.Module, step: int):
         """After step `step`; it is quicker at first, so that it forgets the random weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, weight in model.state_dict().items():
-            if weight.is_floating_point():
-                self.weights[name].lerp_(weight, 1 - decay)
-            else:  # BatchNorm counts its batches
-                self.weights[name].copy_(weight)
+        pairs = [(self.weights[name], weight) for name, weight in model.state_dict().items()]
+        averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        get_ema_multi_avg_fn(decay)(averages, weights, None)
+        for count, current in pairs:
+            if not count.is_floating_point():  # BatchNorm counts its batches
+                count.copy_(current)
 
 
 def check_same(path: str | Path, found: dict, wanted: dict):

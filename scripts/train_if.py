@@ -19,6 +19,7 @@ longer, at the learning rate of a run that long.
 """
 
 import hashlib
+import os
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -73,6 +74,8 @@ def arguments() -> Namespace:
     options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
     options.add_argument("--lr", type=positive_number, default=4e-4, help="falls to a tenth in the end (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
+    help = "processes that draw batches ahead, so that a GPU need not wait (default: 0; the weights are the same)"
+    options.add_argument("--workers", type=positive, default=0, help=help)
     options.add_argument("--compile", action="store_true", help="torch.compile the UNet: for GPUs; slower on CPUs")
     add_run_options(options, "out/stage-1")
     args = options.parse_args()
@@ -80,6 +83,8 @@ def arguments() -> Namespace:
         raise ValueError("--new-text is for stage 1 and goes with --start, whose UNet it keeps")
     if not 0 <= args.text_steps <= LARGEST:
         raise ValueError(f"--text-steps must be from 0 to {LARGEST}")
+    if args.workers > (os.cpu_count() or 1):
+        raise ValueError(f"--workers {args.workers} are more than this machine's {os.cpu_count()} processors")
     if not 0 <= args.variety <= 1:
         raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
     args.stage_2_of = MODEL if args.stage_2_of == "tiny-if" else args.stage_2_of
@@ -165,7 +170,8 @@ def main():
         stage = new_stage_1(args, data, recipe, tokenizer, device)
     if args.compile:
         stage.model.unet.compile()
-    options = {"resume": args.resume, "every": args.every, "draw": partial(draw_sheet, args)}
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
+    options = {"resume": args.resume, "every": args.every, "workers": args.workers, "draw": partial(draw_sheet, args)}
     end_training(args, train_stage(stage, data, watched, recipe, args.out, **options), "model")
 
 

@@ -74,12 +74,12 @@ class CaptionedImages:
         return {"things": things, "anything": [phrase for style in STYLES.values() for phrase in style.anything]}
 
     def caption(self, row: int, generator: torch.Generator, background: str = "") -> str:
-        """One of the captions that fit a drawing; in 8 % one that names no thing.
+        """One of the captions that fit a drawing; in a tenth one that names no thing.
 
         background: of which colour it is, said in half of the captions
         """
         style, thing = list(STYLES.values())[int(self.styles[row])], int(self.things[row])
-        if torch.rand(1, generator=generator) < 0.08:
+        if torch.rand(1, generator=generator) < 0.1:
             return pick(style.anything, generator)
         phrases = self.phrases[thing]
         # an alias as often as the name

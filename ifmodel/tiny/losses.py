@@ -53,9 +53,10 @@ def draw_batch(
 
 def cropped(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """A random size × size part of each image [B, C, S, S]."""
-    corners = torch.randint(x.shape[-1] - size + 1, (len(x), 2), generator=generator).tolist()
-    parts = [image[:, y : y + size, left : left + size] for image, (y, left) in zip(x, corners, strict=True)]
-    return torch.stack(parts)
+    corners = torch.randint(x.shape[-1] - size + 1, (2, len(x), 1), generator=generator, device=generator.device)
+    y, left = corners.to(x.device) + torch.arange(size, device=x.device)  # [B, size] each
+    images = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[images, :, y[:, :, None], left[:, None, :]].permute(0, 3, 1, 2)
 
 
 def stage_1_loss(model: nn.Module, batch: Batch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
@@ -65,9 +66,9 @@ def stage_1_loss(model: nn.Module, batch: Batch, generator: torch.Generator, row
 
     rows: this process's share of the batch; the noise is drawn for all, so that it does not depend on the shares
     """
-    device = batch.x_0.device
-    t = torch.randint(SCHEDULE.num_timesteps, (len(batch.x_0),), generator=generator).to(device)[rows]
-    eps = torch.randn(batch.x_0.shape, generator=generator).to(device)[rows]
+    device, given = batch.x_0.device, {"generator": generator, "device": generator.device}
+    t = torch.randint(SCHEDULE.num_timesteps, (len(batch.x_0),), **given).to(device)[rows]
+    eps = torch.randn(batch.x_0.shape, **given).to(device)[rows]
     batch = batch[rows]
     x_t = add_noise(batch.x_0, eps, t, SCHEDULE)
     return hybrid_loss(model(x_t, t, batch), batch.x_0, x_t, eps, t, least=0.25, most=4.0)
@@ -97,14 +98,15 @@ def stage_2_loss(
     Offset noise makes it read the brightness off the small image instead.
     Source: Imagen §2.4, arXiv 2205.11487; Guttenberg, Diffusion with Offset Noise, crosslabs.org, 2023.
     """
-    device, count = batch.x_0.device, len(batch.x_0)
-    t = torch.randint(SCHEDULE.num_timesteps, (count,), generator=generator).to(device)[rows]
-    noise_level = torch.randint(max_noise_level, (count,), generator=generator).to(device)
+    device, given = batch.x_0.device, {"generator": generator, "device": generator.device}
+    count = len(batch.x_0)
+    t = torch.randint(SCHEDULE.num_timesteps, (count,), **given).to(device)[rows]
+    noise_level = torch.randint(max_noise_level, (count,), **given).to(device)
     low_res = small_noised(batch.x_0, small, noise_level, generator)
     both = cropped(torch.cat([batch.x_0, low_res], dim=1), crop, generator)[rows]
     x_0, low_res = both.chunk(2, dim=1)
-    eps = torch.randn((count, 3, crop, crop), generator=generator)
-    eps = (eps + offset * torch.randn((count, 3, 1, 1), generator=generator)).to(device)[rows]
+    eps = torch.randn((count, 3, crop, crop), **given)
+    eps = (eps + offset * torch.randn((count, 3, 1, 1), **given)).to(device)[rows]
     x_t = add_noise(x_0, eps, t, SCHEDULE)
     output = model(torch.cat([x_t, low_res], dim=1), t, batch[rows], noise_level[rows])
     return hybrid_loss(output, x_0, x_t, eps, t, most=5.0)
@@ -113,7 +115,7 @@ def stage_2_loss(
 def small_noised(x_0: Tensor, small: int, noise_level: int | Tensor, generator: torch.Generator) -> Tensor:
     """What stage 2 would see of images [B, 3, S, S], if stage 1 had drawn them small × small pixels large."""
     size = x_0.shape[-1]
-    noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    noise = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0.device)
     return noised_upscaled(F.avg_pool2d(x_0, size // small), (size, size), noise_level, lambda: noise)
 
 

@@ -66,11 +66,11 @@ def sketch(plain: Image.Image) -> Image.Image:
 # The first is that of an image without an artist, to which every filter is applied, too.
 STYLES = {
     "photo": Style(
-        ("a photo of {}", "{}", "a high quality photo of {}"), ("a high quality photo", "a photo"), SHADED, 0.4
+        ("a photo of {}", "{}", "a high quality photo of {}"), ("a high quality photo", "a photo"), SHADED, 0.35
     ),
     "drawing": Style(("a drawing of {}",), ("a drawing",), FLAT, 0.2),
     "oil": Style(("an oil painting of {}",), ("an oil painting",), SHADED + FLAT, 0.15, oil, (0.925, 0.863, 0.758)),
     "lithograph": Style(("a lithograph of {}",), ("a lithograph",), ("emojione-monotone",), 0.1, lithograph),
-    "woodcut": Style(("a woodcut of {}",), ("a woodcut",), ("fluent-emoji-high-contrast",), 0.05),
+    "woodcut": Style(("a woodcut of {}",), ("a woodcut",), ("fluent-emoji-high-contrast",), 0.1),
     "sketch": Style(("a sketch of {}",), ("a sketch",), SHADED + FLAT, 0.1, sketch, (1.0, 1.0, 1.0)),
 }

@@ -5,6 +5,7 @@ So a run that was stopped and resumed ends with the same weights, bit for bit, o
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,13 +15,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
 from ddpm.runs import EMA, Run, step_seed, stop_signal
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
-from ifmodel.tiny.losses import draw_batch
+from ifmodel.tiny.losses import Batch, draw_batch
 from ifmodel.tiny.models import ContrastiveText, TextToImage, contrastive_loss
 from ifmodel.tiny.stages import Stage1, Stage2
 
@@ -79,6 +81,29 @@ def train_text(encoder, data: CaptionedImages, tokenizer: Tokenizer, recipe: Rec
     return True
 
 
+class Batches(Dataset):
+    """The batch of each step, by its number, so that other processes can draw them ahead."""
+
+    def __init__(self, data: CaptionedImages, tokenizer: Tokenizer, recipe: Recipe):
+        self.data, self.tokenizer, self.recipe = data, tokenizer, recipe
+
+    def __getitem__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, step))
+        count, size = self.recipe.batch_size, self.recipe.size
+        return draw_batch(self.data, self.tokenizer, count, size, generator, variety=self.recipe.variety)
+
+    def ahead(self, first: int, workers: int) -> Iterator[Batch]:
+        """Those from step `first` on, drawn by so many processes; by this one if 0. Ctrl-C is this one's to handle."""
+        ignore = {"worker_init_fn": ignore_interrupts} if workers else {}
+        steps = range(first, self.recipe.steps)
+        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, **ignore))
+
+
+def ignore_interrupts(worker: int):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_stage(
     stage: Stage1 | Stage2,
     data: CaptionedImages,
@@ -90,10 +115,12 @@ def train_stage(
     every: int = 500,
     draw: Callable[[int, list[Tensor], dict], None] = lambda step, rows, labels: None,
     save_every: float = 300,
+    workers: int = 0,
 ) -> bool:
     """Train a stage to recipe.steps or until stopped, saving every five minutes and at the end; log on `watched`.
 
     draw(step, rows, labels) makes a figure of the stage's sheet every so many steps.
+    workers: processes that draw batches ahead, for a GPU, which would wait for them; the batches are the same
     Returns whether the run is complete. Raises ValueError when the loss is not finite, or the state is of another run.
     """
     model, average = stage.model, EMA(stage.model)
@@ -119,17 +146,19 @@ def train_stage(
     share = recipe.batch_size // processes()
     mine = slice(rank() * share, (rank() + 1) * share)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    batches = Batches(data, stage.tokenizer, recipe).ahead(run.step, workers)
     for step in run.steps(recipe.batch_size, save_every=save_every):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step) * group.get("share", 1)
-        generator = torch.Generator().manual_seed(step_seed(recipe.seed, step))
-        batch = draw_batch(data, stage.tokenizer, recipe.batch_size, recipe.size, generator, **shown).to(device)
+        batch = next(batches).to(device)
+        generator = torch.Generator(device).manual_seed(step_seed(recipe.seed + 1, step))  # the batch has its own
         with autocast:
             loss = stage.loss(model, batch, generator, mine).mean()
         run.losses[step] = descend(model, optimizer, loss)
         average.update(model, step)
         if (done := step + 1) % every == 0 and rank() == 0:
-            with averaged(model, average), autocast, torch.no_grad():
+            eagerly = torch.compiler.set_stance("force_eager")  # other batch sizes are not worth compiling for
+            with averaged(model, average), autocast, torch.no_grad(), eagerly:
                 add_row(run.log, done, run.losses[done - every : done].mean().item(), stage.watch(held))
                 draw(done, *stage.sheet(held, recipe.seed))
     return run.step == recipe.steps

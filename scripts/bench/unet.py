@@ -119,7 +119,7 @@ class Work:
             self.root = SHIPPED[TINY[args.geometry]]
         else:
             self.root = Path(self.folder.name)
-            save_random(self.root, published_config(args.geometry), dtype)
+            save_random(self.root, published_config(args.geometry), dtype, device)
         self.ours = self.load(pack=True)
         config, batch, generator = self.ours.config, args.batch_size, torch.Generator().manual_seed(SEED)
         self.size = tuple(args.size or [config.sample_size] * 2)
@@ -142,9 +142,10 @@ class Work:
         return unet.to(self.device).to(memory_format=memory_format).requires_grad_(False)
 
 
-def save_random(root: Path, config: dict, dtype: torch.dtype):
+def save_random(root: Path, config: dict, dtype: torch.dtype, device: torch.device):
     """A folder with random weights for a config, in the layout of the Hub."""
-    unet = UNet(UNetConfig.from_dict(config))
+    with device:  # a GPU draws billions of random numbers in no time
+        unet = UNet(UNetConfig.from_dict(config))
     (root / "unet").mkdir()
     (root / "unet" / "config.json").write_text(json.dumps(config))
     weights = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
@@ -156,6 +157,8 @@ def sides_of(work: Work) -> dict[str, tuple[Callable, Callable]]:
     sides = {"ours": our_side(work, work.ours)}
     if work.args.compile:
         sides["ours, compiled"] = our_side(work, torch.compile(work.load()))
+        if work.device.type == "cuda":
+            sides["ours, CUDA graphs"] = our_side(work, torch.compile(work.load(), mode="reduce-overhead"))
     if diffusers is not None:
         documented = torch.float32 if work.device.type == "cpu" else work.dtype
         tuned = partial(work.theirs, work.dtype, torch.channels_last)
@@ -455,17 +458,21 @@ def draw_growth(path: Path, grown: dict[str, Lines]):
 
 
 @torch.no_grad()
-def peak_memory(work: Work) -> dict[str, float]:
-    """Of a step on the GPU, beside the weights."""
-    step, weights = our_side(work, work.ours)[0], bytes_of(work.ours)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(work.device)
-    torch.cuda.reset_peak_memory_stats(work.device)
-    step()
-    more = torch.cuda.max_memory_allocated(work.device) - before
-    print(f"peak memory of a step: weights {weights / 1e9:.2f} GB and {more / weights:.1%} more")
-    return {"weights": weights, "more": more}
+def peak_memory(work: Work, batches: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[str, float]:
+    """Bytes of a step with guidance on the GPU, beside the weights, for so many images at a time."""
+    found = {"weights": bytes_of(work.ours)}
+    for batch in batches:
+        x_t = work.x_t[:1].expand(2 * batch, -1, -1, -1)
+        text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(work.device)
+        torch.cuda.reset_peak_memory_stats(work.device)
+        work.ours(x_t, 500, text, work.noise_level)
+        found[str(batch)] = torch.cuda.max_memory_allocated(work.device) - before
+    each = ", ".join(f"{found[str(batch)] / 1e9:.2f} GB for {batch}" for batch in batches)
+    print(f"peak memory of a step: weights {found['weights'] / 1e9:.2f} GB, and more for images at a time: {each}")
+    return found
 
 
 if __name__ == "__main__":
