@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy
 import pytest
@@ -265,6 +266,30 @@ def test_resume_ends_with_the_same_weights(run_script, folder, tmp_path, monkeyp
     whole, parts = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_batches_drawn_ahead_are_the_same(data, tokenizer):
+    recipe = training.Recipe(16, 5, 4, 1e-3, 1, 4, 1.0, "", "", "float32")
+    batches = training.Batches(data, tokenizer, recipe)
+    pairs = list(zip(batches.ahead(2, 0), batches.ahead(2, 1), strict=True))
+    assert len(pairs) == 3
+    assert all(torch.equal(here.x_0, there.x_0) and torch.equal(here.tokens, there.tokens) for here, there in pairs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_stop(folder, tmp_path, number):
+    """A terminal's Ctrl-C and `timeout` send their signal to them, too."""
+    options = stage_1_options(folder, tmp_path / "out", 100_000, "--workers", 1)
+    command = [str(part) for part in (sys.executable, ROOT / "scripts" / "train_if.py", *options)]
+    handled = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # ignored by tests in the background
+    pipe = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, preexec_fn=handled, **pipe) as process:
+        next(line for line in process.stderr if line.startswith("loss"))
+        os.killpg(process.pid, number)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest[-1000:]
+    assert "stopped and saved" in rest and "Traceback" not in rest
+    assert len(load_tensors(tmp_path / "out" / "state.safetensors")[0]["losses"]) > 0
 
 
 def test_a_stop_while_the_text_encoder_is_trained_saves_nothing(run_script, folder, tmp_path, monkeypatch):
@@ -561,6 +586,7 @@ def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
     "options, told",
     [
         (["--size", 17], "--size must be a multiple of 2 for a UNet of 2 levels, but is 17"),
+        (["--workers", 100_000], "--workers 100000 are more than this machine's"),
         (["--lr", -1], "'-1' is not above 0"),
         (["--lr", "nan"], "'nan' is not a finite number"),
         (["--text-steps", -3], "--text-steps must be from 0 to 1000000"),
