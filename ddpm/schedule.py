@@ -121,15 +121,23 @@ def linspace_timesteps(num_timesteps: int = 300, num_steps: int = 300) -> list[i
 def log_snr_timesteps(
     schedule: Schedule, num_steps: int, *, scale: float | None = None, skipped: tuple[float, float] = (1.5, 1.0)
 ) -> list[int]:
-    """N timesteps even in λ = log(√ᾱ_t / √(1-ᾱ_t)), noisiest first: what DPM-Solver++ steps along.
+    """N timesteps at equal distances in λ_t = log(√ᾱ_t / √(1-ᾱ_t)), noisiest first: how DPM-Solver++ is spaced.
 
-    scale: even in arctan(e^(-λ/scale)) instead, which is like λ around 0 and takes longer steps towards both ends
-    skipped: how many steps are left out of the way from the noise, λ = -5.1 as in diffusers, to t = 0.01 T, which has
-        N - 1 and these: at the first end x̂_0 is hardly more than the mean of all images (one or two steps leave out
-        none or one; a schedule that ends before there begins at its end), at the last it is the image already
-    Where several would fall on one timestep, they take the next ones.
-    scripts/evaluate/solvers.py measures the distance from the converged image.
-    Raises ValueError for more steps than timesteps. Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
+    The solver integrates over λ, half the logarithm of the signal-to-noise ratio, and its error grows with the length
+    of a step in λ. So N steps do best when all are equally long there; in t they are not.
+
+    The way from noise (λ = -5.1, where diffusers begins too) to an image (t = 0.01 T) is cut into steps of one length,
+    N - 1 and those of `skipped`, and the timesteps nearest to the cuts are visited; of several cuts at one timestep,
+    the last has it, and those before it the next noisier ones.
+
+    scale: cut arctan(e^(-λ/scale)) instead, which is like λ around 0 and takes longer steps towards both ends; this is
+        ours, for solvers without noise
+    skipped: how many of the steps are not taken at the noisy end, where x̂_0 is hardly more than the mean of all images
+        (a list of one timestep skips none there, of two at most one), and at the clean end, where it is the image
+        already
+    A schedule that ends before λ = -5.1 begins at its own end. scripts/evaluate/solvers.py measures the distance from
+    the converged image, by which both were chosen. Raises ValueError for more steps than timesteps.
+    Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
     """
     _check_steps(num_steps, schedule.num_timesteps)
 
@@ -143,7 +151,7 @@ def log_snr_timesteps(
     noisiest = max(positions[-1].item(), noise + first * (clearest - noise) / (num_steps - 1 + first + last))
     wanted = noisiest + torch.arange(num_steps) * (clearest - noisiest) / (num_steps - 1 + last)
     timesteps = (positions[None] - wanted[:, None]).abs().argmin(1).tolist()
-    for k in range(num_steps - 2, -1, -1):
+    for k in range(num_steps - 2, -1, -1):  # no timestep twice
         timesteps[k] = max(timesteps[k], timesteps[k + 1] + 1)
     return [min(t, schedule.num_timesteps - 1 - k) for k, t in enumerate(timesteps)]
 
