@@ -32,11 +32,27 @@ from ifmodel.weights import fetch
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"  # where PEFT keeps alpha
-# A layer's name, then what its tensors are called: lora.down by diffusers, lora_A by PEFT, lora_down by kohya, and
-# processor.to_q_lora.down by diffusers before 2023
+# A tensor's name, such as unet.mid_block.attentions.0.to_q.lora.down.weight: a layer, and which piece of its update
 KEY = re.compile(
-    r"(?P<layer>.+?)(?:\.lora|\.lora_linear_layer|_lora)?\."
-    r"(?:(?:(?P<down>lora_A|lora_down|down)|(?P<up>lora_B|lora_up|up))(?:\.\w+)?\.weight|alpha)"
+    r"""
+    (?P<layer> .+?)            # with a prefix, see PREFIXES; as kohya writes it, _ for each dot
+    (?:
+        \.lora                 # diffusers: to_q.lora.down
+      | \.lora_linear_layer    # diffusers in 2023: to_q.lora_linear_layer.down
+      | _lora                  # diffusers' first, of attention processors: processor.to_q_lora.down
+    )?                         # none of PEFT and kohya
+    \.
+    (?:
+        (?:
+            (?P<down> lora_A | lora_down | down)  # PEFT, kohya, diffusers
+          | (?P<up> lora_B | lora_up | up)
+        )
+        (?: \.\w+ )?           # PEFT's adapter, by its name: lora_A.default
+        \.weight
+      | alpha                  # a number, all but PEFT: the update is scaled by alpha / rank
+    )
+    """,
+    re.VERBOSE,
 )
 T5_PREFIXES = ("text_encoder.", "lora_te_", "encoder.")
 # taken off in this order: PEFT puts its own outside or inside of the others
