@@ -3,6 +3,9 @@
 An *estimate* is a function `estimate(x_t, t) -> (eps, v)`, with v = None where the variance is not learned. Guidance
 makes one from a model; compositions, anagrams and hybrids make one from several. The result is an estimate again, so
 these nest, and every loop of `ddpm.sampling` takes it.
+
+An estimate may carry one mark, the attribute `alternates`: it is another function at each step, see `alternating`. What
+is made of a marked estimate is marked, too, and `denoise_along` asks for the mark with `alternates(estimate)`.
 """
 
 import itertools
@@ -19,7 +22,7 @@ from ddpm.schedule import Schedule
 from ddpm.views import View
 
 Model = Callable[..., Tensor]  # (x_t, t, conditioning) -> eps, or eps and v side by side
-Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # (x_t, t) -> (eps, v)
 Guider = Callable[[Tensor, int, Tensor, Tensor, float], Tensor]  # (x_t, t, eps_u, eps_c, γ) -> eps
 Combine = Callable[[Sequence[Tensor], Sequence[float]], Tensor]  # (tensors of one shape, a weight each) -> one
 REDUCTIONS = ("mean", "rectified", "alternate")  # of what the views of an anagram say
@@ -223,7 +226,7 @@ def rectify(eps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def alternating(estimates: Sequence[Estimate]) -> Estimate:
-    """One of the estimates after another, one a step."""
+    """One of the estimates after another, one a step, and marked: see the head of this file."""
     turns = itertools.cycle(estimates)
 
     def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
@@ -234,5 +237,8 @@ def alternating(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def alternates(estimate: Estimate) -> bool:
-    """Whether it is another function of (x_t, t) at each step, so that a multistep solver must not extrapolate."""
+    """Whether it is another function of (x_t, t) at each step; one without the mark, such as a reader's own, is not.
+
+    A multistep solver extrapolates from x̂_0 of two steps, which must then be of one function.
+    """
     return getattr(estimate, "alternates", False)
