@@ -1,8 +1,8 @@
 """Training the MNIST models: the denoiser's loss, the recipes, and one loop."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -158,39 +158,55 @@ def fit(
     model.to(device, memory_format=torch.channels_last)
     check_batch(model, min(recipe.batch_size, len(images)), numbers=33)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=device.type != "mps")
-
-    average, used = EMA(model, recipe.average), copy.deepcopy(model) if recipe.average else model
-
-    def to_use() -> nn.Module:
-        if recipe.average:
-            used.load_state_dict(average.weights)
-        return used.eval()
+    average = EMA(model, recipe.average) if recipe.average else None
 
     def write():
-        epochs = {"epochs": round(run.step / per_epoch, 4)}
-        save_weights(folder / "weights.safetensors", to_use(), run.metadata | epochs)
-        model.train()
-        whole = run.losses[: run.step - run.step % per_epoch].view(-1, per_epoch).mean(1).tolist()
-        lines = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(whole, start=1) if math.isfinite(mean)]
-        write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *lines, ""]).encode())
+        save_results(folder, run, model, average, per_epoch)
 
     described = {"model": type(model).__name__, "config": model.config, "recipe": asdict(recipe), "digits": len(images)}
-    total, parts = recipe.epochs * per_epoch, {"model": model.state_dict()}
-    parts |= {"average": average.weights} if recipe.average else {}
-    run = Run(folder, parts, optimizer, total, described, dtype, write=write)
+    parts = {"model": model.state_dict()} | ({"average": average.weights} if average else {})
+    run = Run(folder, parts, optimizer, recipe.epochs * per_epoch, described, dtype, write=write)
     if resume:
         run.restore()
     elif start is not None:
-        found = load_start(start, model)
-        run.step, run.seconds_before = min(round(found["epochs"] * per_epoch), total), found["seconds"]
-        run.losses[: run.step] = math.nan  # not in a weights file
-        average.update(model, -1)  # which forgets the random weights
+        begin_with(start, run, model, average, per_epoch)
     steps = run.steps(recipe.batch_size, save_every=save_every, epoch=per_epoch)
     for step, loss in train(model, optimizer, loss_of, images, labels, recipe, steps=steps, dtype=dtype):
         run.losses[step] = loss
-        if recipe.average:
+        if average:
             average.update(model, step)
         if (step + 1) % per_epoch == 0:
-            after_epoch(to_use(), (step + 1) // per_epoch, run.losses[: step + 1].tolist())
-            model.train()
-    return run.step == total
+            with evaluated(model, average) as used:
+                after_epoch(used, (step + 1) // per_epoch, run.losses[: step + 1].tolist())
+    return run.step == len(run.losses)
+
+
+@contextmanager
+def evaluated(model: nn.Module, average: EMA | None) -> Iterator[nn.Module]:
+    """The model as it is used, for a while: in evaluation mode and, if there is an average, with its weights."""
+    if average:
+        learned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(average.weights)
+    yield model.eval()
+    if average:
+        model.load_state_dict(learned)
+    model.train()
+
+
+def save_results(folder: Path, run: Run, model: nn.Module, average: EMA | None, per_epoch: int):
+    """Write weights.safetensors, and log.csv with the mean loss of each whole epoch that is known."""
+    with evaluated(model, average) as used:
+        epochs = round(run.step / per_epoch, 4)
+        save_weights(folder / "weights.safetensors", used, {**run.metadata, "epochs": epochs})
+    means = run.losses[: run.step - run.step % per_epoch].view(-1, per_epoch).mean(1).tolist()
+    rows = [f"{epoch},{mean:.6f}" for epoch, mean in enumerate(means, start=1) if math.isfinite(mean)]
+    write_atomically(folder / "log.csv", "\n".join(["epoch,mean_loss", *rows, ""]).encode())
+
+
+def begin_with(start: Path, run: Run, model: nn.Module, average: EMA | None, per_epoch: int):
+    """Begin a run with a file of weights, at the step that these had reached. Raises as `load_start` does."""
+    found = load_start(start, model)
+    run.step, run.seconds_before = min(round(found["epochs"] * per_epoch), len(run.losses)), found["seconds"]
+    run.losses[: run.step] = math.nan  # not in a weights file
+    if average:
+        average.update(model, -1)  # which forgets the random weights
