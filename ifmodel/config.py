@@ -151,21 +151,8 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
         """From the fields of a config.json. Raises ValueError for a field that this UNet does not implement."""
-        _check_fixed("config.json", config, FIXED, ASSUMED, "this UNet")
-        unknown = set(config) - set(FIXED) - set(IGNORED) - set(cls.__dataclass_fields__) - {"down_block_types"}
-        unknown -= {"up_block_types"}
-        unknown = sorted(name for name in unknown if config[name] is not None)
-        if unknown:
-            raise ValueError(f"config.json has fields that this UNet does not know: {', '.join(unknown)}")
-        for name in ("block_out_channels", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
-            if config.get(name) is None:
-                raise ValueError(f"config.json has no {name}: is it the config of an IF UNet?")
-
+        cls._check_fields(config)
         widths = config["block_out_channels"]
-        if not _is_list(widths) or not widths:
-            raise ValueError(f"config.json has block_out_channels = {widths!r}, not a list of widths")
-        for width in widths:
-            _check_kind("config.json", "block_out_channels", width, int, "this UNet")
         attention = cls._attention_levels(config, len(widths))
         only_cross = config.get("only_cross_attention", False)
         mid_only_cross = config.get("mid_block_only_cross_attention")
@@ -197,6 +184,24 @@ class UNetConfig:
         result._check_kinds()
         result._check_divisibility()
         return result
+
+    @classmethod
+    def _check_fields(cls, config: dict):
+        """Refuse fields that are unknown, missing or set to what is not implemented. Raises ValueError."""
+        _check_fixed("config.json", config, FIXED, ASSUMED, "this UNet")
+        known = {*FIXED, *IGNORED, *cls.__dataclass_fields__, "down_block_types", "up_block_types"}
+        unknown = sorted(name for name in set(config) - known if config[name] is not None)
+        if unknown:
+            raise ValueError(f"config.json has fields that this UNet does not know: {', '.join(unknown)}")
+        for name in ("block_out_channels", "encoder_hid_dim", "cross_attention_dim", "attention_head_dim"):
+            if config.get(name) is None:
+                raise ValueError(f"config.json has no {name}: is it the config of an IF UNet?")
+
+        widths = config["block_out_channels"]
+        if not _is_list(widths) or not widths:
+            raise ValueError(f"config.json has block_out_channels = {widths!r}, not a list of widths")
+        for width in widths:
+            _check_kind("config.json", "block_out_channels", width, int, "this UNet")
 
     @staticmethod
     def _attention_levels(config: dict, levels: int) -> tuple[bool, ...]:
