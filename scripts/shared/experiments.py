@@ -381,8 +381,8 @@ EXPERIMENTS = [
         ("B6",),
         "Flow matching",
         "Since 2025 the assignment trains a velocity instead of an eps, on the straight way from noise, t = 0, to a "
-        "digit, t = 1. B1 to B3 are the same in all of them. This flow is told the time alone, as B4 is; it began with "
-        "the weights of B4's DDPM: see weights.md.",
+        "digit, t = 1. B1 to B3 are the same in all of them. This flow is told the time alone, as B4 is; weights.md "
+        "says what averaged weights do for it.",
         r"x_t = (1 - t)\, x_0 + t\, x_1, \quad L = \mathbb{E}\; || (x_1 - x_0) - u_\theta(x_t, t) ||^2",
         (interpolate, flow_loss, TimeFlow),
         "sample_mnist",
@@ -392,8 +392,9 @@ EXPERIMENTS = [
         frozenset({"device", "dtype"}),
         ("--steps", "10"),
         (
-            ("b6_epoch01.png", "After 30,000 digits of the training."),
-            ("b6_epoch04.png", "After 120,000, the last."),
+            ("b6_epoch01.png", "After epoch 1."),
+            ("b6_epoch05.png", "After epoch 5."),
+            ("b6_epoch10.png", "After epoch 10."),
             ("loss_flow_time.png", "The loss of every step."),
         ),
     ),
