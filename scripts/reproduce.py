@@ -99,9 +99,9 @@ def choose(only: str | None) -> list[Experiment]:
 def make(experiment: Experiment, args: Namespace) -> Made:
     """Run an experiment, or leave what was made before with the same inputs."""
     folder = args.out / experiment.folder
-    options = command_options(experiment, args, folder)
+    options = command_options(experiment, args)
     command = shlex.join(["python", f"scripts/{experiment.script}.py", *options])
-    for figure, _ in experiment.trained:
+    for figure in experiment.trained:
         write_atomically(folder / figure, (ROOT / ".github" / "figures" / figure).read_bytes())
     note, inputs = folder / "made.json", fingerprint(experiment, command, args)
     before = None if args.again else made_before(experiment, args.out)
@@ -109,7 +109,7 @@ def make(experiment: Experiment, args: Namespace) -> Made:
         if experiment.figures:
             print(f"    made before with the same inputs: {folder}")
         return before
-    figures = [folder / figure for figure, _ in experiment.figures]
+    figures = [folder / figure for figure in experiment.figures]
     for path in (note, *figures):  # so that no older figure passes for one of this run
         path.unlink(missing_ok=True)
     start = time.monotonic()
@@ -127,7 +127,7 @@ def make(experiment: Experiment, args: Namespace) -> Made:
 def made_before(experiment: Experiment, out: Path) -> Made | None:
     """What an earlier run made of an experiment, if all its figures are there as it left them."""
     folder = out / experiment.folder
-    figures = [folder / figure for figure, _ in experiment.figures]
+    figures = [folder / figure for figure in experiment.figures]
     try:
         note = parse_json(read_small(folder / "made.json"), "made.json")
         before = Made(experiment, note["command"], note["seconds"], note["inputs"])
@@ -135,7 +135,7 @@ def made_before(experiment: Experiment, out: Path) -> Made | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return before if all((folder / figure).is_file() for figure, _ in experiment.trained) else None
+    return before if all((folder / figure).is_file() for figure in experiment.trained) else None
 
 
 def digest_of(figures: Sequence[Path]) -> str:
@@ -143,16 +143,16 @@ def digest_of(figures: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(figure.read_bytes()).digest() for figure in figures)).hexdigest()
 
 
-def command_options(experiment: Experiment, args: Namespace, folder: Path) -> list[str]:
+def command_options(experiment: Experiment, args: Namespace) -> list[str]:
     """The options with which an experiment's script is called."""
-    options = [*experiment.options, *(experiment.fast if args.fast else ())]
+    options = experiment.options(args.fast)
     for name in FORWARDED:
         value = getattr(args, name)
         if value is not None and name in experiment.takes:
             options += [f"--{name.replace('_', '-')}", str(value)]
     if "data" in experiment.takes:
         options += ["--data", str(args.data or default_data())]
-    return [*options, "--seed", str(args.seed), "--out", str(folder / experiment.out)]
+    return [*options, "--seed", str(args.seed), "--out", str(experiment.out(args.out))]
 
 
 def default_data() -> Path:

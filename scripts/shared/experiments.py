@@ -1,8 +1,9 @@
 """The assignment's experiments: for each, the script with its options, its figures, its equation and its function."""
 
 import os
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm.estimates import compose
@@ -24,8 +25,15 @@ from ddpm.sampling import (
     sdedit,
 )
 
+# Which of reproduce.py's own options each script takes
 CASCADE = frozenset({"model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype"})
-STAGE_1 = CASCADE - {"upscaler", "upscaler_revision"}
+TAKES = {
+    **dict.fromkeys(("generate", "sample", "sdedit", "inpaint", "visual_anagram", "hybrid_image"), CASCADE),
+    **dict.fromkeys(("one_step_denoise", "iterative_denoise", "restore"), CASCADE - {"upscaler", "upscaler_revision"}),
+    **dict.fromkeys(("denoise_mnist", "flow_velocity"), frozenset({"data", "device"})),
+    "sample_mnist": frozenset({"device", "dtype"}),
+}
+FILL_A_FOLDER = ("denoise_mnist", "train_denoiser")  # their --out is one; that of the others is a figure
 
 
 @dataclass(frozen=True)
@@ -47,37 +55,50 @@ class Play:
 class Experiment:
     """One part of the page.
 
-    keys: the assignment's numbers; says: a sentence or two; equation: in TeX, as far as matplotlib sets it
+    key: the assignment's number or numbers; says: a sentence or two; equation: in TeX, as far as matplotlib sets it
     functions: those that do it, whose source is shown
-    script, options: what is run; out: its --out, a file or "" for the folder; fast: more options, with --fast
+    command: a script and its options, as a shell takes them; fast: more options, with --fast
     figures: files that it makes, and what they show, .gif where there is no JavaScript for `plays`; none for what takes
         too long for a page
-    takes: which of reproduce.py's own options the script is given
     trained: figures of the training of the shipped weights, taken from .github/figures
     plays: what answers to the hand
     """
 
-    keys: tuple[str, ...]
+    key: str
     title: str
     says: str
     equation: str
     functions: tuple[Callable, ...]
-    script: str
-    options: tuple[str, ...]
-    out: str
-    figures: tuple[tuple[str, str], ...]
-    takes: frozenset[str]
-    fast: tuple[str, ...] = ()
-    trained: tuple[tuple[str, str], ...] = ()
+    command: str
+    figures: dict[str, str]
+    fast: str = ""
+    trained: dict[str, str] = field(default_factory=dict)
     plays: tuple[Play, ...] = ()
 
     @property
-    def key(self) -> str:
-        return ", ".join(self.keys)
+    def keys(self) -> list[str]:
+        return self.key.split(", ")
 
     @property
     def folder(self) -> str:
         return "-".join(self.keys)
+
+    @property
+    def script(self) -> str:
+        return self.command.split()[0]
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Which of reproduce.py's own options the script is given."""
+        return TAKES.get(self.script, frozenset())
+
+    def options(self, fast: bool = False) -> list[str]:
+        return shlex.split(f"{self.command} {self.fast if fast else ''}")[1:]
+
+    def out(self, root: Path) -> Path:
+        """The script's --out: its first figure, or the folder."""
+        folder = root / self.folder
+        return folder if self.script in FILL_A_FOLDER else folder / next(iter(self.figures))
 
 
 @dataclass(frozen=True)
@@ -103,322 +124,244 @@ STEP = (
     r"\quad \alpha = \frac{\bar\alpha_t}{\bar\alpha_{t'}}, \; \beta = 1 - \alpha"
 )
 GUIDED = r"\epsilon = \epsilon_u + \gamma\, (\epsilon_c - \epsilon_u)"
-TWENTY = ("--sampler", "dpm++", "--eta", "1", "--steps", "20")  # see weights.md
-QUICK = ("--upscaler", "none", "--steps", "10")
-STARTS = ("--i-start", "4", "7", "8", "9", "10", "12")  # of twenty, as noisy as 1 3 5 7 10 20 of the assignment's 34
+TWENTY = "--sampler dpm++ --eta 1 --steps 20"  # see weights.md
+QUICK = "--upscaler none --steps 10"
+STARTS = "--i-start 4 7 8 9 10 12"  # of twenty, as noisy as 1 3 5 7 10 20 of the assignment's 34
 
 
 def known(name: str) -> str:
-    """A drawing that tiny-if has learned from."""
-    return os.path.relpath(Path(__file__).parents[2] / "tests" / "data" / "emoji" / f"{name}.png")
+    """--image with a drawing that tiny-if has learned from."""
+    path = Path(__file__).parents[2] / "tests" / "data" / "emoji" / f"{name}.png"
+    return f"--image {shlex.quote(os.path.relpath(path))}"
 
+
+DOG, ROCKET, SUNFLOWER, PENGUIN = (known(name) for name in ("1F436", "1F680", "1F33B", "1F427"))
 
 EXPERIMENTS = [
     Experiment(
-        ("A0",),
+        "A0",
         "Text to images",
         "More and more steps. All images of a column start from the same noise.",
         STEP,
         (ddpm_step, denoise_along),
-        "generate",
-        ("--steps-grid", "2", "4", "6", "8", "12", "16"),
-        "steps.png",
-        (("steps.png", "Rows: numbers of steps. Columns: prompts."),),
-        CASCADE,
-        ("--upscaler", "none"),
+        "generate --steps-grid 2 4 6 8 12 16",
+        {"steps.png": "Rows: numbers of steps. Columns: prompts."},
+        fast="--upscaler none",
     ),
     Experiment(
-        ("A1",),
+        "A1",
         "The forward process",
         "An image disappears in noise as t grows.",
         NOISED,
         (add_noise,),
         "forward_process",
-        (),
-        "forward.png",
-        (("forward.png", "One image at eight timesteps."),),
-        frozenset(),
+        {"forward.png": "One image at eight timesteps."},
         plays=(Play("scrub", "forward", (0,), "Through t."),),
     ),
     Experiment(
-        ("A2",),
+        "A2",
         "Classical denoising",
         "No model: a Gaussian blur, as wide as the noise asks. It cannot tell a line from noise.",
         r"\hat x_0 = G_{\sigma(t)} * x_t / \sqrt{\bar\alpha_t}",
         (classical_denoise,),
         "classical_denoise",
-        (),
-        "blurred.png",
-        (("blurred.png", "Noisy above, blurred below."),),
-        frozenset(),
+        {"blurred.png": "Noisy above, blurred below."},
     ),
     Experiment(
-        ("A3",),
+        "A3",
         "One-step denoising",
         "The UNet estimates the noise once, and the clean image follows. The more noise, the more the answer is the "
         "mean of all images that it may have been.",
         ESTIMATE,
         (one_step_denoise,),
-        "one_step_denoise",
-        ("--image", known("1F436"), "--prompt", "a photo of a dog"),
-        "one_step.png",
-        (("one_step.png", "Noisy above, the estimate below."),),
-        STAGE_1,
+        f"one_step_denoise {DOG} --prompt 'a photo of a dog'",
+        {"one_step.png": "Noisy above, the estimate below."},
         plays=(Play("scrub", "one_step", (0, 1), "Noisy, and the estimate."),),
     ),
     Experiment(
-        ("A4",),
+        "A4",
         "Iterative denoising",
         "The same noisy image, step by step instead of at once.",
         STEP,
         (denoise_along, ddpm_step),
-        "iterative_denoise",
-        ("--image", known("1F436"), "--prompt", "a photo of a dog"),
-        "iterative.png",
-        (
-            ("iterative.png", "Every fifth step, and the result."),
-            ("iterative_compared.png", "The blur, one step, and all steps, from the same noisy image."),
-        ),
-        STAGE_1,
+        f"iterative_denoise {DOG} --prompt 'a photo of a dog'",
+        {
+            "iterative.png": "Every fifth step, and the result.",
+            "iterative_compared.png": "The blur, one step, and all steps, from the same noisy image.",
+        },
         plays=(Play("scrub", "iterative_steps", (0, 1), "At each step: the noisy image, and the estimate."),),
     ),
     Experiment(
-        ("A5", "A6"),
+        "A5, A6",
         "Sampling from noise, without guidance and with it",
         "Nothing but noise to begin with. Guidance goes further in the direction in which the prompt moves the "
         "estimate.",
         GUIDED,
         (sample, guided),
-        "sample",
-        TWENTY,
-        "samples.png",
-        (
-            (
-                "samples.png",
-                "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high quality "
-                "photo” names no thing: some of these are things, some nearly.",
-            ),
-        ),
-        CASCADE,
-        QUICK,
+        f"sample {TWENTY}",
+        {
+            "samples.png": "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high "
+            "quality photo” names no thing: some of these are things, some nearly.",
+        },
+        fast=QUICK,
     ),
     Experiment(
-        ("A7",),
+        "A7",
         "Image to image",
         "SDEdit: noise a drawing, and denoise it from there. The later the start, the more of the drawing stays.",
         r"x_t = \sqrt{\bar\alpha_t}\, x_{\mathrm{drawing}} + \sqrt{1 - \bar\alpha_t}\; \epsilon, "
         r"\quad t = t_{i_{\mathrm{start}}}",
         (sdedit,),
-        "sdedit",
-        (
-            *(*TWENTY, *STARTS, "14", "16", "--prompt", "a high quality photo"),
-            *("--image", known("1F680"), "--image", known("1F436"), "--image", known("1F33B")),
-        ),
-        "sdedit.png",
-        (
-            (
-                "sdedit.png",
-                "A row for each drawing; from the left, the start moves towards it. The prompt names no thing: where "
-                "noise prevails, it becomes another one.",
-            ),
-        ),
-        CASCADE,
-        ("--upscaler", "none"),
+        f"sdedit {TWENTY} {STARTS} 14 16 --prompt 'a high quality photo' {ROCKET} {DOG} {SUNFLOWER}",
+        {
+            "sdedit.png": "A row for each drawing; from the left, the start moves towards it. The prompt names no "
+            "thing: where noise prevails, it becomes another one.",
+        },
+        fast="--upscaler none",
     ),
     Experiment(
-        ("A8",),
+        "A8",
         "Image to image, with a prompt",
         "The same, towards something else.",
         GUIDED,
         (sdedit, guided),
-        "sdedit",
-        (
-            *TWENTY,
-            *STARTS,
-            *("--image", "rocket", "--prompt", "a rocket ship", "--prompt", "a photo of a dog"),
-            *("--prompt", "a man wearing a hat"),
-        ),
-        "prompted.png",
-        (("prompted.png", "One drawing and three prompts."),),
-        CASCADE,
-        ("--upscaler", "none"),
+        f"sdedit {TWENTY} {STARTS} --image rocket --prompt 'a rocket ship' --prompt 'a photo of a dog' "
+        "--prompt 'a man wearing a hat'",
+        {"prompted.png": "One drawing and three prompts."},
+        fast="--upscaler none",
     ),
     Experiment(
-        ("A9",),
+        "A9",
         "Inpainting",
         "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
         "exactly those of the image.",
         r"x_t \leftarrow m\, x_t + (1 - m) "
         r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
         (inpaint,),
-        "inpaint",
-        (
-            *TWENTY,
-            *("--image", known("1F680"), "--prompt", "a photo of a rocket ship", "--mask", "circle:0.5,0.5,0.25"),
-            *("--image", known("1F436"), "--prompt", "a photo of a dog", "--mask", "rectangle:0.25,0.45,0.8,0.95"),
-            *("--image", known("1F427"), "--prompt", "a photo of an owl", "--mask", "rectangle:0.05,0.02,0.95,0.5"),
-            *("--image", "face", "--prompt", "a man wearing a hat", "--mask", "rectangle:0.05,0.1,0.42,0.9"),
-        ),
-        "inpainted.png",
-        (
-            (
-                "inpainted.png",
-                "White in the mask is the hole. The third drawing is filled with another thing; the last is one of "
-                "ours, which tiny-if has never seen.",
-            ),
-        ),
-        CASCADE,
-        QUICK,
+        f"inpaint {TWENTY} "
+        f"{ROCKET} --prompt 'a photo of a rocket ship' --mask circle:0.5,0.5,0.25 "
+        f"{DOG} --prompt 'a photo of a dog' --mask rectangle:0.25,0.45,0.8,0.95 "
+        f"{PENGUIN} --prompt 'a photo of an owl' --mask rectangle:0.05,0.02,0.95,0.5 "
+        "--image face --prompt 'a man wearing a hat' --mask rectangle:0.05,0.1,0.42,0.9",
+        {
+            "inpainted.png": "White in the mask is the hole. The third drawing is filled with another thing; the last "
+            "is one of ours, which tiny-if has never seen.",
+        },
+        fast=QUICK,
     ),
     Experiment(
-        ("A10",),
+        "A10",
         "Visual anagrams",
         "One image, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
         r"\epsilon = \frac{1}{2} (\epsilon_\theta(x_t, p_1) + \mathrm{flip}(\epsilon_\theta(\mathrm{flip}(x_t), p_2)))",
         (anagram,),
-        "visual_anagram",
-        (*TWENTY, "--num-images", "2"),
-        "anagrams.png",
-        (
-            (
-                "anagrams.png",
-                "Each pair of rows is the same images, upright and flipped. With tiny-if three pairs come first that "
-                "are alike when one is flipped; the assignment's are too far apart for so small a model.",
-            ),
-        ),
-        CASCADE,
-        (*QUICK, "--num-images", "1"),
+        f"visual_anagram {TWENTY} --num-images 2",
+        {
+            "anagrams.png": "Each pair of rows is the same images, upright and flipped. With tiny-if three pairs come "
+            "first that are alike when one is flipped; the assignment's are too far apart for so small a model.",
+        },
+        fast=f"{QUICK} --num-images 1",
         plays=(Play("turn", "anagrams", (0, 2, 4), "turned over"),),
     ),
     Experiment(
-        ("A11",),
+        "A11",
         "Hybrid images",
         "One prompt for what is seen from afar, another for what is seen up close.",
         r"\epsilon = \mathrm{lowpass}(\epsilon_\theta(x_t, p_1)) + \mathrm{highpass}(\epsilon_\theta(x_t, p_2))",
         (hybrid,),
-        "hybrid_image",
-        (*TWENTY, "--num-images", "2"),
-        "hybrids.png",
-        (
-            (
-                "hybrids.png",
-                "Of each pair: the images, what is seen of them from afar, and what only up close. With tiny-if three "
-                "pairs come first whose images are alike when blurred, and σ is 4 of 64 pixels; else 2.",
-            ),
-        ),
-        CASCADE,
-        (*QUICK, "--num-images", "1"),
+        f"hybrid_image {TWENTY} --num-images 2",
+        {
+            "hybrids.png": "Of each pair: the images, what is seen of them from afar, and what only up close. With "
+            "tiny-if three pairs come first whose images are alike when blurred, and σ is 4 of 64 pixels; else 2.",
+        },
+        fast=f"{QUICK} --num-images 1",
         plays=(Play("away", "hybrids", (0, 3, 6), "from afar"),),
     ),
     Experiment(
-        ("B1", "B3"),
+        "B1, B3",
         "Noise on digits, and the one-step denoiser at every level",
         "The denoiser was trained at σ = 0.5 alone; these are digits of the test set, at the other levels too.",
         r"z = x + \sigma \epsilon",
         (noisy_digits,),
         "denoise_mnist",
-        (),
-        "",
-        (
-            ("b1_noising.png", "B1: the noise."),
-            ("b3_denoised.png", "B3: noisy and denoised."),
-        ),
-        frozenset({"data", "device"}),
+        {"b1_noising.png": "B1: the noise.", "b3_denoised.png": "B3: noisy and denoised."},
     ),
     Experiment(
-        ("B2",),
+        "B2",
         "Training the one-step denoiser",
         "Five epochs of MNIST, not repeated here: this is the training of the shipped weights, see weights.md.",
         r"L = \mathbb{E}\; || D_\theta(x + \sigma \epsilon) - x ||^2",
         (denoiser_loss, UNet),
         "train_denoiser",
-        (),
-        "",
-        (),
-        frozenset(),
-        trained=(
-            ("loss_denoiser.png", "The loss of every step."),
-            ("b2_epoch1.png", "Test digits after the first epoch."),
-            ("b2_epoch5.png", "Test digits after the fifth."),
-            ("b2_pure_noise.png", "Trained on noise alone, --pure-noise: the best answer to any is the mean digit."),
-        ),
+        {},
+        trained={
+            "loss_denoiser.png": "The loss of every step.",
+            "b2_epoch1.png": "Test digits after the first epoch.",
+            "b2_epoch5.png": "Test digits after the fifth.",
+            "b2_pure_noise.png": "Trained on noise alone, --pure-noise: the best answer to any is the mean digit.",
+        },
     ),
     Experiment(
-        ("B4",),
+        "B4",
         "A time-conditioned DDPM",
         "Twenty epochs; the model is told how noisy its image is, and nothing else. The loss and the digits after "
         "epoch 5 are from the training, the others were drawn now.",
         r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
         (ddpm_loss, TimeUNet),
-        "sample_mnist",
-        ("--weights", "ddpm_time", "--steps", "100"),
-        "digits.png",
-        (("digits.png", "Drawn from noise, now."),),
-        frozenset({"device", "dtype"}),
-        ("--steps", "25"),
-        (("b4_epoch05.png", "After epoch 5 of the training."), ("loss_ddpm_time.png", "The loss of every step.")),
+        "sample_mnist --weights ddpm_time --steps 100",
+        {"digits.png": "Drawn from noise, now."},
+        fast="--steps 25",
+        trained={"b4_epoch05.png": "After epoch 5 of the training.", "loss_ddpm_time.png": "The loss of every step."},
     ),
     Experiment(
-        ("B5",),
+        "B5",
         "A class-conditioned DDPM",
         "The same, told which digit to draw, with guidance γ = 5. The loss and the digits after epoch 5 are from the "
         "training, the others were drawn now.",
         GUIDED,
         (sample_digits, ClassUNet),
-        "sample_mnist",
-        ("--animate", "--steps", "100"),
-        "digits.png",
-        (
-            ("digits.png", "Drawn from noise, now."),
-            ("digits.gif", "How they came to be."),
-        ),
-        frozenset({"device", "dtype"}),
-        ("--steps", "25"),
-        (("b5_epoch05.png", "After epoch 5 of the training."), ("loss_ddpm_class.png", "The loss of every step.")),
-        (Play("scrub", "digits_steps", (0,), "How they came to be."),),
+        "sample_mnist --animate --steps 100",
+        {"digits.png": "Drawn from noise, now.", "digits.gif": "How they came to be."},
+        fast="--steps 25",
+        trained={"b5_epoch05.png": "After epoch 5 of the training.", "loss_ddpm_class.png": "The loss of every step."},
+        plays=(Play("scrub", "digits_steps", (0,), "How they came to be."),),
     ),
     Experiment(
-        ("B6",),
+        "B6",
         "Flow matching",
         "Since 2025 the assignment trains a velocity instead of an eps, on the straight way from noise, t = 0, to a "
         "digit, t = 1. B1 to B3 are the same in all of them. This flow is told the time alone, as B4 is; weights.md "
         "says what averaged weights do for it.",
         r"x_t = (1 - t)\, x_0 + t\, x_1, \quad L = \mathbb{E}\; || (x_1 - x_0) - u_\theta(x_t, t) ||^2",
         (interpolate, flow_loss, TimeFlow),
-        "sample_mnist",
-        ("--weights", "flow_time"),
-        "digits.png",
-        (("digits.png", "Drawn from noise, now."),),
-        frozenset({"device", "dtype"}),
-        ("--steps", "10"),
-        (
-            ("b6_epoch01.png", "After epoch 1."),
-            ("b6_epoch05.png", "After epoch 5."),
-            ("b6_epoch10.png", "After epoch 10."),
-            ("loss_flow_time.png", "The loss of every step."),
-        ),
+        "sample_mnist --weights flow_time",
+        {"digits.png": "Drawn from noise, now."},
+        fast="--steps 10",
+        trained={
+            "b6_epoch01.png": "After epoch 1.",
+            "b6_epoch05.png": "After epoch 5.",
+            "b6_epoch10.png": "After epoch 10.",
+            "loss_flow_time.png": "The loss of every step.",
+        },
     ),
     Experiment(
-        ("B7",),
+        "B7",
         "A class-conditioned flow",
         "Euler steps along the velocity, with guidance γ = 5. Three figures are from the training, the "
         "first was drawn now.",
         r"x_{t'} = x_t + (t' - t)\, u, \quad u = u_u + \gamma\, (u_c - u_u)",
         (integrate, euler_step, velocity_of, ClassFlow),
-        "sample_mnist",
-        ("--weights", "flow_class"),
-        "digits.png",
-        (("digits.png", "Drawn from noise, now."),),
-        frozenset({"device", "dtype"}),
-        ("--steps", "10"),
-        (
-            ("b7_epoch01.png", "After 30,000 digits of the training."),
-            ("b7_epoch04.png", "After 120,000, the last."),
-            ("loss_flow_class.png", "The loss of every step."),
-        ),
+        "sample_mnist --weights flow_class",
+        {"digits.png": "Drawn from noise, now."},
+        fast="--steps 10",
+        trained={
+            "b7_epoch01.png": "After 30,000 digits of the training.",
+            "b7_epoch04.png": "After 120,000, the last.",
+            "loss_flow_class.png": "The loss of every step.",
+        },
     ),
     Experiment(
-        ("B8",),
+        "B8",
         "A velocity and an eps",
         "The velocity to one digit, and the model's: the mean over all digits that x_t may come from. It is the same "
         "estimate as an eps, so that every algorithm above runs on a flow.",
@@ -426,47 +369,32 @@ EXPERIMENTS = [
         r"\bar\alpha = \frac{t^2}{t^2 + (1 - t)^2}",
         (as_estimate, as_velocity),
         "flow_velocity",
-        (),
-        "velocity.png",
-        (("velocity.png", "At four t: x_t, the velocity to this digit, the model's, and the error."),),
-        frozenset({"data", "device"}),
+        {"velocity.png": "At four t: x_t, the velocity to this digit, the model's, and the error."},
     ),
     Experiment(
-        ("C1",),
+        "C1",
         "Several prompts at once",
         "Several estimates, weighted, each relative to the empty prompt's. With one prompt this is guidance.",
         r"\epsilon = \epsilon_u + \gamma \sum_i w_i\, (\epsilon_i - \epsilon_u)",
         (compose,),
-        "generate",
-        (
-            *TWENTY,
-            *("--num-images", "4", "--prompt", "a photo of a lion", "--prompt", "a photo of a sunflower"),
-            *("--prompt", "a photo of a lion AND a photo of a sunflower"),
-            *("--prompt", "a photo of a lion AND a photo of a sunflower :-0.5"),
-        ),
-        "composed.png",
-        (("composed.png", "Each alone, both, and the first without the second; the same noise in each column."),),
-        CASCADE,
-        QUICK,
+        f"generate {TWENTY} --num-images 4 --prompt 'a photo of a lion' --prompt 'a photo of a sunflower' "
+        "--prompt 'a photo of a lion AND a photo of a sunflower' "
+        "--prompt 'a photo of a lion AND a photo of a sunflower :-0.5'",
+        {"composed.png": "Each alone, both, and the first without the second; the same noise in each column."},
+        fast=QUICK,
     ),
     Experiment(
-        ("C2",),
+        "C2",
         "Restoration",
         "DDNM: a model that was never trained for it gives back colours, details and what a hole hid. At every step, "
         "the estimate moves to the nearest image that fits what is seen.",
         r"\hat x_0 \leftarrow \hat x_0 - A^{+} (A \hat x_0 - y)",
         (restore,),
-        "restore",
-        ("--image", known("1F680"), "--prompt", "a photo of a rocket ship", "--upscaler", "none", "--steps", "50"),
-        "restored.png",
-        (
-            (
-                "restored.png",
-                "A row for each task: what is seen, what is done without a model, the result, and the original, from "
-                "which tiny-if has learned.",
-            ),
-        ),
-        STAGE_1,
-        ("--steps", "10"),
+        f"restore {ROCKET} --prompt 'a photo of a rocket ship' --upscaler none --steps 50",
+        {
+            "restored.png": "A row for each task: what is seen, what is done without a model, the result, and the "
+            "original, from which tiny-if has learned.",
+        },
+        fast="--steps 10",
     ),
 ]

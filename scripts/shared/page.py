@@ -120,7 +120,7 @@ def section(made: Made, out: Path) -> str:
     """One experiment's part of the page."""
     experiment = made.experiment
     body = f'<p class="failed">This failed: {html.escape(made.failure)}.</p>' if made.failure else ""
-    for name, says in (*experiment.figures, *experiment.trained):
+    for name, says in (experiment.figures | experiment.trained).items():
         if (out / experiment.folder / name).is_file():
             source, alt = f"{experiment.folder}/{name}", html.escape(f"{experiment.key}: {says}")
             width, height = Image.open(out / source).size
