@@ -41,7 +41,7 @@ def main():
     prompts = "one for each component; more make more images (default: the assignment's, after three for tiny-if)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
-    sigmas = f"{SIGMA:g}; 4 with {MODEL}"
+    sigmas = f"{SIGMA:g}; 3 with {MODEL}"
     help = f"of low_high_pass, in pixels of a 64-pixel image: larger shows more of the near one (default: {sigmas})"
     options.add_argument("--sigma", type=positive_number, metavar="PIXELS", help=help)
     options.add_argument("--keep", metavar="FILE", help="an image whose first component is kept")
@@ -53,7 +53,7 @@ def main():
         raise ValueError(f"--sigma is of --components low_high_pass, not of {args.components}")
     if args.model == MODEL:  # its best settings
         args.guidance = 2.0 if args.guidance is None else args.guidance
-        args.sigma = 4.0 if args.sigma is None and args.components == "low_high_pass" else args.sigma
+        args.sigma = 3.0 if args.sigma is None and args.components == "low_high_pass" else args.sigma
     components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
     needed = 1 if args.keep else len(components)
     pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS

@@ -66,7 +66,7 @@ SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 
 SAMPLERS += [("ddpm", 0.0, 100)]
 FAST = ("dpm++", 1.0, 20)  # SDE-DPM-Solver++
 PARTS = ["named", "aliases", "anything", "variety", "memory", "holes", "sdedited", "anagrams", "hybrids", "stage_2"]
-FLIP, SIGMA = vertical_flip(), 4.0  # the blur that parts far from near, in pixels of a 64-pixel image
+FLIP, SIGMA = vertical_flip(), 3.0  # the blur that parts far from near, in pixels of a 64-pixel image
 
 
 class Evaluation:

@@ -272,7 +272,7 @@ EXPERIMENTS = [
         f"hybrid_image {TWENTY} --num-images 2",
         {
             "hybrids.png": "Of each pair: the images, what is seen of them from afar, and what only up close. With "
-            "tiny-if three pairs come first whose images are alike when blurred, and σ is 4 of 64 pixels; else 2.",
+            "tiny-if three pairs come first whose images are alike when blurred, and σ is 3 of 64 pixels; else 2.",
         },
         fast=f"{QUICK} --num-images 1",
         plays=(Play("away", "hybrids", (0, 3, 6), "from afar"),),
