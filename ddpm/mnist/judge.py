@@ -67,6 +67,20 @@ def examine(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     return judge.last(features).argmax(1).cpu(), features.cpu().double()
 
 
+def measure_samples(
+    judge: Judge, images: Tensor, labels: Tensor | None, real: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """How good samples are: "confirmed", the share that is read as asked, and "fid", their distance from real digits.
+
+    images: [N, 1, 28, 28] in [0, 1]; labels: [N], what was asked for, or None: "confirmed" is then left out
+    real: features [M, F] of real digits, see `examine`; the first M of the images are compared with them
+    Also returns the digits that the judge reads [N].
+    """
+    read, features = examine(judge, images)
+    confirmed = {} if labels is None else {"confirmed": (read == labels).double().mean().item()}
+    return {**confirmed, "fid": frechet_distance(features[: len(real)], real)}, read
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 √(Σ_a Σ_b)) between features [N, F] and [M, F].
 

@@ -53,6 +53,13 @@ def noisy_digits(x: Tensor, sigma: float, seed: int) -> Tensor:
     return x + sigma * noise_source(range(seed, seed + len(x)), x.shape[1:], x.device)()
 
 
+@torch.no_grad()
+def denoiser_error(model: nn.Module, x: Tensor, sigma: float, seed: int) -> float:
+    """The denoiser's mean squared error to clean digits x [N, 1, 28, 28] in [0, 1], shown with this much noise."""
+    batches = zip(noisy_digits(x, sigma, seed).split(500), x.split(500), strict=True)
+    return (sum((model(z) - clean).square().sum() for z, clean in batches) / x.numel()).item()
+
+
 def drop_classes(labels: Tensor, generator: torch.Generator, probability: float = 0.1) -> Tensor:
     """Labels [B] -> one-hot [B, 10], whole rows set to zero with this probability.
 

@@ -2,10 +2,12 @@
 
 A small CNN that learns the names and styles of tiny-if's drawings, while they are placed, turned and coloured as in its
 training, and blurred, high-passed and noised as well. It knows nothing of diffusion. Its penultimate features are the
-space in which images are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured.
+space in which images are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured. Below it is what
+scripts/evaluate/tiny_if.py measures with it: functions of images and a judge.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.components import low_pass
+from ddpm.views import View
 from ifmodel.tiny.data import CaptionedImages, draw_rows
 from ifmodel.tiny.styles import STYLES
 
@@ -105,3 +108,85 @@ def judged(judge: ImageJudge, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def features_of(judge: ImageJudge, x: Tensor) -> Tensor:
     """The judge's features [B, num_features] of images [B, 3, H, W] in [-1, 1], in float64."""
     return torch.cat([judge.features(batch) for batch in x.split(256)]).double()
+
+
+def share(right: Tensor) -> float:
+    """The share of True in [N], to four digits; NaN when there is nothing."""
+    return round(right.double().mean().item(), 4) if len(right) else float("nan")
+
+
+def accuracy(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict[str, float]:
+    """How often the judge is right about drawings [N, 3, H, W] of these things and styles, [N], and how often sure."""
+    thing, sure, style = judged(judge, x)
+    return {"thing": share(thing == things), "style": share(style == styles), "sure": share(sure > SURE)}
+
+
+def found(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict[str, float]:
+    """How often images show what was asked for.
+
+    x: [N, 3, H, W] in [-1, 1]; things, styles: [N], what was asked for
+    Returns the shares "plain", of what was asked for in style 0; "styled", of the rest, the thing in its style; and
+    "named", of the rest, the thing in whatever style.
+    """
+    thing, _, style = judged(judge, x)
+    right, plain = thing == things, styles == 0
+    styled = share((right & (style == styles))[~plain])
+    return {"plain": share(right[plain]), "styled": styled, "named": share(right[~plain])}
+
+
+def some_thing(judge: ImageJudge, x: Tensor) -> dict[str, float]:
+    """How many of the images [N, 3, H, W] show some thing, whichever, and how many different ones they show."""
+    thing, sure, _ = judged(judge, x)
+    return {"some thing": share(sure > SURE), "different things": len(thing[sure > SURE].unique())}
+
+
+def apart(features: Tensor) -> float:
+    """How different images are: the mean of 1 - cosine over all pairs of their features [N, F]."""
+    unit, count = F.normalize(features, dim=1), len(features)
+    return ((count**2 - unit.sum(0).square().sum()) / (count * (count - 1))).item()
+
+
+def nearest(features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine from each of features [N, F] to the nearest of known [M, F], and which that is; [N] each."""
+    near, which = (F.normalize(features, dim=1) @ F.normalize(known, dim=1).T).max(1)
+    return 1 - near, which
+
+
+def alike_pairs(x: Tensor, view: View, count: int, sigma: float = 4.0) -> list[tuple[int, int]]:
+    """Which of the images [N, 3, H, W] make good illusions: the pairs that are most alike when blurred.
+
+    view: in which the second of a pair is seen
+    Returns at most `count` pairs, the most alike first; an image is in one of them at most.
+    """
+    first, second = (low_pass(seen, sigma).flatten(1) for seen in (x, view.view(x)))
+    distances, chosen = torch.cdist(first, second).fill_diagonal_(torch.inf), []
+    while len(chosen) < count and distances.isfinite().any():
+        pair = divmod(distances.argmin().item(), len(x))
+        chosen.append(pair)
+        distances[list(pair), :] = distances[:, list(pair)] = torch.inf
+    return chosen
+
+
+def both_found(judge: ImageJudge, seen: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Of illusions, whether their first thing is found in one way of seeing them, and their second in the other.
+
+    seen: the images in both ways, [P · T, 3, H, W] each: T tries of every pair after one another
+    pairs: the P pairs of things
+    Returns two of bool [P, T].
+    """
+    wanted = torch.tensor(pairs).repeat_interleave(len(seen[0]) // len(pairs), 0)
+    first, second = ((judged(judge, x)[0] == wanted[:, k]).view(len(pairs), -1) for k, x in enumerate(seen))
+    return first, second
+
+
+def fidelity(judge: ImageJudge, x: Tensor, original: Tensor) -> dict[str, float]:
+    """How near images [N, 3, H, W] in [-1, 1] are to the originals: mean PSNR in dB, mean 1 - cosine of features."""
+    mse = (x - original).square().flatten(1).mean(1)
+    near = F.cosine_similarity(features_of(judge, x), features_of(judge, original))
+    psnr = 10 * torch.log10(4 / mse)
+    return {"PSNR": round(psnr.mean().item(), 2), "feature distance": round((1 - near).mean().item(), 5)}
+
+
+def saturation(x: Tensor) -> float:
+    """The mean distance of the largest channel from the smallest, 0 to 1, of images [N, 3, H, W] in [-1, 1]."""
+    return ((x.amax(1) - x.amin(1)) / 2).mean().item()

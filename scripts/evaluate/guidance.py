@@ -35,13 +35,13 @@ from ddpm.memory import check_memory
 from ddpm.mnist import sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
-from ddpm.mnist.judge import examine, frechet_distance
+from ddpm.mnist.judge import examine, measure_samples
 from ddpm.schedule import Schedule, linear_schedule
 from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import load_captioned, show
-from ifmodel.tiny.judge import judged
+from ifmodel.tiny.judge import judged, saturation
 from ifmodel.tiny.styles import STYLES
 
 GUIDERS = ("plain", "rescaled", "projected")
@@ -119,9 +119,8 @@ def measure_digits(args: Namespace) -> dict:
         return sample_digits(model, labels, seeds, schedule, **options)
 
     for name, gamma, images in drawn(args, "digits", made, draw):
-        read, features = examine(judge, images)
-        row = {"guider": name, "guidance": gamma, "fid": frechet_distance(features, real)}
-        rows.append({**row, "hits": (read == torch.tensor(labels)).double().mean().item()})
+        found, _ = measure_samples(judge, images, torch.tensor(labels), real)
+        rows.append({"guider": name, "guidance": gamma, "fid": found["fid"], "hits": found["confirmed"]})
         print(rows[-1])
     return {"count": args.digits, "steps": args.digit_steps, "rows": rows}
 
@@ -153,11 +152,6 @@ def measure_images(args: Namespace) -> dict:
     drawings = [data.rows(name, 0)[0] for name in names.tolist() if data.rows(name, 0)]
     real = saturation(show(data, drawings, side, torch.Generator(), variety=0.0)[0])
     return {"count": len(names), "steps": args.image_steps, "saturation": real, "rows": rows}
-
-
-def saturation(images: Tensor) -> float:
-    """The mean distance of the largest from the smallest channel, of images [N, 3, H, W] in [-1, 1], from 0 to 1."""
-    return ((images.amax(1) - images.amin(1)) / 2).mean().item()
 
 
 def draw_figure(path: Path, report: dict, seed: int):

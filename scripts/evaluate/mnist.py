@@ -35,9 +35,9 @@ from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.mnist.data import load_mnist
-from ddpm.mnist.judge import Judge, examine, frechet_distance, train_judge
+from ddpm.mnist.judge import Judge, examine, frechet_distance, measure_samples, train_judge
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS
-from ddpm.mnist.training import SIGMAS, noisy_digits
+from ddpm.mnist.training import SIGMAS, denoiser_error
 from ddpm.schedule import linear_schedule
 
 CHUNK = 100
@@ -91,33 +91,34 @@ def main():
         compare_samplers(judge, real[:count], report, args)
         return
     if conditioned:
-        report["guidance"] = [measure(how, judge, real[:count], args) for how in guided]
+        report["guidance"] = [measure_guidance(how, judge, real[:count], args) for how in guided]
         draw_guidance(args.out / "guidance.png", report, args.seed)
     else:
-        _, features = examine(judge, load_samples(guided[0], args).to(device))
-        report["fid"] = frechet_distance(features[:count], real[:count])
+        report |= measure_samples(judge, load_samples(guided[0], args).to(device), None, real[:count])[0]
         print(f"without labels: FID {report['fid']:.2f} ({count} samples)")
     print("denoiser, mean squared error on test digits (without it: σ²)")
-    report["denoiser_mse"] = denoiser_errors(denoiser, test_images[: args.digits] / 255, args.seed)
-    for sigma, error in report["denoiser_mse"].items():
-        print(f"σ = {sigma}: {error:.5f} ({float(sigma) ** 2:.2f})")
+    x, report["denoiser_mse"] = test_images[: args.digits] / 255, {}
+    for sigma in tqdm(SIGMAS, desc="denoiser", unit="σ", leave=False):
+        error = report["denoiser_mse"][str(sigma)] = denoiser_error(denoiser, x, sigma, args.seed)
+        tqdm.write(f"σ = {sigma}: {error:.5f} ({sigma**2:.2f})")
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
 
 
-def measure(how: Drawn, judge: Judge, real: Tensor, args: Namespace) -> dict[str, float]:
+def measure_guidance(how: Drawn, judge: Judge, real: Tensor, args: Namespace) -> dict[str, float]:
     """The share confirmed and the FID of samples with guidance; those that are misread, as an image."""
     images, labels = load_samples(how, args), torch.arange(args.samples) % 10
-    read, features = examine(judge, images.to(args.device))
-    right, fid = read == labels, frechet_distance(features[: len(real)], real)
-    confirmed = right.double().mean().item()
-    print(f"γ = {how.guidance:g}: {confirmed:.2%} confirmed, FID {fid:.2f} ({len(real)} samples)")
-    misread = {str(digit): images[(labels == digit) & ~right][:15] for digit in range(10)}
-    misread = {digit: rows for digit, rows in misread.items() if len(rows)}
-    if misread:
+    measures, read = measure_samples(judge, images.to(args.device), labels, real)
+    print(f"γ = {how.guidance:g}: {told(measures)} ({len(real)} samples)")
+    misread = {str(digit): images[(labels == digit) & (read != digit)][:15] for digit in range(10)}
+    if misread := {digit: rows for digit, rows in misread.items() if len(rows)}:
         title, path = f"γ = {how.guidance:g}: read as another digit than the row's", f"misread_g{how.guidance:g}.png"
         save_grid(args.out / path, list(misread.values()), row_labels=list(misread), title=title, seed=args.seed)
-    return {"guidance": how.guidance, "confirmed": confirmed, "fid": fid}
+    return {"guidance": how.guidance, **measures}
+
+
+def told(measures: dict[str, float]) -> str:
+    return f"{measures['confirmed']:.2%} confirmed, FID {measures['fid']:.2f}"
 
 
 def arguments() -> Namespace:
@@ -210,10 +211,9 @@ def compare_samplers(judge: Judge, real: Tensor, report: dict, args: Namespace):
     report |= {"guidance": args.guidance[0], "curves": {curve: [] for curve in args.curves}}
     labels = torch.arange(args.samples) % 10
     for (curve, evaluations), how in drawn_for_curves(args).items():
-        read, features = examine(judge, load_samples(how, args).to(args.device))
-        confirmed, fid = (read == labels).double().mean().item(), frechet_distance(features[: len(real)], real)
-        report["curves"][curve].append({"evaluations": evaluations, "confirmed": confirmed, "fid": fid})
-        print(f"{curve}, {evaluations} evaluations: {confirmed:.2%} confirmed, FID {fid:.2f}", flush=True)
+        measures, _ = measure_samples(judge, load_samples(how, args).to(args.device), labels, real)
+        report["curves"][curve].append({"evaluations": evaluations, **measures})
+        print(f"{curve}, {evaluations} evaluations: {told(measures)}", flush=True)
     draw_samplers(args.out / "samplers.png", report, args.seed)
     write_atomically(args.out / "samplers.json", json.dumps(report, indent=2).encode())
     print(args.out / "samplers.json")
@@ -228,17 +228,6 @@ def draw_samplers(path: Path, report: dict, seed: int):
     panels[0][0]["real training digits"] = report["fid_floor"]
     panels[0][1]["yscale"] = "log"
     save_curves(path, panels, seed, f"{report['samples']} samples, γ = {report['guidance']:g}")
-
-
-@torch.no_grad()
-def denoiser_errors(model: UNet, x: Tensor, seed: int) -> dict[str, float]:
-    """The mean squared error to the clean digits x [N, 1, 28, 28] at every noise level of B1."""
-    errors = {}
-    for sigma in tqdm(SIGMAS, desc="denoiser", unit="σ", leave=False):
-        noisy = noisy_digits(x, sigma, seed)
-        squares = [(model(z) - clean).square().sum() for z, clean in zip(noisy.split(500), x.split(500), strict=True)]
-        errors[str(sigma)] = (sum(squares) / x.numel()).item()
-    return errors
 
 
 def draw_guidance(path: Path, report: dict, seed: int):

@@ -56,9 +56,10 @@ from ifmodel.jobs import Job
 from ifmodel.lora import find_lora
 from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
+from ifmodel.tiny import judge
 from ifmodel.tiny.captions import ANYTHING, curated
 from ifmodel.tiny.data import CaptionedImages, load_captioned, show
-from ifmodel.tiny.judge import SURE, ImageJudge, features_of, high_passed, judged, train_judge
+from ifmodel.tiny.judge import share
 from ifmodel.tiny.styles import STYLES
 from ifmodel.weights import fetch, find_weights
 
@@ -119,11 +120,11 @@ class Evaluation:
             save_grid(self.args.out / name, images, **options, seed=self.args.seed)
 
     def things(self, x: Tensor) -> Tensor:
-        return judged(self.judge, x)[0]
+        return judge.judged(self.judge, x)[0]
 
-    def names_of(self, held_rows: Sequence[int]) -> Tensor:
-        """Which of the things that the judge knows the held-out drawings are of."""
-        return torch.tensor([self.data.names.index(self.held.names[int(self.held.things[row])]) for row in held_rows])
+    def things_of(self, data: CaptionedImages, rows: Sequence[int]) -> Tensor:
+        """Which of the things that the judge knows these drawings are of, [N]."""
+        return torch.tensor([self.data.names.index(data.names[int(data.things[row])]) for row in rows])
 
 
 def identity_of(model: str) -> str:
@@ -218,18 +219,18 @@ def arguments() -> Namespace:
     return args
 
 
-def get_judge(args: Namespace, data: CaptionedImages, side: int) -> ImageJudge:
+def get_judge(args: Namespace, data: CaptionedImages, side: int) -> judge.ImageJudge:
     """The judge of these drawings, trained once, by the first process, and kept in --out."""
     path = args.out / f"judge_{data.fingerprint()}_{side}_{args.judge_steps}_{args.seed}.safetensors"
     if not path.is_file() and rank() == 0:
         dtype = pick_dtype("auto", torch.device("cpu"))
-        trained = train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
+        trained = judge.train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
         save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
     wait()
-    judge, (tensors, _) = ImageJudge(len(data.names)), load_tensors(path)
-    check_tensors(f"{path} is no judge of these drawings", judge.state_dict(), tensors)
-    judge.load_state_dict(tensors)
-    return judge.eval()
+    found, (tensors, _) = judge.ImageJudge(len(data.names)), load_tensors(path)
+    check_tensors(f"{path} is no judge of these drawings", found.state_dict(), tensors)
+    found.load_state_dict(tensors)
+    return found.eval()
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -242,10 +243,6 @@ def photo_of(phrase: str) -> str:
     return STYLES["photo"].templates[0].format(phrase)
 
 
-def share(right: Tensor) -> float:
-    return round(right.double().mean().item(), 4) if len(right) else float("nan")
-
-
 def shown(e: Evaluation, data: CaptionedImages, rows: Sequence[int], variety: float = 0.0, seed: int = 0) -> Tensor:
     """Drawings as stage 1 would draw them, [N, 3, S, S]."""
     return show(data, rows, e.side, torch.Generator().manual_seed(seed), variety)[0]
@@ -256,10 +253,8 @@ def judge_report(e: Evaluation) -> dict[str, float]:
     measures = {}
     for kind, data in (("trained on", e.data), ("held out", e.held)):
         rows = shuffled(len(data.files), e.args.seed)[:1000]
-        thing, sure, style = judged(e.judge, shown(e, data, rows, e.args.variety))
-        right = torch.tensor([e.data.names.index(data.names[int(data.things[row])]) for row in rows])
-        measures[kind] = {"thing": share(thing == right), "style": share(style == data.styles[rows])}
-        measures[kind]["sure"] = share(sure > SURE)
+        x, things = shown(e, data, rows, e.args.variety), e.things_of(data, rows)
+        measures[kind] = judge.accuracy(e.judge, x, things, data.styles[rows])
     return measures
 
 
@@ -277,13 +272,10 @@ def named(e: Evaluation, guidance: float, sampler: tuple) -> dict:
     """How often the judge sees the thing that was asked for, and the style; and the distance from training drawings."""
     prompts, things, styles = asked(e)
     images = e.prompts("named", prompts, guidance, sampler)
-    thing, _, style = judged(e.judge, images)
-    plain, right = styles == 0, thing == things
-    measures = {"guidance": guidance, "sampler": sampler, "plain": share(right[plain])}
-    measures |= {"styled": share((right & (style == styles))[~plain]), "named": share(right[~plain])}
+    measures = {"guidance": guidance, "sampler": sampler, **judge.found(e.judge, images, things, styles)}
     rows = shuffled(len(e.data.files), 1)[: len(prompts)]
-    reference = features_of(e.judge, shown(e, e.data, rows, e.args.variety))
-    measures["distance"] = round(frechet_distance(features_of(e.judge, images), reference), 1)
+    reference = judge.features_of(e.judge, shown(e, e.data, rows, e.args.variety))
+    measures["distance"] = round(frechet_distance(judge.features_of(e.judge, images), reference), 1)
     name = "_".join(map(str, ("named", guidance, *sampler))).replace("+", "p")
     e.figure(f"{name}.png", [images[:8]], [], prompts[:8])
     return measures
@@ -311,16 +303,9 @@ def anything(e: Evaluation, guidance: float) -> dict:
     photos = [("photo", ANYTHING, guidance), ("photo without guidance", ANYTHING, 1.0)]
     for name, prompt, scale in (*photos, ("none", "", 1.0)):
         images = e.prompts("anything", [prompt] * e.args.samples, scale)
-        thing, sure, _ = judged(e.judge, images)
-        measures[name] = {"some thing": share(sure > SURE), "different things": len(thing[sure > SURE].unique())}
+        measures[name] = judge.some_thing(e.judge, images)
         e.figure(f"anything_{name.replace(' ', '_')}.png", list(images[:24].split(8)), [], [])
     return measures
-
-
-def apart(features: Tensor) -> float:
-    """The mean of 1 - cosine over all pairs."""
-    unit, count = F.normalize(features, dim=1), len(features)
-    return ((count**2 - unit.sum(0).square().sum()) / (count * (count - 1))).item()
 
 
 def variety(e: Evaluation, guidance: float) -> dict[str, float]:
@@ -330,8 +315,8 @@ def variety(e: Evaluation, guidance: float) -> dict[str, float]:
     images, samples, drawings = e.prompts("variety", prompts, guidance), [], []
     for k, thing in enumerate(chosen):
         rows = e.data.rows(thing, 0) * 10
-        samples.append(apart(features_of(e.judge, images[10 * k : 10 * k + 10])))
-        drawings.append(apart(features_of(e.judge, shown(e, e.data, rows[:10], e.args.variety, thing))))
+        samples.append(judge.apart(judge.features_of(e.judge, images[10 * k : 10 * k + 10])))
+        drawings.append(judge.apart(judge.features_of(e.judge, shown(e, e.data, rows[:10], e.args.variety, thing))))
     e.figure("variety.png", list(images[:80].split(10)), [e.data.names[thing] for thing in chosen[:8]], [])
     means = [sum(values) / len(values) for values in (samples, drawings)]
     return {"samples": round(means[0], 4), "drawings": round(means[1], 4), "ratio": round(means[0] / means[1], 3)}
@@ -341,14 +326,14 @@ def memory(e: Evaluation, guidance: float) -> dict[str, float]:
     """1 - cosine between a sample and the nearest training drawing, the median; and of held-out drawings."""
     prompts, _, styles = asked(e)
     images = e.prompts("named", prompts, guidance)[styles == 0]
-    known = F.normalize(features_of(e.judge, shown(e, e.data, range(len(e.data.files)))), dim=1)
+    known = judge.features_of(e.judge, shown(e, e.data, range(len(e.data.files))))
     rows = shuffled(len(e.held.files), 3)[:200]
     measures = {}
     for name, x in (("samples", images), ("held-out drawings", shown(e, e.held, rows, e.args.variety))):
-        near, which = (F.normalize(features_of(e.judge, x), dim=1) @ known.T).max(1)
-        measures[name] = round((1 - near).median().item(), 4)
-        nearest = shown(e, e.data, which[:8].tolist())
-        e.figure(f"nearest_to_{name.replace(' ', '_')}.png", [x[:8], nearest], [name, "nearest training drawing"], [])
+        distance, which = judge.nearest(judge.features_of(e.judge, x), known)
+        measures[name] = round(distance.median().item(), 4)
+        rows = [x[:8], shown(e, e.data, which[:8].tolist())]
+        e.figure(f"nearest_to_{name.replace(' ', '_')}.png", rows, [name, "nearest training drawing"], [])
     return measures
 
 
@@ -358,14 +343,8 @@ def pairs_of(e: Evaluation, alike: bool, view) -> list[tuple[int, int]]:
     if not alike:
         generator = torch.Generator().manual_seed(e.args.seed)
         return [tuple(torch.randperm(total, generator=generator)[:2].tolist()) for _ in range(count)]
-    plain = shown(e, e.data, [(e.data.things == thing).nonzero()[0].item() for thing in range(total)])
-    seen = [low_pass(x, 4.0).flatten(1) for x in (plain, view.view(plain))]
-    distances, chosen = torch.cdist(*seen).fill_diagonal_(torch.inf), []
-    while len(chosen) < count and distances.isfinite().any():
-        pair = divmod(distances.argmin().item(), total)
-        chosen.append(pair)
-        distances[list(pair), :] = distances[:, list(pair)] = torch.inf
-    return chosen
+    first_of_each = [(e.data.things == thing).nonzero()[0].item() for thing in range(total)]
+    return judge.alike_pairs(shown(e, e.data, first_of_each), view, count)
 
 
 def illusions(e: Evaluation, name: str, pairs: Sequence[tuple[int, int]], recipe, seen_of, labels) -> dict[str, float]:
@@ -375,14 +354,14 @@ def illusions(e: Evaluation, name: str, pairs: Sequence[tuple[int, int]], recipe
     jobs = [Job(partial(recipe, pair), seeds) for pair in prompts]
     sampler = (*FAST[:2], e.args.illusion_steps)
     images = e.draw(name, jobs, e.args.illusion_guidance, sampler)
-    seen, wanted = seen_of(images), torch.tensor(pairs).repeat_interleave(4, 0)
-    found = [(e.things(x) == wanted[:, k]).view(-1, 4) for k, x in enumerate(seen)]
-    both = found[0] & found[1]
+    seen = seen_of(images)
+    each = judge.both_found(e.judge, seen, pairs)
+    both = each[0] & each[1]
     best = both.any(1).double().argsort(descending=True, stable=True)[:8]
     rows = [4 * k.item() + both[k].double().argmax().item() for k in best]
     titles = [" / ".join(prompt.removeprefix("a photo of ") for prompt in prompts[k]) for k in best.tolist()]
     e.figure(f"{name}.png", [images[rows], *(x[rows] for x in seen)], ["drawn", *labels], titles)
-    shares = {label: share(right[:, 0]) for label, right in zip(labels, found, strict=True)}
+    shares = {label: share(right[:, 0]) for label, right in zip(labels, each, strict=True)}
     return {**shares, "both": share(both[:, 0]), "both, in one of 4": share(both.any(1))}
 
 
@@ -403,14 +382,14 @@ def hybrids(e: Evaluation, alike: bool) -> dict[str, float]:
         return hybrid([stage.estimate(prompt) for prompt in pair], low_high_pass(SIGMA))
 
     pairs, name = pairs_of(e, alike, identity()), f"hybrids_{'alike' if alike else 'random'}"
-    return illusions(e, name, pairs, recipe, lambda x: [low_pass(x), high_passed(x)], ["far", "near"])
+    return illusions(e, name, pairs, recipe, lambda x: [low_pass(x), judge.high_passed(x)], ["far", "near"])
 
 
 def holes(e: Evaluation, guidance: float) -> dict[str, float]:
     """The middle of held-out drawings, a quarter of each, filled with the name as prompt."""
     rows = [row for row in range(len(e.held.files)) if e.held.styles[row] < 2]
     rows = [rows[k] for k in shuffled(len(rows), 4)[: e.args.pairs]]
-    x_orig, wanted, side = shown(e, e.held, rows), e.names_of(rows), e.side
+    x_orig, wanted, side = shown(e, e.held, rows), e.things_of(e.held, rows), e.side
     mask = torch.zeros(1, 1, side, side)
     mask[..., side // 4 : -side // 4, side // 4 : -side // 4] = 1
     styles = list(STYLES.values())
@@ -445,12 +424,9 @@ def sdedited(e: Evaluation, guidance: float) -> dict[str, float]:
         for i in starts
     ]
     images = e.draw("sdedit", jobs, guidance, ("ddpm", 0.0, len(timesteps))).view(len(known), len(starts) * 8, 3, *size)
-    stacked = torch.cat(list(x_0.values())).flatten(1)
-    recognised, nearer = [], []
-    for k, (_, thing) in enumerate(known):
-        recognised.append(e.things(images[k]) == thing)
-        nearer.append(torch.cdist(images[k].flatten(1), stacked).argmin(1) == k)
-    recognised, nearer = torch.stack(recognised), torch.stack(nearer)
+    drawings, things = torch.cat(list(x_0.values())), torch.tensor([thing for _, thing in known])
+    recognised = e.things(images.flatten(0, 1)).view(len(known), -1) == things[:, None]
+    nearer = torch.cdist(images.flatten(2), drawings.flatten(1)).argmin(2) == torch.arange(len(known))[:, None]
     labels = ["drawing", *(f"i = {i}" for i in starts)]
     rows = [torch.cat([x_0[name], images[k][::8]]) for k, (name, _) in enumerate(known)]
     e.figure("sdedit.png", rows, [DRAWING_PROMPTS[name] for name, _ in known], labels)
@@ -479,10 +455,8 @@ def stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
             drawn.append(upscale(unet, part.to(device), text, text, seeds=seeds, **options).cpu())
         images = torch.cat(gathered(drawn, [(len(part), 3, size, size) for _, part in parts]))
         both = {"stage 2": images.clamp(-1, 1), "bicubic": bicubic}
-        mse = {name: (x - large).square().flatten(1).mean(1) for name, x in both.items()}
-        measures[kind] = {f"{name}, PSNR": round((10 * torch.log10(4 / mse[name])).mean().item(), 2) for name in both}
-        near = {name: F.cosine_similarity(*(features_of(e.judge, y) for y in (x, large))) for name, x in both.items()}
-        measures[kind] |= {f"{name}, feature distance": round((1 - near[name]).mean().item(), 5) for name in both}
+        near = {name: judge.fidelity(e.judge, x, large) for name, x in both.items()}
+        measures[kind] = {f"{name}, {what}": near[name][what] for what in ("PSNR", "feature distance") for name in both}
         rows = [F.interpolate(x[:8], (size, size), mode="nearest") for x in (small, bicubic, both["stage 2"], large)]
         labels = [f"{e.side} px", "bicubic", "stage 2", "original"]
         e.figure(f"stage_2_{kind.replace(' ', '_')}.png", rows, labels, [])

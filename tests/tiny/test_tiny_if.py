@@ -20,7 +20,7 @@ from ifmodel.stage import generate, upscale
 from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
 from ifmodel.tiny.data import CaptionedImages, draw_rows, load_captioned, show
-from ifmodel.tiny.judge import judged, train_judge
+from ifmodel.tiny.judge import apart, judged, train_judge
 from ifmodel.tiny.styles import STYLES
 from ifmodel.vocabulary import load_vocabulary, nearest_known
 from ifmodel.weights import SHIPPED
@@ -308,15 +308,15 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
     e = Namespace(data=data, side=32, args=Namespace(pairs=5, seed=0))
     chosen = tiny_if.pairs_of(e, True, vertical_flip())
     assert [set(pair) for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
-    apart = tiny_if.pairs_of(e, False, vertical_flip())
-    assert len(apart) == 5 and all(first != second for first, second in apart)
+    random = tiny_if.pairs_of(e, False, vertical_flip())
+    assert len(random) == 5 and all(first != second for first, second in random)
 
 
 def test_how_far_apart_features_are():
     features = torch.eye(3, dtype=torch.float64)
-    assert tiny_if.apart(features) == pytest.approx(1)
-    assert tiny_if.apart(5 * features[[0, 0, 0]]) == pytest.approx(0)
-    assert tiny_if.apart(features[[0, 0, 1]]) == pytest.approx(2 / 3)
+    assert apart(features) == pytest.approx(1)
+    assert apart(5 * features[[0, 0, 0]]) == pytest.approx(0)
+    assert apart(features[[0, 0, 1]]) == pytest.approx(2 / 3)
 
 
 def test_the_judge_tells_things_apart():
