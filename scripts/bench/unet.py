@@ -18,13 +18,8 @@ pixels, and for tiny what 1 to 1,000 prompts take of one and of two processes.
 
 import gc
 import json
-import math
-import os
-import re
-import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,9 +27,9 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_figure
+from shared.growth import draw_growth, growth
 from shared.options import SEED, add_device_options, check_writable, parser, pick, positive, run
-from shared.timing import compare, in_turns, short, where
+from shared.timing import SCRIPTS, compare, in_turns, run_measured, short, where
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +43,6 @@ from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
 from ifmodel.stage import generate, upscale
 from ifmodel.text import load_embeds, save_embeds
-from ifmodel.tiny.captions import curated, with_article
 from ifmodel.weights import SHIPPED
 
 try:
@@ -135,6 +129,12 @@ class Work:
 
     def load(self, pack: bool = False) -> UNet:
         return load_unet(self.root, self.dtype, self.device, pack=pack)
+
+    def save_embeds(self) -> Path:
+        """A file for --embeds, in which a prompt is called "something"."""
+        path = Path(self.folder.name) / "embeds.safetensors"
+        save_embeds(path, {"something": self.embeds[0], "": self.embeds[-1]})
+        return path
 
     def theirs(self, dtype: torch.dtype, memory_format=torch.contiguous_format):
         """diffusers' UNet with the same weights."""
@@ -239,42 +239,18 @@ def load_sides(work: Work) -> dict[str, Callable]:
     return sides if diffusers is None else sides | {"diffusers, same dtype": touched(partial(work.theirs, work.dtype))}
 
 
-# Runs a script and then says how much memory this process had at most, of a GPU where it used one; rusage would count
-# its parent's too.
-MEASURED = """
-import resource, runpy, sys, time
-from pathlib import Path
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-status = Path("/proc/self/status")
-lines = status.read_text().splitlines() if status.exists() else []
-peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-peak = 1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-cuda = sys.modules["torch"].cuda
-peak = cuda.max_memory_allocated() if cuda.is_initialized() else peak
-print(f"measured: {time.process_time()} {peak}\\n", end="", flush=True)
-"""
-
-
 def cold_starts(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     """Processes that start from nothing, load, draw one image and write it: seconds and peak memory of each side."""
-    scripts, folder = Path(__file__).parents[1], Path(work.folder.name)
-    embeds, out = folder / "embeds.safetensors", folder / "image.png"
-    save_embeds(embeds, {"something": work.embeds[0], "": work.embeds[-1]})
-    ours = [scripts / "generate.py", "--model", work.root, "--upscaler", "none", "--embeds", embeds, "--out", out]
-    ours += ["--prompt", "something", "--steps", NUM_STEPS, "--dtype", short(work.dtype), "--device", work.device]
-    sides = {"ours": ours}
+    embeds, out = work.save_embeds(), Path(work.folder.name) / "image.png"
+    ours = ["--model", work.root, "--upscaler", "none", "--embeds", embeds, "--out", out, "--prompt", "something"]
+    ours += ["--steps", NUM_STEPS, "--dtype", short(work.dtype), "--device", work.device]
+    sides = {"ours": [SCRIPTS / "generate.py", *ours]}
     if diffusers is not None:
-        sides["diffusers, documented"] = [__file__, "--their-image", work.root, embeds, out, work.device]
+        sides["diffusers, documented"] = [Path(__file__), "--their-image", work.root, embeds, out, work.device]
     memory = {name: [] for name in sides}
 
     def start(name: str):
-        command = [sys.executable, "-c", MEASURED, *map(str, sides[name])]
-        environment = {**os.environ, "PYTHONPATH": str(scripts)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise ValueError(f"a process of {name} failed: {done.stderr[-200:]}")
-        memory[name].append(int(done.stdout.split()[-1]))
+        memory[name].append(run_measured(*sides[name])[1])
 
     times = in_turns({name: partial(start, name) for name in sides}, rounds, work.device)
     print(f"a process from its start to the PNG, {NUM_STEPS} steps, {rounds} rounds")
@@ -337,124 +313,6 @@ def layers_alone(work: Work, rounds: int, floor: float) -> dict[str, float]:
     each = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
     print(f"of a step, alone: {each}, together {sum(seconds.values()) / floor:.2f} × the floor")
     return seconds
-
-
-Lines = dict[str, dict[int, tuple[float, float]]]  # of a column of the figure, by name: seconds and GB for each x
-
-
-@torch.no_grad()
-def growth(work: Work, rounds: int) -> dict[str, Lines]:
-    """Seconds of a step as images and pixels grow, and of a sample as its steps do; beside them GB.
-
-    On the CPU those of computing, of all threads together, which other processes on the same cores disturb little; of
-    all rounds the least, since they disturb in one direction. The GB are what a process of its own takes at most.
-    """
-    side, embeds = work.size[0], Path(work.folder.name) / "embeds.safetensors"
-    save_embeds(embeds, {"something": work.embeds[0], "": work.embeds[-1]})
-    clock = time.process_time if work.device.type == "cpu" else time.perf_counter
-
-    def step(batch: int, size: int) -> Callable:
-        x_t = torch.randn(2 * batch, work.ours.config.in_channels, size, size, device=work.device)
-        unet = work.load(pack=True)  # again: it is packed for the first size it sees
-        text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        return partial(unet, x_t, 500, text, work.noise_level)
-
-    def sample(steps: int) -> Callable:
-        options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
-        return partial(generate, work.ours, work.prompt[:1], work.null[:1], **options)
-
-    def column(what: str, draws: dict[int, Callable], options: Callable[[int], list], rounds: int) -> Lines:
-        """Seconds, and GB of generate.py with these options; they take turns, so that all are disturbed alike."""
-        times, points = in_turns({str(x): draw for x, draw in draws.items()}, rounds, work.device, clock), {}
-        for x in draws:
-            seconds, gigabytes = min(times[str(x)]), math.nan
-            if work.noise_level is None:
-                given = ["--model", work.root, "--embeds", embeds, "--prompt", "something", *options(x)]
-                gigabytes = generating(work, *given)[1]
-            points[x] = seconds, gigabytes
-            print(f"  {what.format(x)}: {1000 * seconds:.1f} ms, {gigabytes:.2f} GB", flush=True)
-        return {"": points}
-
-    together, sizes = {n: step(n, side) for n in (1, 2, 4, 8, 16)}, {side * k: step(1, side * k) for k in (1, 2, 4, 8)}
-    usual, one = ["--size", *work.size], ["--steps", 1]
-
-    def at_a_time(n: int) -> list:
-        return [*usual, *one, "--num-images", n, "--batch-size", n]
-
-    grown = {"batch": column("{} images", together, at_a_time, 10 * rounds)}
-    grown["size"] = column("an image {} pixels wide", sizes, lambda size: [*one, "--size", size, size], rounds)
-    if work.noise_level is None:
-        steps = {n: sample(n) for n in (10, 20, 50, 100, 200)}
-        grown["steps"] = column("{} steps", steps, lambda n: [*usual, "--steps", n], rounds)
-    if work.args.geometry == "tiny":
-        grown["prompts"] = many_prompts(work, (1, 10, 100, 1000))
-    return grown
-
-
-def many_prompts(work: Work, numbers: Sequence[int]) -> Lines:
-    """One and two processes for so many prompts, T5 included, two steps of 16 × 16 each."""
-    grown, names = {"one process": {}, "each of two": {}}, [with_article(name) for name in curated()]
-    file = Path(work.folder.name) / "prompts.txt"
-    for number in numbers:
-        file.write_text("\n".join(f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)))
-        for processes, name in ((1, "one process"), (2, "each of two")):
-            if processes == 2 and number <= 8:  # a batch, which two cannot share
-                continue
-            options = ["--prompts", file, "--steps", 2, "--size", 16, 16]
-            grown[name][number] = seconds, gigabytes = generating(work, *options, processes=processes)
-            print(f"  {number} prompts, {name}: {seconds:.1f} s of computing, {gigabytes:.2f} GB", flush=True)
-    return grown
-
-
-def generating(work: Work, *options, processes: int = 1) -> tuple[float, float]:
-    """Seconds of computing, since the processes may share cores, and GB of the one of generate.py that has more."""
-    scripts, out = Path(__file__).parents[1], Path(tempfile.mkdtemp(dir=work.folder.name))
-    measured = out / "measured.py"
-    measured.write_text(MEASURED)
-    # its cache is there, too, so that all prompts are new to it
-    environment = {**os.environ, "PYTHONPATH": f"{scripts.parent}{os.pathsep}{scripts}", "HOME": str(out)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    alike = ["--upscaler", "none", "--dtype", short(work.dtype), "--device", work.device]
-    alike += ["--out", out / ("images" if "--prompts" in options else "image.png")]
-    command = [*map(str, [*torchrun, measured, scripts / "generate.py", *options, *alike])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise ValueError(f"a process of generate.py failed: {done.stderr[-200:]}")
-    found = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
-    return max(float(seconds) for seconds, _ in found), max(int(peak) for _, peak in found) / 1e9
-
-
-def draw_growth(path: Path, grown: dict[str, Lines]):
-    """What an image costs as there are more of them, more steps, and more pixels; and what many prompts do."""
-    from matplotlib.figure import Figure
-
-    labels = {
-        "batch": ("images at a time", "seconds of a step"),
-        "steps": ("steps", "seconds of an image"),
-        "size": ("height and width", "seconds of a step"),
-        "prompts": ("prompts, 2 steps of 16 × 16", "seconds"),
-    }
-    figure = Figure(figsize=(3.1 * len(grown), 5), dpi=150, layout="constrained")
-    for column, (axes, (name, lines)) in enumerate(zip(figure.subplots(2, len(grown)).T, grown.items(), strict=True)):
-        for row, panel in enumerate(axes):
-            for line, points in lines.items():
-                values = [point[row] for point in points.values()]
-                panel.plot(list(points), values, "s--" if line == "each of two" else "o-", label=line)
-            panel.set(xscale="log", yscale="log" if row == 0 else "linear")
-            if row == 1:
-                highest = max(point[1] for points in lines.values() for point in points.values())
-                panel.set_ylim(0, None if math.isnan(highest) else 1.2 * highest)
-            else:
-                panel.yaxis.set_minor_formatter("")
-            ticks = sorted({value for points in lines.values() for value in points})
-            panel.set_xticks(ticks, [str(value) for value in ticks])
-            panel.xaxis.minorticks_off()
-            panel.grid(alpha=0.3)
-        axes[0].set_ylabel(labels[name][1])
-        axes[1].set(xlabel=labels[name][0], ylabel="" if column else "GB of a process at most")
-        if len(lines) > 1:
-            axes[0].legend(fontsize=8)
-    save_figure(path, figure, SEED)
 
 
 @torch.no_grad()

@@ -1,14 +1,39 @@
-"""What the benchmarks share: sides that take turns, their table, and what a step spends its time on."""
+"""What the benchmarks share: sides that take turns, their table, what a step spends its time on, and processes."""
 
 import gc
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+
+SCRIPTS = Path(__file__).parents[1]
+Side = TypeVar("Side", bound=Hashable)
+# Runs a script and then says how long its process computed and how much memory it had at most, of a GPU where it used
+# one; rusage would count its parent's memory too.
+MEASURED = """
+import resource, runpy, sys, time
+from pathlib import Path
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+status = Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+peak = 1024 * (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+cuda = sys.modules["torch"].cuda
+peak = cuda.max_memory_allocated() if cuda.is_initialized() else peak
+print(f"measured: {time.process_time()} {peak}\\n", end="", flush=True)
+"""
 
 
 def where(device: torch.device) -> str:
@@ -21,8 +46,8 @@ def short(dtype: torch.dtype) -> str:
 
 
 def in_turns(
-    sides: dict[str, Callable], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    sides: dict[Side, Callable], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[Side, list[float]]:
     """Seconds of each side in each round by a clock; the first round warms up and does not count."""
 
     def synchronize():
@@ -90,3 +115,23 @@ def operators(step: Callable, device: torch.device) -> dict[str, float]:
     }
     total = sum(times.values())
     return {name: times[name] / total for name in sorted(times, key=times.get, reverse=True)}
+
+
+def run_measured(script: Path, *options, processes: int | None = None, home: Path | None = None) -> tuple[float, int]:
+    """Run a script by itself: its seconds of computing, and bytes at most. Raises ValueError when it fails.
+
+    processes: start so many with torchrun; seconds and bytes are those of the one that has more
+    home: the home folder that it sees
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPTS.parent}{os.pathsep}{SCRIPTS}"}
+    environment |= {"HOME": str(home)} if home else {}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder) / "measured.py"
+        measured.write_text(MEASURED)
+        command = [sys.executable, *torchrun, measured, script, *options]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"a process of {script.name} failed: {done.stderr[-200:]}")
+    found = re.findall(r"measured: ([\d.]+) (\d+)", done.stdout)
+    return max(float(seconds) for seconds, _ in found), max(int(peak) for _, peak in found)

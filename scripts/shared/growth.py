@@ -1,0 +1,126 @@
+"""What time and memory an image takes as there are more of them, more steps and more pixels: bench/unet.py --growth.
+
+`work` is that script's: a model, its inputs and a folder.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from shared.figures import save_figure
+from shared.options import SEED
+from shared.timing import SCRIPTS, in_turns, run_measured, short
+
+import torch
+from matplotlib.figure import Figure
+
+from ifmodel.stage import generate
+from ifmodel.tiny.captions import curated, with_article
+
+Lines = dict[str, dict[int, tuple[float, float]]]  # of a column of the figure, by name: seconds and GB for each x
+
+
+@torch.no_grad()
+def growth(work, rounds: int) -> dict[str, Lines]:
+    """Seconds of a step as images and pixels grow, and of a sample as its steps do; beside them GB.
+
+    On the CPU those of computing, of all threads together, which other processes on the same cores disturb little; of
+    all rounds the least, since they disturb in one direction. The GB are what a process of its own takes at most.
+    """
+    side, embeds = work.size[0], work.save_embeds()
+    clock = time.process_time if work.device.type == "cpu" else time.perf_counter
+
+    def step(batch: int, size: int) -> Callable:
+        x_t = torch.randn(2 * batch, work.ours.config.in_channels, size, size, device=work.device)
+        unet = work.load(pack=True)  # again: it is packed for the first size it sees
+        text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
+        return partial(unet, x_t, 500, text, work.noise_level)
+
+    def sample(steps: int) -> Callable:
+        options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
+        return partial(generate, work.ours, work.prompt[:1], work.null[:1], **options)
+
+    def column(what: str, draws: dict[int, Callable], options: Callable[[int], list], rounds: int) -> Lines:
+        """Seconds, and GB of generate.py with these options; they take turns, so that all are disturbed alike."""
+        times, points = in_turns(draws, rounds, work.device, clock), {}
+        for x in draws:
+            seconds, gigabytes = min(times[x]), math.nan
+            if work.noise_level is None:
+                given = ["--model", work.root, "--embeds", embeds, "--prompt", "something", *options(x)]
+                gigabytes = generating(work, *given)[1]
+            points[x] = seconds, gigabytes
+            print(f"  {what.format(x)}: {1000 * seconds:.1f} ms, {gigabytes:.2f} GB", flush=True)
+        return {"": points}
+
+    together, sizes = {n: step(n, side) for n in (1, 2, 4, 8, 16)}, {side * k: step(1, side * k) for k in (1, 2, 4, 8)}
+    usual, one = ["--size", *work.size], ["--steps", 1]
+
+    def at_a_time(n: int) -> list:
+        return [*usual, *one, "--num-images", n, "--batch-size", n]
+
+    grown = {"batch": column("{} images", together, at_a_time, 10 * rounds)}
+    grown["size"] = column("an image {} pixels wide", sizes, lambda size: [*one, "--size", size, size], rounds)
+    if work.noise_level is None:
+        steps = {n: sample(n) for n in (10, 20, 50, 100, 200)}
+        grown["steps"] = column("{} steps", steps, lambda n: [*usual, "--steps", n], rounds)
+    if work.args.geometry == "tiny":
+        grown["prompts"] = many_prompts(work, (1, 10, 100, 1000))
+    return grown
+
+
+def many_prompts(work, numbers: Sequence[int]) -> Lines:
+    """One and two processes for so many prompts, T5 included, two steps of 16 × 16 each."""
+    grown, names = {"one process": {}, "each of two": {}}, [with_article(name) for name in curated()]
+    file = Path(work.folder.name) / "prompts.txt"
+    for number in numbers:
+        file.write_text("\n".join(f"a photo of {names[k % len(names)]}, number {k}" for k in range(number)))
+        for processes, name in ((1, "one process"), (2, "each of two")):
+            if processes == 2 and number <= 8:  # a batch, which two cannot share
+                continue
+            options = ["--prompts", file, "--steps", 2, "--size", 16, 16]
+            grown[name][number] = seconds, gigabytes = generating(work, *options, processes=processes)
+            print(f"  {number} prompts, {name}: {seconds:.1f} s of computing, {gigabytes:.2f} GB", flush=True)
+    return grown
+
+
+def generating(work, *options, processes: int = 1) -> tuple[float, float]:
+    """Seconds of computing, since the processes may share cores, and GB of the one of generate.py that has more."""
+    out = Path(tempfile.mkdtemp(dir=work.folder.name))  # its home too, with an empty cache: all prompts are new to it
+    alike = ["--upscaler", "none", "--dtype", short(work.dtype), "--device", work.device]
+    alike += ["--out", out / ("images" if "--prompts" in options else "image.png")]
+    seconds, peak = run_measured(SCRIPTS / "generate.py", *options, *alike, processes=processes, home=out)
+    return seconds, peak / 1e9
+
+
+def draw_growth(path: Path, grown: dict[str, Lines]):
+    """What an image costs as there are more of them, more steps, and more pixels; and what many prompts do."""
+    labels = {
+        "batch": ("images at a time", "seconds of a step"),
+        "steps": ("steps", "seconds of an image"),
+        "size": ("height and width", "seconds of a step"),
+        "prompts": ("prompts, 2 steps of 16 × 16", "seconds"),
+    }
+    figure = Figure(figsize=(3.1 * len(grown), 5), dpi=150, layout="constrained")
+    for column, (axes, (name, lines)) in enumerate(zip(figure.subplots(2, len(grown)).T, grown.items(), strict=True)):
+        for row, panel in enumerate(axes):
+            for line, points in lines.items():
+                values = [point[row] for point in points.values()]
+                panel.plot(list(points), values, "s--" if line == "each of two" else "o-", label=line)
+            panel.set(xscale="log", yscale="log" if row == 0 else "linear")
+            if row == 1:
+                highest = max(point[1] for points in lines.values() for point in points.values())
+                panel.set_ylim(0, None if math.isnan(highest) else 1.2 * highest)
+            else:
+                panel.yaxis.set_minor_formatter("")
+            ticks = sorted({value for points in lines.values() for value in points})
+            panel.set_xticks(ticks, [str(value) for value in ticks])
+            panel.xaxis.minorticks_off()
+            panel.grid(alpha=0.3)
+        axes[0].set_ylabel(labels[name][1])
+        axes[1].set(xlabel=labels[name][0], ylabel="" if column else "GB of a process at most")
+        if len(lines) > 1:
+            axes[0].legend(fontsize=8)
+    save_figure(path, figure, SEED)
