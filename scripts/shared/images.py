@@ -2,15 +2,18 @@
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps
 from torch import Tensor
 
 from ddpm.images import eight_bits, open_image
+
+# What tiny-if would call our drawings: "a high quality photo", of anything, is too little for it
+DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}
+DRAWINGS = {name: Path(__file__).parent / "drawings" / f"{name}.png" for name in DRAWING_PROMPTS}
 
 
 def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
@@ -18,16 +21,16 @@ def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
 
     source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no image.
     """
-    image = DRAWINGS[str(source)]() if str(source) in DRAWINGS else eight_bits(find_image(source, size), source)
+    image = eight_bits(find_image(source, size), source)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def find_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """PIL's image of a file, see `open_image`. Raises FileNotFoundError when there is none, or as that does."""
-    path = Path(path)
+def find_image(source: str | Path, size: tuple[int, int]) -> Image.Image:
+    """PIL's image of a source, see `open_image`. Raises FileNotFoundError when there is none, or as that does."""
+    path = DRAWINGS.get(str(source), Path(source))
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
     return open_image(path, (4 * size[0], 4 * size[1]))
@@ -100,64 +103,6 @@ def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
 
 def size_of(source: str | Path) -> tuple[int, int]:
     """The height and width of an upright image, all of it: a large JPEG is not read at its full size."""
-    if str(source) in DRAWINGS:
-        return DRAWINGS[str(source)]().size[::-1]
-    with Image.open(source) as image:
+    with Image.open(DRAWINGS.get(str(source), source)) as image:
         on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if on_its_side else image.size[::-1]
-
-
-def village() -> Image.Image:
-    """Three houses below snowy mountains."""
-    image, draw = canvas("#9ecbe8")
-    draw.ellipse((380, 40, 460, 120), fill="#ffe9a8")
-    for left, top, right, colour in ((-60, 120, 300, "#6d7f94"), (200, 70, 580, "#5b6b80"), (90, 170, 420, "#7c8ea3")):
-        middle = (left + right) // 2
-        draw.polygon([(left, 400), (middle, top), (right, 400)], fill=colour)
-        snow = [(middle - 45, top + 80), (middle, top), (middle + 45, top + 80), (middle, top + 55)]
-        draw.polygon(snow, fill="white")
-    draw.rectangle((0, 380, 512, 512), fill="#f4f7fa")
-    for left, colour in ((60, "#b5502f"), (220, "#c9803a"), (370, "#94402c")):
-        draw.rectangle((left, 370, left + 90, 450), fill=colour)
-        draw.polygon([(left - 12, 370), (left + 45, 315), (left + 102, 370)], fill="#fdfdfd")
-        draw.rectangle((left + 35, 405, left + 60, 450), fill="#4a2c1c")
-    return image
-
-
-def rocket() -> Image.Image:
-    """A rocket on white paper."""
-    image, draw = canvas("white")
-    draw.polygon([(200, 350), (150, 440), (220, 410)], fill="#c0392b")
-    draw.polygon([(312, 350), (362, 440), (292, 410)], fill="#c0392b")
-    draw.ellipse((190, 60, 322, 420), fill="#e6e9ef")
-    draw.pieslice((190, 60, 322, 420), 230, 310, fill="#c0392b")
-    draw.ellipse((224, 180, 288, 244), fill="#4aa3df", outline="#7a8499", width=8)
-    draw.polygon([(222, 415), (256, 500), (290, 415)], fill="#f39c12")
-    return image
-
-
-def face() -> Image.Image:
-    """A face under a hat."""
-    image, draw = canvas("white")
-    draw.rectangle((150, 400, 362, 512), fill="#34638c")
-    draw.ellipse((140, 130, 372, 430), fill="#e8b98f")
-    for x in (205, 307):
-        draw.ellipse((x - 18, 250, x + 18, 286), fill="white")
-        draw.ellipse((x - 8, 260, x + 8, 276), fill="#3a2a1c")
-    draw.polygon([(256, 280), (238, 330), (268, 330)], fill="#d09a6c")
-    draw.arc((205, 310, 307, 385), 20, 160, fill="#a03c2c", width=9)
-    draw.ellipse((80, 160, 432, 220), fill="#4b3526")
-    draw.rounded_rectangle((160, 50, 352, 195), 40, fill="#5d4330")
-    draw.rectangle((160, 155, 352, 185), fill="#a03c2c")
-    return image
-
-
-def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty image of 512 × 512, and a pen for it."""
-    image = Image.new("RGB", (512, 512), colour)
-    return image, ImageDraw.Draw(image)
-
-
-DRAWINGS: dict[str, Callable[[], Image.Image]] = {"village": village, "rocket": rocket, "face": face}
-# What tiny-if would call them: "a high quality photo", of anything, is too little for it
-DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}
