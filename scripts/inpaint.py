@@ -13,42 +13,31 @@ cut out; one for each image, or one for all.
 from functools import partial
 
 from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image, read_mask
-from shared.options import parser, positive, run
-from shared.stages import MODEL, add_cascade_options, draw, open_cascade
+from shared.images import DRAWINGS, read_image, read_mask
+from shared.options import parser, run
+from shared.resampling import add_images_options, add_resampling_options, for_each, prompts_for, resampling_of
+from shared.stages import add_cascade_options, draw, open_cascade
 
 import torch
 
-from ddpm.sampling import inpaint, resampling_path
+from ddpm.sampling import inpaint
 from ifmodel.jobs import Job
-from ifmodel.tiny.captions import ANYTHING
 
 MASKS = ["rectangle:0.5,0.05,0.95,0.5", "circle:0.45,0.5,0.2", "rectangle:0.05,0.1,0.42,0.9"]  # for DRAWINGS
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
+    add_images_options(options)
     options.add_argument("--mask", action="append", metavar="MASK", help="one for each image, or one for all")
-    default = f"one for each image, or one for all (default: {ANYTHING!r}; our drawings' own with tiny-if)"
-    options.add_argument("--prompt", action="append", metavar="TEXT", help=default)
-    options.add_argument("--jump-length", type=positive, default=10, help="steps to go back (default: 10)")
-    options.add_argument("--resamples", type=positive, default=1, help="times to do them, 1 for once (default: 1)")
+    add_resampling_options(options)
     add_cascade_options(options, out="out/inpaint.png", stride=30)
     args = options.parse_args()
     images = args.image or list(DRAWINGS)
-    masks = args.mask or (MASKS if not args.image else ["circle:0.5,0.5,0.25"])
-    masks = masks * len(images) if len(masks) == 1 else masks
-    tiny = args.model == MODEL
-    prompts = args.prompt or [DRAWING_PROMPTS.get(image, ANYTHING) if tiny else ANYTHING for image in images]
-    prompts = prompts * len(images) if len(prompts) == 1 else prompts
-    for option, given in (("--mask", masks), ("--prompt", prompts)):
-        if len(given) != len(images):
-            raise ValueError(f"give one {option}, or one for each of the {len(images)} images, not {len(given)}")
+    masks = for_each(images, "--mask", args.mask or (["circle:0.5,0.5,0.25"] if args.image else MASKS))
+    prompts = prompts_for(images, args)
     cascade = open_cascade(args)
-    resampling = {"jump_length": args.jump_length, "num_resamples": args.resamples}
-    path = list(resampling_path(args.visited, **resampling))
-    num_steps = sum(t_prev < t for t, t_prev in path)
+    resampling, num_steps = resampling_of(args)
 
     def at(size):
         pairs = zip(images, masks, strict=True)

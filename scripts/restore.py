@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from shared.figures import save_table
-from shared.images import DRAWING_PROMPTS, read_image, read_mask
+from shared.images import read_image, read_mask
 from shared.options import number, parser, positive, run
-from shared.stages import MODEL, add_cascade_options, open_cascade, settings_of
+from shared.resampling import add_images_options, add_resampling_options, prompts_for, resampling_of
+from shared.stages import add_cascade_options, open_cascade, settings_of
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, restore
-from ddpm.sampling import noise_source, resampling_path
+from ddpm.sampling import noise_source
 from ifmodel.jobs import Job
-from ifmodel.tiny.captions import ANYTHING
 
 TASKS = ("colour", "upscale", "fill", "all")
 COLUMNS = ["seen", "without a model", "restored", "original"]
@@ -83,8 +83,7 @@ def main():
     args = arguments()
     cascade = open_cascade(args)
     size = cascade.sizes[-1]
-    resampling = {"jump_length": args.jump_length, "num_resamples": args.resamples}
-    num_steps = sum(t_prev < t for t, t_prev in resampling_path(args.visited, **resampling))
+    resampling, num_steps = resampling_of(args)
     jobs, rows, labels = [], [], []
     for image, prompt in zip(args.image, args.prompt, strict=True):
         x = read_image(image, size)
@@ -107,24 +106,16 @@ def main():
 
 def arguments() -> Namespace:
     options = parser(__doc__)
-    options.add_argument("--image", action="append", metavar="FILE", help="may be given several times")
-    default = f"one for each image, or one for all (default: {ANYTHING!r}; our drawings' own with tiny-if)"
-    options.add_argument("--prompt", action="append", metavar="TEXT", help=default)
+    add_images_options(options)
     options.add_argument("--task", action="append", choices=TASKS, help="may be given several times (default: each)")
     options.add_argument("--factor", type=positive, default=4, help="of upscale and all (default: 4)")
     options.add_argument("--mask", default=MASK, help=f"of fill and all, as of inpaint.py (default: {MASK})")
     options.add_argument("--noise", type=number, default=0.0, help="standard deviation of what is seen (default: 0)")
-    options.add_argument("--jump-length", type=positive, default=10, help="steps to go back (default: 10)")
-    options.add_argument("--resamples", type=positive, default=1, help="times to do them, 1 for once (default: 1)")
+    add_resampling_options(options)
     add_cascade_options(options, out="out/restored.png", stride=30)
     args = options.parse_args()
     args.image, args.task = args.image or ["rocket"], args.task or list(TASKS)
-    tiny = args.model == MODEL
-    prompts = args.prompt or [DRAWING_PROMPTS.get(image, ANYTHING) if tiny else ANYTHING for image in args.image]
-    args.prompt = prompts * len(args.image) if len(prompts) == 1 else prompts
-    if len(args.prompt) != len(args.image):
-        wanted = f"give one --prompt, or one for each of the {len(args.image)} images"
-        raise ValueError(f"{wanted}, not {len(args.prompt)}")
+    args.prompt = prompts_for(args.image, args)
     if args.noise < 0:
         raise ValueError(f"--noise must not be below 0, it is {args.noise:g}")
     return args
