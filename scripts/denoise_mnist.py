@@ -9,7 +9,7 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import SEED, add_data_option, check_writable, parser, pick_device, run, seed_number
+from shared.options import add_data_option, add_output_options, check_writable, parser, pick_device, run
 
 import torch
 
@@ -24,8 +24,7 @@ def main():
     options = parser(__doc__)
     add_data_option(options)
     options.add_argument("--weights", type=Path, default=Path("denoiser"), help="default: the shipped denoiser")
-    options.add_argument("--out", type=Path, default=Path("out"), help="folder for the figures (default: out)")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    add_output_options(options, "out")
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = options.parse_args()
 

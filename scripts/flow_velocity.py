@@ -10,7 +10,7 @@ it is open which digit it will be; near t = 1 the noise is hard to see, and so i
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.options import SEED, add_data_option, check_writable, number, parser, pick_device, run, seed_number
+from shared.options import add_data_option, add_output_options, check_writable, number, parser, pick_device, run
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ def main():
     add_data_option(options)
     options.add_argument("--weights", type=Path, default=Path("flow_class"), help="a flow (default: flow_class)")
     options.add_argument("--times", type=number, nargs="+", default=[0, 0.3, 0.6, 0.9], metavar="T", help="in [0, 1]")
-    options.add_argument("--out", type=Path, default=Path("out/b8_velocity.png"), help="default: out/b8_velocity.png")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    add_output_options(options, "out/b8_velocity.png")
     options.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = options.parse_args()
     if not all(0 <= t <= 1 for t in args.times):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.figures import save_curves
-from shared.options import SEED, add_data_option, check_writable, number, parser, positive, run, seed_number
+from shared.options import add_data_option, add_output_options, check_writable, number, parser, positive, run
 from shared.processes import rank, share, wait
 from shared.stages import MODEL
 
@@ -77,8 +77,7 @@ def arguments() -> Namespace:
     options.add_argument("--judge-steps", type=positive, default=6000, help="of tiny-if's judge (default: 6000)")
     options.add_argument("--skip-digits", action="store_true")
     options.add_argument("--skip-images", action="store_true")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--out", type=Path, default=Path("out/guidance"), help="default: out/guidance")
+    add_output_options(options, "out/guidance")
     return options.parse_args()
 
 

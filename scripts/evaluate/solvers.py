@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.options import SEED, check_writable, number, parser, positive, run, seed_number
+from shared.options import add_output_options, check_writable, number, parser, positive, run
 from shared.processes import gathered, rank, share
 from shared.stages import MODEL, model_name
 
@@ -120,8 +120,7 @@ def main():
     options.add_argument("--steps", type=positive, nargs="+", default=[4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 50])
     options.add_argument("--eta", type=number, nargs="+", default=[0.0, 1.0], help="default: 0 1")
     options.add_argument("--guidance", type=number, default=4.0, help="γ (default: 4)")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-    options.add_argument("--out", type=Path, default=Path("out/solvers.json"), help="default: out/solvers.json")
+    add_output_options(options, "out/solvers.json")
     args = options.parse_args()
     check_writable(args.out, ".json")
     side, prompts = check_stage(args.model, 1).sample_size, args.prompt or PROMPTS

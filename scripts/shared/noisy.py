@@ -1,10 +1,9 @@
 """What A1 to A4 share: an image, noised."""
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from shared.images import DRAWINGS, read_image
-from shared.options import SEED, check_not_overwritten, check_writable, seed_number
+from shared.options import add_output_options, check_not_overwritten, check_writable
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ def add_noisy_options(options: ArgumentParser, out: str | None = None):
     listed = ", ".join(map(str, TIMESTEPS))
     options.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T", help=f"default: {listed}")
     if out is not None:
-        options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
-        options.add_argument("--out", type=Path, default=Path(out), metavar="FILE.png", help=f"default: {out}")
+        add_output_options(options, out)
 
 
 def noisy_images(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], list[str]]:

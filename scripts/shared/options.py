@@ -38,9 +38,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def add_common_options(options: argparse.ArgumentParser, out: str, *, float16: bool = False, dtype: str = "auto"):
     """--seed, --out, and the options of the device."""
+    add_output_options(options, out)
+    add_device_options(options, float16=float16, dtype=dtype)
+
+
+def add_output_options(options: argparse.ArgumentParser, out: str):
+    """--seed and --out."""
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--out", type=Path, default=Path(out), metavar="PATH", help=f"default: {out}")
-    add_device_options(options, float16=float16, dtype=dtype)
 
 
 def add_device_options(options: argparse.ArgumentParser, *, float16: bool = False, dtype: str = "auto"):
