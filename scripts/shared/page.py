@@ -23,33 +23,8 @@ from PIL import Image
 from ddpm.files import write_atomically
 
 BEAT = 2  # seconds
-SCRIPT = Path(__file__).with_suffix(".js").read_text()
+SCRIPT, STYLE = (Path(__file__).with_suffix(kind).read_text() for kind in (".js", ".css"))
 INK = "#010203"  # replaced by the colour of the text
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1c1e21; --quiet: #5c6370; --ground: #fdfdfc; --card: #f1f2f4;
-  --link: #0b57a4 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e6ea; --quiet: #9aa3b2; --ground: #16181c; --card: #22262c; --link: #8ab8f0 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--ground); color: var(--text);
-  font: 1rem/1.55 system-ui, sans-serif }
-a { color: var(--link) }
-nav { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1.5rem 0; padding: 0; list-style: none }
-section { margin-top: 3rem; border-top: 1px solid var(--card); padding-top: .5rem }
-.equation { margin: 1rem 0; padding: .8rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto }
-.equation svg { display: block }
-figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .9rem }
-.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start }
-.figures figure { max-width: 100% }
-img { display: block; max-width: 100%; height: auto; background: white; border-radius: .3rem }
-.pixels { image-rendering: pixelated }
-.play div { display: flex; gap: .5rem } .play img { height: min(16rem, 60vw); width: auto } .play input { width: 14rem }
-pre { margin: .6rem 0; padding: .7rem 1rem; background: var(--card); border-radius: .4rem; overflow-x: auto;
-  font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace }
-summary { cursor: pointer } .failed { color: #c0392b }
-"""
 
 
 class LivePage:
@@ -97,7 +72,8 @@ def write_page(out: Path, made: Mapping[str, Made], making: Sequence[Experiment]
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Pixel diffusion in plain PyTorch: every experiment</title>
-<style>{STYLE}</style>
+<style>
+{STYLE}</style>
 </head>
 <body>
 <h1>Pixel diffusion in plain PyTorch</h1>
