@@ -115,6 +115,12 @@ def restore(
     return denoise_along(path, estimate, x_T, schedule, noise=noise, correct_x0=fit, **loop)
 
 
+def psnr(x: Tensor, original: Tensor) -> Tensor:
+    """The peak signal-to-noise ratio in dB, [B], of images [B, C, H, W], clipped to [-1, 1] as the originals are."""
+    mse = (x.clamp(-1, 1) - original).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-12))
+
+
 def check_operator(operator: Operator, shape: tuple[int, ...] = (3, 64, 64), tolerance: float = 1e-4):
     """Refuse an operator on images [C, H, W] whose inverse is not its pseudo-inverse, or that has not one gain.
 

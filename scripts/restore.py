@@ -11,7 +11,6 @@ degraded image exactly, unless that is noisy: --noise adds noise of this standar
 the paper's time travel: each stretch of --jump-length steps is noised back and denoised again, so many times.
 """
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from shared.options import number, parser, positive, run
 from shared.resampling import add_images_options, add_resampling_options, prompts_for, resampling_of
 from shared.stages import add_cascade_options, open_cascade, settings_of
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, restore
+from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, psnr, restore
 from ddpm.sampling import noise_source
 from ifmodel.jobs import Job
 
@@ -98,9 +98,9 @@ def main():
             labels.append(f"{task}:\n{prompt}")
     restored = cascade.draw_all(jobs, **settings_of(args))
     rows = [[seen, without, result[0], x] for (seen, without, x), result in zip(rows, restored, strict=True)]
-    for label, (_, without, result, x) in zip(labels, rows, strict=True):
-        measured = f"PSNR {psnr(result, x):.1f} dB, without a model {psnr(without, x):.1f} dB"
-        print(f"{' '.join(label.split())}: {measured}")
+    _, without, result, x = (torch.stack(column) for column in zip(*rows, strict=True))
+    for label, ours, theirs in zip(labels, psnr(result, x), psnr(without, x), strict=True):
+        print(f"{' '.join(label.split())}: PSNR {ours:.1f} dB, without a model {theirs:.1f} dB")
     save_table(args.out, rows, row_labels=labels, column_labels=COLUMNS, seed=args.seed)
 
 
@@ -119,11 +119,6 @@ def arguments() -> Namespace:
     if args.noise < 0:
         raise ValueError(f"--noise must not be below 0, it is {args.noise:g}")
     return args
-
-
-def psnr(x: Tensor, original: Tensor) -> float:
-    """Of images in [-1, 1], clipped, in dB."""
-    return 10 * math.log10(4 / max((x.clamp(-1, 1) - original).square().mean().item(), 1e-12))
 
 
 def mask_at(source: str, size: Sequence[int], image: str, n: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.components import low_pass
+from ddpm.restoration import psnr
 from ddpm.views import View
 from ifmodel.tiny.data import CaptionedImages, draw_rows
 from ifmodel.tiny.styles import STYLES
@@ -181,10 +182,9 @@ def both_found(judge: ImageJudge, seen: Sequence[Tensor], pairs: Sequence[tuple[
 
 def fidelity(judge: ImageJudge, x: Tensor, original: Tensor) -> dict[str, float]:
     """How near images [N, 3, H, W] in [-1, 1] are to the originals: mean PSNR in dB, mean 1 - cosine of features."""
-    mse = (x - original).square().flatten(1).mean(1)
     near = F.cosine_similarity(features_of(judge, x), features_of(judge, original))
-    psnr = 10 * torch.log10(4 / mse)
-    return {"PSNR": round(psnr.mean().item(), 2), "feature distance": round((1 - near).mean().item(), 5)}
+    distance = round((1 - near).mean().item(), 5)
+    return {"PSNR": round(psnr(x, original).mean().item(), 2), "feature distance": distance}
 
 
 def saturation(x: Tensor) -> float:

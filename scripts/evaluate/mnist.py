@@ -148,14 +148,13 @@ def arguments() -> Namespace:
 
 
 def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
-    """The shipped judge, or one trained here, once, and kept in --out."""
-    trained_here = args.out / "judge.safetensors"
-    if args.train_judge or not SHIPPED["judge"].exists():
-        if args.train_judge or not trained_here.exists():
-            judge = train_judge(images, labels, epochs=JUDGE_EPOCHS, seed=args.seed)
-            save_weights(trained_here, judge, {"digits": len(images), "epochs": JUDGE_EPOCHS})
-        return load_model(trained_here, Judge, images.device)
-    return load_model(SHIPPED["judge"], Judge, images.device)
+    """The shipped judge or, with --train-judge, one that is trained into --out."""
+    path = SHIPPED["judge"]
+    if args.train_judge:
+        path = args.out / "judge.safetensors"
+        judge = train_judge(images, labels, epochs=JUDGE_EPOCHS, seed=args.seed)
+        save_weights(path, judge, {"digits": len(images), "epochs": JUDGE_EPOCHS})
+    return load_model(path, Judge, images.device)
 
 
 def folder_of(how: Drawn, args: Namespace) -> Path:

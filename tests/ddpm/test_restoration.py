@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step, static_threshold
-from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, restore
+from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, psnr, restore
 from ddpm.sampling import Trajectory, noise_source
 from ddpm.schedule import leading_timesteps
 from tests.ddpm.test_algorithms import CORRELATED, COSINE, GAUSSIAN, Mixture, assert_moments, gaussians, tensor, toy
@@ -229,3 +229,10 @@ def test_a_strange_restoration_is_refused():
         restore(toy(1.0, 0.0), torch.zeros(1, 3, 8, 8), BOX, **options)
     with pytest.raises(ValueError, match=r"not be below 0, it is -0\.5"):
         restore(toy(1.0, 0.0), torch.zeros(1, 3, 4, 4), BOX, noise_std=-0.5, **options)
+
+
+def test_psnr_is_that_of_clipped_images():
+    """The peak is 2, so a tenth of it everywhere is 20 dB; what is outside of [-1, 1] counts as its end."""
+    original = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(psnr(original - 0.2, original), torch.tensor([20.0, 20.0]))
+    assert psnr(original + 0.2, original).tolist() == pytest.approx([20, 10 * math.log10(4e12)], abs=1e-3)
