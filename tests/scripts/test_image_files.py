@@ -12,8 +12,9 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw
 
 from ifmodel.tiny.data import load_captioned
-from shared.figures import characters, readable, save_grid, text_size, warn_of_missing
+from shared.figures import save_grid
 from shared.images import read_image, read_mask
+from shared.labels import characters, readable, text_size, warn_of_missing
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
 RANGES = {
@@ -94,7 +95,7 @@ def test_what_was_erased_is_the_hole_where_the_colours_are_no_mask(tmp_path, col
 
 @pytest.fixture
 def unseen():
-    """What figures.py remembers of fonts and warnings, forgotten before and after."""
+    """What labels.py remembers of fonts and warnings, forgotten before and after."""
     for remembered in (readable, characters, text_size, warn_of_missing):
         remembered.cache_clear()
     yield
@@ -124,7 +125,7 @@ def test_labels_take_a_font_that_has_the_character(unseen):
 
 
 def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.figures.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
+    monkeypatch.setattr("shared.labels.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
     prompts = ["a photo of 一只狗", "🚀 雪山村庄 " * 20]
     image = torch.zeros(3, 8, 8)
     with warnings.catch_warnings(record=True) as warned:

@@ -13,8 +13,9 @@ from ddpm.sampling import iterative_denoise, noise_source
 from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, spaced_timesteps, stage_1
 from ifmodel.text import embed_each, embed_prompts
-from shared.figures import save_grid, text_size, wrapped
+from shared.figures import save_grid
 from shared.images import read_image, read_mask
+from shared.labels import text_size, wrapped
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
