@@ -63,8 +63,7 @@ def main():
     check_writable(args.out / "report.json")
     check_memory(8 * 28**2 * args.samples, f"{args.samples} digits")
     model, denoiser = load_model(args.weights, DRAWING, device), load_model(args.denoiser, UNet, device)
-    train_images, train_labels = (tensor.to(device) for tensor in load_mnist(args.data, "train"))
-    test_images, test_labels = (tensor.to(device) for tensor in load_mnist(args.data, "test"))
+    train, test = ([tensor.to(device) for tensor in load_mnist(args.data, part)] for part in ("train", "test"))
     conditioned = isinstance(model, (ClassUNet, ClassFlow))
     sampler = args.sampler or ("euler" if isinstance(model, TimeFlow) else "ddpm")
     scales = args.guidance if conditioned else [1.0]
@@ -74,35 +73,37 @@ def main():
     wait()
     if rank() > 0:
         return
-    judge = get_judge(args, train_images, train_labels)
-
-    read, real = examine(judge, test_images / 255)
-    count = min(args.samples, len(test_images), len(train_images))
-    _, train_features = examine(judge, train_images[:count] / 255)
-    report = {
-        "judge_accuracy": (read == test_labels.cpu()).double().mean().item(),
-        "samples": args.samples,
-        "steps": args.steps,
-        "fid_floor": frechet_distance(train_features, real[:count]),
-    }
-    print(f"judge: {report['judge_accuracy']:.2%} of the {len(test_images)} test digits")
-    print(f"floor: FID {report['fid_floor']:.2f}, {count} real training digits against {count} test digits")
+    judge = get_judge(args, *train)
+    report, real = measure_real(judge, train[0], *test, args)
     if args.evaluations:
-        compare_samplers(judge, real[:count], report, args)
+        compare_samplers(judge, real, report, args)
         return
     if conditioned:
-        report["guidance"] = [measure_guidance(how, judge, real[:count], args) for how in guided]
+        report["guidance"] = [measure_guidance(how, judge, real, args) for how in guided]
         draw_guidance(args.out / "guidance.png", report, args.seed)
     else:
-        report |= measure_samples(judge, load_samples(guided[0], args).to(device), None, real[:count])[0]
-        print(f"without labels: FID {report['fid']:.2f} ({count} samples)")
+        report |= measure_samples(judge, load_samples(guided[0], args).to(device), None, real)[0]
+        print(f"without labels: FID {report['fid']:.2f} ({len(real)} samples)")
     print("denoiser, mean squared error on test digits (without it: σ²)")
-    x, report["denoiser_mse"] = test_images[: args.digits] / 255, {}
+    x, report["denoiser_mse"] = test[0][: args.digits] / 255, {}
     for sigma in tqdm(SIGMAS, desc="denoiser", unit="σ", leave=False):
         error = report["denoiser_mse"][str(sigma)] = denoiser_error(denoiser, x, sigma, args.seed)
         tqdm.write(f"σ = {sigma}: {error:.5f} ({sigma**2:.2f})")
     write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
     print(args.out / "report.json")
+
+
+def measure_real(
+    judge: Judge, train_images: Tensor, images: Tensor, labels: Tensor, args: Namespace
+) -> tuple[dict[str, float], Tensor]:
+    """How often the judge is right, and the floor; and the features of the test digits to compare samples with."""
+    read, real = examine(judge, images / 255)
+    real = real[: min(args.samples, len(train_images))]
+    _, train_features = examine(judge, train_images[: len(real)] / 255)
+    accuracy, floor = (read == labels.cpu()).double().mean().item(), frechet_distance(train_features, real)
+    print(f"judge: {accuracy:.2%} of the {len(images)} test digits")
+    print(f"floor: FID {floor:.2f}, {len(real)} real training digits against {len(real)} test digits")
+    return {"judge_accuracy": accuracy, "samples": args.samples, "steps": args.steps, "fid_floor": floor}, real
 
 
 def measure_guidance(how: Drawn, judge: Judge, real: Tensor, args: Namespace) -> dict[str, float]:
@@ -157,23 +158,23 @@ def get_judge(args, images: Tensor, labels: Tensor) -> Judge:
     return load_model(path, Judge, images.device)
 
 
-def folder_of(how: Drawn, args: Namespace) -> Path:
-    """Where these samples are kept."""
+def files_of(how: Drawn, args: Namespace) -> dict[int, Path]:
+    """The files that keep these samples, by the number of the first in each."""
     dtype = str(args.dtype).removeprefix("torch.")
     name = f"{fingerprint(how.weights)}_g{how.guidance:g}_s{how.steps}_{dtype}_{args.seed}"
-    return args.out / "samples" / (name + f"_{how.sampler}" * (how.sampler not in ("ddpm", "euler")))
+    folder = args.out / "samples" / (name + f"_{how.sampler}" * (how.sampler not in ("ddpm", "euler")))
+    return {start: folder / f"{start:06d}.safetensors" for start in range(0, args.samples, CHUNK)}
 
 
 def draw_samples(how: Drawn, args: Namespace):
     """Draw samples k = 0 … of the digits k mod 10 from seeds seed + k, in chunks that are kept on disk."""
-    model, folder = load_model(how.weights, DRAWING, args.device), folder_of(how, args)
+    model = load_model(how.weights, DRAWING, args.device)
     if isinstance(model, TimeFlow):
         draw = partial(sample_flow, sampler=how.sampler)
     else:
         draw = partial(sample_digits, schedule=linear_schedule(model.num_timesteps), sampler=how.sampler)
-    starts = share(range(0, args.samples, CHUNK), f"files of {CHUNK} samples")
-    for start in tqdm(starts, desc=f"γ = {how.guidance:g}", unit=f"{CHUNK} digits", disable=rank() > 0):
-        path = folder / f"{start:06d}.safetensors"
+    files = share(list(files_of(how, args).items()), f"files of {CHUNK} samples")
+    for start, path in tqdm(files, desc=f"γ = {how.guidance:g}", unit=f"{CHUNK} digits", disable=rank() > 0):
         if not path.exists():
             numbers = range(start, start + CHUNK)
             labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
@@ -185,11 +186,8 @@ def draw_samples(how: Drawn, args: Namespace):
 
 def load_samples(how: Drawn, args: Namespace) -> Tensor:
     """Samples [N, 1, 28, 28] that were drawn."""
-    folder = folder_of(how, args)
-    chunks = [
-        load_tensors(folder / f"{start:06d}.safetensors", ["images"])[0] for start in range(0, args.samples, CHUNK)
-    ]
-    return torch.cat([chunk["images"] for chunk in chunks])[: args.samples]
+    chunks = [load_tensors(path, ["images"])[0]["images"] for path in files_of(how, args).values()]
+    return torch.cat(chunks)[: args.samples]
 
 
 def drawn_for_curves(args: Namespace) -> dict[tuple[str, int], Drawn]:
