@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
+from shared.evaluation import get_judge, identity_of
 from shared.figures import save_curves
 from shared.options import add_data_option, add_output_options, check_writable, number, parser, positive, run
 from shared.processes import rank, share, wait
 from shared.stages import MODEL
 
 import torch
-from tiny_if import get_judge, identity_of
 from torch import Tensor
 from tqdm import tqdm
 

@@ -23,8 +23,6 @@ there too, so a stopped evaluation goes on where it was. torchrun shares the bat
 """
 
 import copy
-import hashlib
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -32,10 +30,11 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_curves, save_grid
+from shared.evaluation import FAST, Evaluation, Sampler
+from shared.figures import save_curves
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
-from shared.options import add_common_options, check_writable, number, parser, pick, pick_dtype, positive, run
-from shared.processes import check_shares, gathered, num_processes, rank, wait
+from shared.options import add_common_options, check_writable, number, parser, positive, run
+from shared.processes import check_shares, gathered, num_processes, rank
 from shared.stages import MODEL, UPSCALER, model_name
 
 import torch
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
-from ddpm.files import check_tensors, fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint
 from ddpm.memory import check_memory
 from ddpm.mnist.judge import frechet_distance
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
@@ -61,76 +60,11 @@ from ifmodel.tiny.captions import ANYTHING, curated
 from ifmodel.tiny.data import CaptionedImages, load_captioned, show
 from ifmodel.tiny.judge import share
 from ifmodel.tiny.styles import STYLES
-from ifmodel.weights import fetch, find_weights
 
 SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 0.0, 20), ("ddpm", 0.0, 20)]
 SAMPLERS += [("ddpm", 0.0, 100)]
-FAST = ("dpm++", 1.0, 20)  # SDE-DPM-Solver++
 PARTS = ["named", "aliases", "anything", "variety", "memory", "holes", "sdedited", "anagrams", "hybrids", "stage_2"]
 FLIP, SIGMA = vertical_flip(), 3.0  # the blur that parts far from near, in pixels of a 64-pixel image
-
-
-class Evaluation:
-    """The models, the judge, and the drawings: for training, and held out."""
-
-    def __init__(self, args: Namespace, data: CaptionedImages, held: CaptionedImages):
-        self.args, self.data, self.held = args, data, held
-        device, dtype = pick(args)
-        self.cascade = Cascade(args.model, device=device, dtype=dtype)
-        self.side = self.cascade.sizes[0][0]
-        self.identity = identity_of(args.model)
-        self.judge = get_judge(args, data, self.side)
-        self.report = {"seed": args.seed, "things": len(data.names)}
-
-    def draw(self, name: str, jobs: Sequence[Job], guidance: float, sampler=FAST, batch_size: int | None = None):
-        """Images [N, 3, S, S] in [-1, 1] of all jobs, from --out if they are there."""
-        kind, eta, steps = sampler
-        asked = [(job.prompts(), list(job.seeds)) for job in jobs]
-        digest = hashlib.sha256(repr((asked, guidance, sampler, self.identity, str(self.cascade.dtype))).encode())
-        path = self.args.out / "images" / f"{name}_{digest.hexdigest()[:16]}.safetensors"
-        if not path.is_file():
-            settings = {"sampler": kind, "eta": eta, "num_steps": steps, "guidance_scale": guidance}
-            size = batch_size or self.args.batch_size
-            batches = [batch for job in jobs for batch in job.batches(size)]
-            mine = batches[rank() :: num_processes()]  # which may be none of a short list
-            drawn = self.cascade.draw_all(mine, batch_size=size, progress=rank() == 0, **settings) if mine else []
-            images = torch.cat(gathered(drawn, [(len(batch.seeds), 3, *self.cascade.sizes[0]) for batch in batches]))
-            if rank() == 0:
-                save_tensors(path, {"images": images.clamp(-1, 1)}, {"name": name})
-            wait()
-        return load_tensors(path, ["images"])[0]["images"]
-
-    def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler=FAST) -> Tensor:
-        job = Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))
-        return self.draw(name, [job], guidance, sampler)
-
-    def keep(self, section: str, measures):
-        """Write the report each time, so that a late failure loses nothing."""
-        self.report[section] = measures
-        if rank() > 0:
-            return
-        write_atomically(self.args.out / "report.json", json.dumps(self.report, indent=2).encode())
-        print(f"{section}: {json.dumps(measures)}", flush=True)
-
-    def figure(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
-        """Rows of images in [-1, 1], of one size."""
-        options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
-        if rank() == 0:
-            images = [[x / 2 + 0.5 for x in row] for row in rows]
-            save_grid(self.args.out / name, images, **options, seed=self.args.seed)
-
-    def things(self, x: Tensor) -> Tensor:
-        return judge.judged(self.judge, x)[0]
-
-    def things_of(self, data: CaptionedImages, rows: Sequence[int]) -> Tensor:
-        """Which of the things that the judge knows these drawings are of, [N]."""
-        return torch.tensor([self.data.names.index(data.names[int(data.things[row])]) for row in rows])
-
-
-def identity_of(model: str) -> str:
-    """Of its weights: images of others are not these."""
-    text_encoder = sorted(fetch(model, "text_encoder", ["*.safetensors"]).glob("*.safetensors"))
-    return fingerprint(*find_weights(model), *text_encoder)
 
 
 def main():
@@ -219,20 +153,6 @@ def arguments() -> Namespace:
     return args
 
 
-def get_judge(args: Namespace, data: CaptionedImages, side: int) -> judge.ImageJudge:
-    """The judge of these drawings, trained once, by the first process, and kept in --out."""
-    path = args.out / f"judge_{data.fingerprint()}_{side}_{args.judge_steps}_{args.seed}.safetensors"
-    if not path.is_file() and rank() == 0:
-        dtype = pick_dtype("auto", torch.device("cpu"))
-        trained = judge.train_judge(data, steps=args.judge_steps, side=side, seed=args.seed, dtype=dtype)
-        save_tensors(path, trained.state_dict(), {"steps": args.judge_steps})
-    wait()
-    found, (tensors, _) = judge.ImageJudge(len(data.names)), load_tensors(path)
-    check_tensors(f"{path} is no judge of these drawings", found.state_dict(), tensors)
-    found.load_state_dict(tensors)
-    return found.eval()
-
-
 def shuffled(count: int, seed: int) -> list[int]:
     """0 … count - 1 in a random order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -268,7 +188,7 @@ def asked(e: Evaluation) -> tuple[list[str], Tensor, Tensor]:
     return prompts, torch.tensor(things), torch.tensor(chosen)
 
 
-def named(e: Evaluation, guidance: float, sampler: tuple) -> dict:
+def named(e: Evaluation, guidance: float, sampler: Sampler) -> dict:
     """How often the judge sees the thing that was asked for, and the style; and the distance from training drawings."""
     prompts, things, styles = asked(e)
     images = e.prompts("named", prompts, guidance, sampler)
