@@ -20,7 +20,8 @@ from ddpm.memory import check_memory, free_memory
 from ddpm.sampling import Callback, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ifmodel.jobs import Job, Recipe, Stage
-from ifmodel.lora import merge_lora, place_lora, read_lora
+from ifmodel.lora import merge_lora, place_lora
+from ifmodel.lora_files import read_lora
 from ifmodel.offload import check_accelerate
 from ifmodel.stage import (
     SAMPLERS,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ddpm.losses import ddpm_loss
 from ddpm.runs import Run, step_seed
-from ifmodel.lora import FILES, LoRALayer, save_lora
+from ifmodel.lora import LoRALayer, save_lora
+from ifmodel.lora_files import FILES
 from ifmodel.stage import SCHEDULE, noised_upscaled
 from ifmodel.unet import Text, UNet
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ddpm.files import first_line, read_small, reading, write_atomically
 from ddpm.memory import check_memory, free_memory
 from ifmodel.config import MOST_LAYERS
-from ifmodel.lora import LoRA, merge_lora
+from ifmodel.lora import merge_lora
+from ifmodel.lora_files import LoRA
 from ifmodel.offload import check_accelerate, offload
 from ifmodel.weights import VARIANTS, fetch, index_names, shards_of, weight_patterns
 

@@ -34,7 +34,8 @@ from ddpm.runs import STATE, check_same
 from ifmodel import Cascade, UNet, load_unet
 from ifmodel.dreambooth import dreambooth_loss, train_lora
 from ifmodel.jobs import Job
-from ifmodel.lora import ATTENTION, FILES, RESNETS, add_lora
+from ifmodel.lora import ATTENTION, RESNETS, add_lora
+from ifmodel.lora_files import FILES
 from ifmodel.stage import SCHEDULE, find_variant
 from ifmodel.text import embed_prompts
 

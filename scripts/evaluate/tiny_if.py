@@ -52,7 +52,7 @@ from ddpm.schedule import strided_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, load_unet
 from ifmodel.jobs import Job
-from ifmodel.lora import find_lora
+from ifmodel.lora_files import find_lora
 from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.tiny import judge

@@ -18,18 +18,8 @@ from transformers import T5EncoderModel
 
 from ifmodel import Cascade, UNet, UNetConfig, load_lora, load_unet
 from ifmodel.cpu import can_pack, pack_convolutions
-from ifmodel.lora import (
-    ATTENTION,
-    RESNETS,
-    LoRA,
-    LoRALayer,
-    Update,
-    add_lora,
-    merge_lora,
-    place_lora,
-    read_lora,
-    save_lora,
-)
+from ifmodel.lora import ATTENTION, RESNETS, LoRALayer, add_lora, merge_lora, place_lora, save_lora
+from ifmodel.lora_files import LoRA, Update, read_lora
 from ifmodel.stage import generate
 from ifmodel.text import Tokenizer, embed_each, embed_prompts
 from ifmodel.weights import SHIPPED

@@ -16,7 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 from ifmodel import Cascade, UNet, UNetConfig, cascade, load_lora, load_unet
 from ifmodel.config import published_config
-from ifmodel.lora import read_lora
+from ifmodel.lora_files import read_lora
 from ifmodel.offload import offload
 from ifmodel.text import embed_each, embed_prompts, load_embeds
 from ifmodel.weights import SHIPPED

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from ifmodel import Cascade, dreambooth
 from ifmodel.jobs import Job
-from ifmodel.lora import place_lora, read_lora
+from ifmodel.lora import place_lora
+from ifmodel.lora_files import read_lora
 from ifmodel.weights import load_config
 from shared.options import SEED
 from tests.ifmodel.test_text import model_folder  # noqa: F401
