@@ -19,6 +19,7 @@ from ddpm.estimates import ALWAYS
 from ddpm.memory import check_memory, free_memory
 from ddpm.sampling import Callback, noise_source, sample
 from ddpm.schedule import leading_timesteps
+from ifmodel.embeds import load_embeds, normalised
 from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.lora import merge_lora, place_lora
 from ifmodel.lora_files import read_lora
@@ -33,7 +34,7 @@ from ifmodel.stage import (
     seen_by_stage_2,
     spaced_timesteps,
 )
-from ifmodel.text import embed_each, load_embeds, normalised
+from ifmodel.text import embed_each
 from ifmodel.unet import UNet
 from ifmodel.vocabulary import nearest_known
 from ifmodel.weights import find_weights, stored_dtypes

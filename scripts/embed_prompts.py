@@ -14,8 +14,9 @@ from pathlib import Path
 from shared.options import add_device_options, add_low_memory_option, check_writable, parser, pick, run
 from shared.processes import num_processes, rank, share, wait
 
+from ifmodel.embeds import load_embeds, normalised, read_prompts, save_embeds
 from ifmodel.offload import check_accelerate
-from ifmodel.text import embed_each, embed_prompts, load_embeds, normalised, read_prompts, save_embeds
+from ifmodel.text import embed_each, embed_prompts
 
 
 def main():

@@ -41,8 +41,8 @@ from ddpm.memory import check_memory
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.cpu import PackedConv2d
+from ifmodel.embeds import load_embeds, save_embeds
 from ifmodel.stage import generate, upscale
-from ifmodel.text import load_embeds, save_embeds
 from ifmodel.weights import SHIPPED
 
 try:

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifmodel import Cascade
+from ifmodel.embeds import read_prompts
 from ifmodel.jobs import Job
-from ifmodel.text import read_prompts
 
 # Options that change no image
 FREE = {

@@ -23,9 +23,9 @@ from torch import Tensor
 from ddpm.estimates import ALWAYS, Estimate, compose
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
+from ifmodel.embeds import normalised
 from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
-from ifmodel.text import normalised
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ifmodel import weights
 from ifmodel.cascade import Cascade
-from ifmodel.text import load_embeds, read_prompts
+from ifmodel.embeds import load_embeds, read_prompts
 
 DOG, NULL = torch.randn(77, 24), torch.zeros(77, 24)
 

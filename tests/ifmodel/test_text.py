@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, T5TokenizerFast
 
 from ifmodel import text
-from ifmodel.text import Tokenizer, embed_prompts, load_embeds, save_embeds
+from ifmodel.embeds import load_embeds, save_embeds
+from ifmodel.text import Tokenizer, embed_prompts
 
 WORDS = [
     *("an", "oil", "painting", "of", "a", "snowy", "mountain", "village", "man", "wearing", "hat", "rocket", "ship"),

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from ifmodel.text import embed_each, load_embeds, save_embeds
+from ifmodel.embeds import load_embeds, save_embeds
+from ifmodel.text import embed_each
 from tests.ifmodel.test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ifmodel import Cascade
-from ifmodel.text import load_embeds
+from ifmodel.embeds import load_embeds
 from shared.options import pick_device
 from tests.conftest import DATA, ROOT
 from tests.tiny.test_tiny_if import save_untrained
