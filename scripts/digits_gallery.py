@@ -19,7 +19,6 @@ from shared.figures import save_grid
 from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from ddpm.mnist import ClassUNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine
+from ddpm.mnist.sampling import one_hot
 from ddpm.mnist.unet import check_batch
 from ddpm.sampling import anagram, guided, hybrid, inpaint, noise_source, sample, sdedit
 from ddpm.schedule import linear_schedule, linspace_timesteps
@@ -36,7 +36,6 @@ from ddpm.views import identity, rotate_180
 
 SHOWN = 10  # of each experiment's samples
 HYBRID_SIGMA = 3.0  # of the low pass, at 64 pixels
-EXPERIMENTS = ("inpaint", "sdedit", "anagram", "hybrid")
 
 
 class Digits:
@@ -48,10 +47,13 @@ class Digits:
         self.judge = load_model(SHIPPED["judge"], Judge, self.device)
         self.schedule = linear_schedule(self.model.num_timesteps)
         self.timesteps = linspace_timesteps(self.schedule.num_timesteps, args.steps)
+        if {"inpaint", "sdedit"} & set(args.only):
+            images, self.labels = load_mnist(args.data, "test")
+            self.real = images / 255
 
     def estimate(self, digits: Tensor):
         """The guided estimate for one digit each."""
-        c = F.one_hot(digits, 10).float().to(self.device)
+        c = one_hot(digits.tolist(), self.device)
         return guided(self.noise_in, c, torch.zeros_like(c), self.args.guidance)
 
     def noise_in(self, x_t: Tensor, t: int, c: Tensor) -> Tensor:
@@ -84,11 +86,9 @@ def main():
     check_writable(args.out / "measures.json")
     digits = Digits(args)
     check_batch(digits.model, 2 * args.samples)  # all at once, and guided
-    real = load_mnist(args.data, "test") if {"inpaint", "sdedit"} & set(args.only) else None
     measures = {}
     for name in args.only:
-        drawn = {"inpaint": draw_inpaint, "sdedit": draw_sdedit, "anagram": draw_anagram, "hybrid": draw_hybrid}[name]
-        rows, title, measures[name] = drawn(digits, *([real] if name in ("inpaint", "sdedit") else []))
+        rows, title, measures[name] = EXPERIMENTS[name](digits)
         path = args.out / f"{name}.png"
         rows = {label: row[:SHOWN].cpu() for label, row in rows.items()}
         save_grid(path, list(rows.values()), row_labels=list(rows), title=title, seed=args.seed)
@@ -102,9 +102,9 @@ def share(read: Tensor, asked: Tensor | int) -> float:
     return (read == asked).double().mean().item()
 
 
-def draw_inpaint(digits: Digits, real: tuple[Tensor, Tensor]):
+def draw_inpaint(digits: Digits):
     """The lower half of test digits."""
-    x, labels = real[0][: digits.args.samples].float() / 255, real[1][: digits.args.samples]
+    x, labels = (tensor[: digits.args.samples] for tensor in (digits.real, digits.labels))
     mask = torch.zeros(1, 1, 28, 28)
     mask[:, :, 14:] = 1
     filling = partial(inpaint, x_orig=x.to(digits.device), mask=mask.to(digits.device))
@@ -113,9 +113,9 @@ def draw_inpaint(digits: Digits, real: tuple[Tensor, Tensor]):
     return rows, "inpainting: the lower half", {"confirmed": share(digits.read(filled), labels)}
 
 
-def draw_sdedit(digits: Digits, real: tuple[Tensor, Tensor]):
+def draw_sdedit(digits: Digits):
     """Test digits 3, noised to half of the steps and led towards an 8."""
-    x = real[0][real[1] == 3][: digits.args.samples].float() / 255
+    x = digits.real[digits.labels == 3][: digits.args.samples]
     eights, i_start = torch.full((len(x),), 8), len(digits.timesteps) // 2
     editing = partial(sdedit, x_0=x.to(digits.device), i_start=i_start)
     edited = digits.draw("sdedit", editing, digits.estimate(eights), len(x), len(digits.timesteps) - i_start)
@@ -153,6 +153,8 @@ def draw_hybrid(digits: Digits):
     rows = {"hybrid": drawn, "low pass": low, "high pass": high}
     return rows, "hybrids: one digit from afar, another up close", measures
 
+
+EXPERIMENTS = {"inpaint": draw_inpaint, "sdedit": draw_sdedit, "anagram": draw_anagram, "hybrid": draw_hybrid}
 
 if __name__ == "__main__":
     run(main)
