@@ -194,10 +194,12 @@ def evaluated(model: nn.Module, average: EMA | None) -> Iterator[nn.Module]:
     if average:
         learned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(average.weights)
-    yield model.eval()
-    if average:
-        model.load_state_dict(learned)
-    model.train()
+    try:
+        yield model.eval()
+    finally:
+        if average:
+            model.load_state_dict(learned)
+        model.train()
 
 
 def save_results(folder: Path, run: Run, model: nn.Module, average: EMA | None, per_epoch: int):
