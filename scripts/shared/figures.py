@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm.files import write_atomically
 
-MARGIN, LABEL_WIDTH = 15, 300  # pixels: around a grid, of a row's label
+MARGIN, GAP, LABEL_WIDTH = 15, 4, 300  # pixels: around a grid, between its images, of a row's label
 
 
 def figure_metadata(seed: int, labels: Sequence[str] = (), settings: str = "") -> dict[str, str]:
@@ -37,12 +37,11 @@ def save_grid(
     column_labels: Sequence[str] = (),
     title: str = "",
     zoom: int = 3,
-    gap: int = 4,
     seed: int = SEED,
 ):
     """Write images [C, H, W] in [0, 1], all of one size, as a labelled grid, one list a row.
 
-    zoom: how many pixels of the figure a pixel of an image gets, in width and height; gap: pixels between images
+    zoom: how many pixels of the figure a pixel of an image gets, in width and height
     Labels are wrapped, those of columns to the images' width; where one is larger still, the images move apart.
     """
     from matplotlib.figure import Figure
@@ -52,7 +51,7 @@ def save_grid(
     row_labels = [wrapped(label, LABEL_WIDTH) for label in row_labels]
     column_labels = [wrapped(label, w) for label in column_labels]
     (beside, tallest), (widest, above) = largest(row_labels), largest(column_labels)
-    row_h, column_w = max(h, tallest) + gap, max(w, widest) + gap
+    row_h, column_w = max(h, tallest) + GAP, max(w, widest) + GAP
     grid_h, grid_w = row_h * len(rows), column_w * max(len(row) for row in rows)
     title = wrapped(title, max(grid_w, LABEL_WIDTH))
     title_w, title_h = text_size(title)

@@ -19,20 +19,9 @@ from ifmodel import Cascade
 from ifmodel.embeds import read_prompts
 from ifmodel.jobs import Job
 
-# Options that change no image
-FREE = {
-    "prompts",
-    "embeds",
-    "out",
-    "num_images",
-    "seed",
-    "batch_size",
-    "device",
-    "dtype",
-    "compile",
-    "low_memory",
-    "visited",
-}
+# Options that are not among an image's settings: what each image has of its own, and what changes none
+FREE = {"prompts", "num_images", "seed", "out", "visited"}
+FREE |= {"embeds", "batch_size", "device", "dtype", "compile", "low_memory"}
 
 
 @dataclass(frozen=True)
