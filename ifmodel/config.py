@@ -1,9 +1,8 @@
-"""The shape of a UNet, read from the config.json next to its weights, and how it is sampled.
+"""The shape of a UNet, read from the config.json next to its weights.
 
 The file is written by diffusers and has some fifty fields. `UNetConfig` keeps those in which IF's models
 differ. All others must have the one value that IF gives them: a field with another value, and a field that is
-not known here, is refused by name, so that no model is built that is not the one in the file. In the same way
-`check_scheduler` refuses a scheduler_config.json whose images would be others than the sampler's.
+not known here, is refused by name, so that no model is built that is not the one in the file.
 """
 
 from dataclasses import dataclass, fields
@@ -67,27 +66,6 @@ KINDS = {
     int: (lambda value: type(value) is int and 1 <= value <= 10**6, "one whole number from 1 to 1000000"),
     float: (lambda value: type(value) in (int, float) and 0 < value < 10**6, "one positive number"),
 }
-
-# IF's way to sample: each field of scheduler_config.json that would change the image, with the values that
-# `ifmodel.stage` implements
-SCHEDULER_FIXED = {
-    "_class_name": ("DDPMScheduler",),
-    "beta_schedule": ("squaredcos_cap_v2",),
-    "num_train_timesteps": (1000,),
-    "prediction_type": ("epsilon",),
-    "rescale_betas_zero_snr": (False,),
-    "steps_offset": (0,),
-    "thresholding": (True,),
-    "timestep_spacing": ("leading",),
-    "trained_betas": (None,),
-    "variance_type": ("learned_range", "fixed_small", "fixed_large"),
-}
-# … and what diffusers assumes for those that the file leaves out, where that is another value
-SCHEDULER_ASSUMED = {"beta_schedule": "linear", "thresholding": False, "variance_type": "fixed_small"}
-# The names that `ddpm_step` has for diffusers' variances; DreamBooth trains eps alone and leaves a fixed one
-VARIANCES = {"learned_range": "learned_range", "fixed_small": "beta_tilde", "fixed_large": "beta"}
-# Those that matter where nothing but noise is added: to stage 2's small image
-NOISING_FIXED = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "trained_betas")
 
 # What the config.json of every IF stage 1 says, apart from its widths
 STAGE_1_CONFIG = {
@@ -188,7 +166,7 @@ class UNetConfig:
     @classmethod
     def _check_fields(cls, config: dict):
         """Refuse fields that are unknown, missing or set to what is not implemented. Raises ValueError."""
-        _check_fixed("config.json", config, FIXED, ASSUMED, "this UNet")
+        check_fixed("config.json", config, FIXED, ASSUMED, "this UNet")
         known = {*FIXED, *IGNORED, *cls.__dataclass_fields__, "down_block_types", "up_block_types"}
         unknown = sorted(name for name in set(config) - known if config[name] is not None)
         if unknown:
@@ -201,7 +179,7 @@ class UNetConfig:
         if not _is_list(widths) or not widths:
             raise ValueError(f"config.json has block_out_channels = {widths!r}, not a list of widths")
         for width in widths:
-            _check_kind("config.json", "block_out_channels", width, int, "this UNet")
+            check_kind("config.json", "block_out_channels", width, int, "this UNet")
 
     @staticmethod
     def _attention_levels(config: dict, levels: int) -> tuple[bool, ...]:
@@ -242,7 +220,7 @@ class UNetConfig:
             value, kind = getattr(self, field.name), (*get_args(field.type), field.type)[0]  # of a tuple, its entries'
             for part in value if type(value) is tuple else (value,):
                 if kind in KINDS:
-                    _check_kind("config.json", field.name, part, kind, "this UNet")
+                    check_kind("config.json", field.name, part, kind, "this UNet")
 
     def _check_divisibility(self):
         if sum(self.layers_per_block) > MOST_LAYERS:
@@ -261,29 +239,6 @@ class UNetConfig:
                 raise ValueError(f"{named} {self.norm_num_groups} groups")
             if attention and width % self.attention_head_dim:
                 raise ValueError(f"{named} heads of {self.attention_head_dim}")
-
-
-def check_scheduler(config: dict, file: str) -> tuple[float, float, str]:
-    """The percentile and the maximum of dynamic thresholding, and `ddpm_step`'s variance, by a scheduler_config.json.
-
-    file: what the file is called when a field is refused
-    Raises ValueError for a field that `ifmodel.stage` does not implement.
-    """
-    _check_fixed(file, config, SCHEDULER_FIXED, SCHEDULER_ASSUMED, "the sampler")
-    percentile = config.get("dynamic_thresholding_ratio", 0.995)  # diffusers' defaults, not IF's
-    maximum = config.get("sample_max_value", 1.0)
-    _check_kind(file, "dynamic_thresholding_ratio", percentile, float, "the sampler")
-    _check_kind(file, "sample_max_value", maximum, float, "the sampler")
-    if percentile > 1:
-        raise ValueError(f"{file} has dynamic_thresholding_ratio = {percentile}, the sampler implements at most 1")
-    return percentile, maximum, VARIANCES[config.get("variance_type", SCHEDULER_ASSUMED["variance_type"])]
-
-
-def check_noising_scheduler(config: dict, file: str):
-    """Refuse an image_noising_scheduler/ that would noise stage 2's small image in another way. Raises ValueError."""
-    _check_fixed(
-        file, config, {name: SCHEDULER_FIXED[name] for name in NOISING_FIXED}, SCHEDULER_ASSUMED, "the sampler"
-    )
 
 
 def published_config(name: str) -> dict:
@@ -306,7 +261,7 @@ def published_config(name: str) -> dict:
     }
 
 
-def _check_fixed(file: str, config: dict, fixed: dict[str, tuple], assumed: dict, implementing: str):
+def check_fixed(file: str, config: dict, fixed: dict[str, tuple], assumed: dict, implementing: str):
     """Refuse a field that has, or for diffusers would have, another value than those that are implemented."""
     for name, allowed in fixed.items():
         value = config.get(name, assumed.get(name, allowed[0]))
@@ -314,7 +269,8 @@ def _check_fixed(file: str, config: dict, fixed: dict[str, tuple], assumed: dict
             raise ValueError(f"{file} has {name} = {value!r}, {implementing} implements {_either(allowed)}")
 
 
-def _check_kind(file: str, name: str, value, kind: type, implementing: str):
+def check_kind(file: str, name: str, value, kind: type, implementing: str):
+    """Refuse a value of another kind, see KINDS."""
     fits, expected = KINDS[kind]
     if not fits(value):
         raise ValueError(f"{file} has {name} = {value!r}, {implementing} implements {expected}")

@@ -19,7 +19,8 @@ from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free, guided
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
 from ddpm.sampling import Callback, Noise, Step, noise_source, sample
 from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
-from ifmodel.config import UNetConfig, check_noising_scheduler, check_scheduler
+from ifmodel.config import UNetConfig
+from ifmodel.scheduler import check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet
 from ifmodel.vocabulary import load_vocabulary
 from ifmodel.weights import SHIPPED, VARIANTS, find_weights, load_config, load_unet, read_json, stored_dtypes
