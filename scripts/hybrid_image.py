@@ -51,9 +51,8 @@ def main():
     args = options.parse_args()
     if args.sigma and args.components != "low_high_pass":
         raise ValueError(f"--sigma is of --components low_high_pass, not of {args.components}")
-    if args.model == MODEL:  # its best settings
-        args.guidance = 2.0 if args.guidance is None else args.guidance
-        args.sigma = 3.0 if args.sigma is None and args.components == "low_high_pass" else args.sigma
+    if args.model == MODEL and args.components == "low_high_pass":
+        args.sigma = 3.0 if args.sigma is None else args.sigma  # its best
     components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
     needed = 1 if args.keep else len(components)
     pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS

@@ -2,7 +2,7 @@
 
     python scripts/sample.py
 
-Rows: γ = 1 and --guidance (default: 7, or 4 with tiny-if), for each prompt and the same noise; columns: seeds.
+Rows: γ = 1 and --guidance (default: 7, or 2 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
 from shared.figures import save_table

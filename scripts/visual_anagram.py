@@ -49,8 +49,6 @@ def main():
     if any(len(group) != len(names) for group in groups):
         count = len(args.prompt or groups[0])
         raise ValueError(f"give a --prompt for each --view: there are {count} prompts for {', '.join(names)}")
-    if args.model == MODEL and args.guidance is None:
-        args.guidance = 2.0  # with more, each view overrules the others
     cascade = open_cascade(args)
     views = [pixels(cascade.sizes[0][0]) if name == "pixels" else VIEWS[name]() for name in names]
     for view in views:

@@ -94,7 +94,7 @@ def save_stage_1(
     _save_half(folder / "text_encoder" / "model.safetensors", weights, "encoder.")
     files = {
         "model_index.json": MODEL_INDEX,
-        "sampling_config.json": {"guidance_scale": 4.0},
+        "sampling_config.json": {"guidance_scale": 2.0, "num_steps": 50},
         "scheduler/scheduler_config.json": SCHEDULER_CONFIG,
         "text_encoder/config.json": encoder_config,
         "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"},
