@@ -1,15 +1,10 @@
-"""What the scripts read: images of any size and mode, masks, and three drawings of our own."""
+"""The images that the scripts read: files, and three drawings of our own, which have names."""
 
-import re
-import warnings
 from pathlib import Path
 
-import numpy
-import torch
-from PIL import ExifTags, Image, ImageChops, ImageOps
 from torch import Tensor
 
-from ddpm.images import eight_bits, open_image
+from ddpm import images
 
 # What tiny-if would call our drawings: "a high quality photo", of anything, is too little for it
 DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}
@@ -17,92 +12,18 @@ DRAWINGS = {name: Path(__file__).parent / "drawings" / f"{name}.png" for name in
 
 
 def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
-    """An image as [1, 3, H, W] in [-1, 1]: upright, on white where transparent, its centre cut to shape and resized.
-
-    source: a file that PIL reads, or the name of one of DRAWINGS. Raises ValueError when it is no image.
-    """
-    image = eight_bits(find_image(source, size), source)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    """`ddpm.images.read_image` of a file, or of one of DRAWINGS by its name."""
+    return images.read_image(find_image(source), size)
 
 
-def find_image(source: str | Path, size: tuple[int, int]) -> Image.Image:
-    """PIL's image of a source, see `open_image`. Raises FileNotFoundError when there is none, or as that does."""
+def read_mask(mask: str, size: tuple[int, int], image: str | Path) -> Tensor:
+    """`ddpm.images.read_mask` for such an image."""
+    return images.read_mask(mask, size, find_image(image))
+
+
+def find_image(source: str | Path) -> Path:
+    """Where an image is. Raises FileNotFoundError when there is none."""
     path = DRAWINGS.get(str(source), Path(source))
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
-    return open_image(path, (4 * size[0], 4 * size[1]))
-
-
-def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
-    """A mask [1, 1, H, W] for an image, 1 where new content goes and 0 where the image stays.
-
-    source: a file, white for the hole, cut to shape and resized as `read_image` does with the image;
-        "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the height and the width of what is
-        cut out (the radius: of the shorter side)
-    image: the image's own source
-    Warns of a file with greys or transparency, or of another size than the image. Raises ValueError for anything
-    else, and for a mask with no hole or nothing but one.
-    """
-    shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
-    mask = mask_of_shape(*shape.groups(), size) if shape else mask_of_file(source, size, image)
-    if mask.all() or not mask.any():
-        raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")
-    return mask.float()[None, None]
-
-
-def mask_of_file(path: str, size: tuple[int, int], image: str | Path) -> Tensor:
-    """The hole that a file shows, [H, W] of bool; warns of what has more than one reading.
-
-    In a file with transparency, white paint is the hole, on a transparent layer or on black; where what is seen is
-    neither, it is what was erased.
-    """
-    drawn, notes = eight_bits(find_image(path, size), path), []
-    hole = drawn.convert("L")
-    if drawn.mode == "RGBA":
-        alpha = drawn.getchannel("A")
-        seen = numpy.asarray(drawn.convert("RGB"))[numpy.asarray(alpha) > 127]
-        white, black = (seen >= 240).all(1), (seen < 16).all(1)
-        painted = white.any() and (white | black).mean() > 0.95  # but for soft edges
-        if alpha.getextrema()[0] <= 127:  # else all is seen, and only the colours count
-            hole = ImageChops.multiply(hole, alpha) if painted else ImageOps.invert(alpha)
-            kind = "painted white" if painted else "transparent"
-            notes.append(f"is read from transparency: what is {kind} is the hole")
-    if any(hole.histogram()[6:250]):
-        notes.append("has greys: what is lighter than half is the hole")
-    (h, w), (image_h, image_w) = size_of(path), size_of(image)
-    if (h, w) != (image_h, image_w):
-        how = "it is resized" if h * image_w == w * image_h else "its centre is laid over the image's"
-        notes.append(f"is {h} × {w} and the image {image_h} × {image_w}: {how}")
-    for note in notes:
-        warnings.warn(f"the mask {path} {note}", stacklevel=2)  # once, however often it is read
-    return torch.from_numpy(numpy.array(ImageOps.fit(hole, size[::-1], Image.Resampling.BOX)) > 127)
-
-
-def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
-    """The hole [H, W] of bool that a rectangle or a circle of so many fractions makes."""
-    h, w = size
-    count = {"rectangle": 4, "circle": 3}[kind]
-    try:
-        fractions = [float(part) for part in numbers.split(",")]
-    except ValueError:
-        fractions = []
-    if len(fractions) != count:
-        raise ValueError(f"a {kind} is {count} numbers with commas between them, not {numbers!r}")
-    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-    if kind == "rectangle":
-        top, left, bottom, right = fractions
-        return (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    centre_y, centre_x, radius = fractions
-    if not radius > 0:
-        raise ValueError(f"a circle has a radius above 0, not {radius:g}")
-    return ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
-
-
-def size_of(source: str | Path) -> tuple[int, int]:
-    """The height and width of an upright image, all of it: a large JPEG is not read at its full size."""
-    with Image.open(DRAWINGS.get(str(source), source)) as image:
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return image.size if on_its_side else image.size[::-1]
+    return path
