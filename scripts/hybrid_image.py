@@ -14,12 +14,12 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from shared.animation import recede
 from shared.figures import save_gif, save_table
 from shared.images import read_image
 from shared.options import parser, positive, positive_number, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
+from ddpm.animation import recede
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
 from ddpm.sampling import hybrid, inpaint_component
 from ifmodel.jobs import Job, Stage

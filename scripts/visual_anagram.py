@@ -10,11 +10,11 @@ vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, 
 skew.
 """
 
-from shared.animation import turn
 from shared.figures import save_gif, save_table
 from shared.options import number, parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
+from ddpm.animation import turn
 from ddpm.estimates import REDUCTIONS, anagram
 from ddpm.views import VIEWS, check_view, pixels
 from ifmodel.jobs import Job, Stage
