@@ -10,9 +10,11 @@ Stage 1: first a tokenizer is trained on the captions, and the text encoder agai
 the encoder and the UNet together. Small images are cheap and teach which caption is of what: begin with --size 16, go
 on with --start. Stage 2 keeps the text encoder of its stage 1, and learns on crops, which are cheap; let it finish on
 whole images, which alone show where a pixel lies (--start out/stage-2/model --crop 128).
-Writes to --out: state.safetensors (for --resume), log.csv with the loss and, for stage 1, the caption gap, for stage
-2 its error and bicubic upscaling's; samples.png; and model/, with the averaged weights, which scripts/generate.py
-and diffusers load. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
+Writes to --out: state.safetensors (for --resume); every --every steps and at the last a line of log.csv and
+samples.png; and model/, with the averaged weights, which scripts/generate.py and diffusers load. The log's columns are
+the loss and, for stage 1, what it is with the right captions, with others' and with none (right should become the
+smallest), and alike, the mean cosine of two captions' embeddings (near 1, they say nothing); for stage 2 its error and
+bicubic upscaling's. Ctrl-C saves and stops; --resume goes on and ends with the same weights, bit for bit, on the same
 CPU with as many threads. While the text encoder is trained, before the UNet, Ctrl-C saves nothing. Under torchrun the
 processes share each batch; on several hosts, --out must be a shared folder. --resume with more --steps trains for
 longer, at the learning rate of a run that long.

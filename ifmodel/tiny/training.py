@@ -119,7 +119,7 @@ def train_stage(
 ) -> bool:
     """Train a stage to recipe.steps or until stopped, saving every five minutes and at the end; log on `watched`.
 
-    draw(step, rows, labels) makes a figure of the stage's sheet every so many steps.
+    draw(step, rows, labels) makes a figure of the stage's sheet every so many steps, and at the last.
     workers: processes that draw batches ahead, for a GPU, which would wait for them; the batches are the same
     Returns whether the run is complete. Raises ValueError when the loss is not finite, or the state is of another run.
     """
@@ -156,10 +156,12 @@ def train_stage(
             loss = stage.loss(model, batch, generator, mine).mean()
         run.losses[step] = descend(model, optimizer, loss)
         average.update(model, step)
-        if (done := step + 1) % every == 0 and rank() == 0:
+        done = step + 1
+        if (done % every == 0 or done == recipe.steps) and rank() == 0:
             eagerly = torch.compiler.set_stance("force_eager")  # other batch sizes are not worth compiling for
             with averaged(model, average), autocast, torch.no_grad(), eagerly:
-                add_row(run.log, done, run.losses[done - every : done].mean().item(), stage.watch(held))
+                recent = run.losses[step // every * every : done].mean().item()
+                add_row(run.log, done, recent, stage.watch(held))
                 draw(done, *stage.sheet(held, recipe.seed))
     return run.step == recipe.steps
 

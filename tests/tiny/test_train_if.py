@@ -504,6 +504,19 @@ def test_the_sheets_and_logs(trained):
             assert numpy.asarray(image.convert("L")).std() > 10
 
 
+def test_the_last_step_is_logged_and_drawn_too(run_script, folder, tmp_path):
+    """After 3 of every 2 steps, and after 3 of every 500; a row has the mean loss since the one before."""
+    for every, steps in ((2, ["2", "3"]), (500, ["3"])):
+        out = tmp_path / str(every)
+        status, _, err = run_script("train_if", *stage_1_options(folder, out, 3, "--every", every))
+        assert status == 0, err
+        rows = [row.split(",") for row in (out / "log.csv").read_text().splitlines()[1:]]
+        assert [row[0] for row in rows] == steps
+        losses = load_tensors(out / "state.safetensors")[0]["losses"]
+        assert float(rows[-1][1]) == pytest.approx(losses[2 if every == 2 else 0 :].mean().item(), abs=1e-5)
+        assert (out / "samples.png").is_file()
+
+
 def copied(folder, tmp_path):
     other = tmp_path / "copy"
     other.mkdir()
