@@ -52,7 +52,7 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
 
 
 @torch.no_grad()
-def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps: int = 6, noise_level: int = 50):
+def main(prompt: str, path: str, seed: int = 0, steps: int = 50, upscaler_steps: int = 6, noise_level: int = 50):
     embeds = embed_prompts("tiny-if/I", [prompt, ""])
 
     def stage(name, size, steps, guidance_scale, maximum, small=None):
@@ -74,7 +74,7 @@ def main(prompt: str, path: str, seed: int = 0, steps: int = 100, upscaler_steps
         timesteps = [1000 // steps * k for k in range(steps)][::-1]
         return sample(model, text, null, guidance_scale, timesteps, maximum, x_T, draw)
 
-    small = stage("tiny-if/I", 32, steps, 4.0, 1.5)
+    small = stage("tiny-if/I", 32, steps, 2.0, 1.5)
     image = stage("tiny-if/II", 128, upscaler_steps, 1.0, 1.0, small)
     save_image(image / 2 + 0.5, path)
 
