@@ -22,21 +22,15 @@ from ifmodel.tiny.losses import (
     upscaling_error,
 )
 from ifmodel.tiny.models import TextToImage, zero_init
+from ifmodel.tiny.styles import STYLES
 from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_unet
+
+SHEET_THINGS = ["a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "a pear", "a house"]
 
 
 class Stage1:
     """Stage 1 in training: text encoder and UNet learn together."""
-
-    sheet_styles = (
-        "a photo of {}",
-        "a drawing of {}",
-        "an oil painting of {}",
-        "a lithograph of {}",
-        "a woodcut of {}",
-    )
-    sheet_things = ("a rocket ship", "a dog", "a skull", "an old man", "a snowy mountain village", "a pear", "a house")
 
     def __init__(self, config: dict, encoder, unet: UNet, tokenizer: Path, device: torch.device):
         self.config, self.folder, self.tokenizer = config, tokenizer, Tokenizer(tokenizer)
@@ -44,18 +38,19 @@ class Stage1:
         self.parameters = [{"params": unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
         self.loss, self.watch = stage_1_loss, partial(caption_loss_gap, self.model)
 
-    def sheet(self, held: Batch, seed: int) -> tuple[list[Tensor], dict]:
+    def sheet(self, held: Batch, seed: int, data: CaptionedImages) -> tuple[list[Tensor], dict]:
         """Rows of images in [0, 1], things across, styles down, γ = 4 and 25 steps; and their labels."""
+        styles, things = sheet_prompts(data)
         unet, device = self.model.unet, held.x_0.device
-        prompts = [style.format(thing) for style in self.sheet_styles for thing in self.sheet_things]
+        prompts = [style.format(thing) for style in styles for thing in things]
         tokens, mask = (tensor.to(device) for tensor in self.tokenizer([*prompts, ""]))
         text = unet.encode_text(self.model.encoder(tokens, attention_mask=mask).last_hidden_state)
         estimate = guided(unet, text[list(range(len(prompts)))], text[[len(prompts)] * len(prompts)], 4.0)
         noise = noise_source([seed] * len(prompts), held.x_0.shape[1:], device)
         loop = {"step": LEARNED, "threshold": STAGE_1_THRESHOLD}
         images = sample(estimate, leading_timesteps(SCHEDULE.num_timesteps, 25), SCHEDULE, noise=noise, **loop)
-        labels = {"row_labels": [style.format("…") for style in self.sheet_styles], "column_labels": self.sheet_things}
-        return list((images / 2 + 0.5).split(len(self.sheet_things))), labels
+        labels = {"row_labels": [style.format("…") for style in styles], "column_labels": things}
+        return list((images / 2 + 0.5).split(len(things))), labels
 
     def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
         save_stage_1(folder, self.config, weights, self.model.encoder, self.folder, data.vocabulary())
@@ -73,7 +68,7 @@ class Stage2:
     def watch(self, held: Batch) -> dict[str, float]:
         return upscaling_error(self.model, held[:16], self.small)
 
-    def sheet(self, held: Batch, seed: int) -> tuple[list[Tensor], dict]:
+    def sheet(self, held: Batch, seed: int, data: CaptionedImages) -> tuple[list[Tensor], dict]:
         """Rows of images in [0, 1]: the small ones, stage 2's, and the originals; and their labels."""
         few, size = held[:6], held.x_0.shape[-1]
         embeds = self.model.encoder(few.tokens, attention_mask=few.mask).last_hidden_state
@@ -86,6 +81,14 @@ class Stage2:
 
     def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
         save_stage_2(folder, self.config, weights)
+
+
+def sheet_prompts(data: CaptionedImages) -> tuple[list[str], list[str]]:
+    """Templates of the styles that the data has, and SHEET_THINGS; the first things of data that lacks one of these."""
+    styles = [style.templates[0] for number, style in enumerate(STYLES.values()) if number in data.styles]
+    known = {phrase for phrases in data.phrases for phrase in phrases}
+    first = [phrases[0] for phrases in data.phrases[: len(SHEET_THINGS)]]
+    return styles, SHEET_THINGS if known.issuperset(SHEET_THINGS) else first
 
 
 def start_encoder(source: str, tokenizer: Path):

@@ -162,7 +162,7 @@ def train_stage(
             with averaged(model, average), autocast, torch.no_grad(), eagerly:
                 recent = run.losses[step // every * every : done].mean().item()
                 add_row(run.log, done, recent, stage.watch(held))
-                draw(done, *stage.sheet(held, recipe.seed))
+                draw(done, *stage.sheet(held, recipe.seed, data))
     return run.step == recipe.steps
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from ddpm.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
 from ifmodel.text import Tokenizer, embed_each
-from ifmodel.tiny import export, losses, models, training
+from ifmodel.tiny import export, losses, models, stages, training
 from ifmodel.tiny.captions import ALIASES, curated, with_article
 from ifmodel.tiny.data import draw_images, load_captioned, show
 from ifmodel.tiny.styles import STYLES
@@ -502,6 +502,17 @@ def test_the_sheets_and_logs(trained):
         assert row.startswith("3,") and len(row.split(",")) == len(columns.split(","))
         with Image.open(trained / stage / "samples.png") as image:
             assert numpy.asarray(image.convert("L")).std() > 10
+            assert stage == "2" or "a lime shape" in image.text["Description"]
+
+
+def test_the_sheet_has_things_and_styles_of_the_data(data, tmp_path):
+    styles = ["a photo of {}", "an oil painting of {}", "a lithograph of {}", "a sketch of {}"]
+    assert stages.sheet_prompts(data) == (styles, [with_article(f"{colour} shape") for colour in COLOURS])
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for names, things in ((curated(), stages.SHEET_THINGS), ("bcdfghjkl", [f"a {k}" for k in "bcdfghj"])):
+        rows = [{"file_name": "0.png", "text": name, "artist": "fluent-emoji-high-contrast"} for name in names]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert stages.sheet_prompts(load_captioned(tmp_path, 4)) == (["a woodcut of {}"], things)
 
 
 def test_the_last_step_is_logged_and_drawn_too(run_script, folder, tmp_path):
