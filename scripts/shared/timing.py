@@ -25,7 +25,7 @@ MEASURED = """
 import resource, runpy, sys, time
 from pathlib import Path
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path(sys.argv[0], run_name=__name__)
 status = Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.exists() else []
 peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
