@@ -4,12 +4,13 @@ A recipe builds an estimate from a stage, the same recipe in both stages; an alg
 new one of either needs no change here or in the cascade.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ddpm.estimates import Estimate, Guider, classifier_free
+from ddpm.estimates import Estimate, Guider, classifier_free, compose
 from ddpm.sampling import check_finite, sample
 from ddpm.views import View
 from ifmodel.stage import stage_1, stage_2
@@ -130,3 +131,23 @@ class Job:
     def estimate(self, stage: Stage) -> Estimate:
         """What the recipe makes of a stage at work on these images."""
         return self.recipe(stage) if callable(self.recipe) else stage.estimate(self.recipe)
+
+
+def parse_prompt(prompt: str, null: str = "") -> Recipe:
+    """What a prompt says: itself or, where it has weights, as in "a dog AND a hat :0.5 AND snow :-1", a composition.
+
+    null: the null prompt, whose weight is what is missing to a sum of 1, see `compose`
+    """
+    parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
+    texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
+    if weights == [1]:
+        return texts[0]
+    rest = 1 - sum(weights)
+
+    def recipe(stage: Stage) -> Estimate:
+        estimates = [stage.estimate(text) for text in texts]
+        if abs(rest) < 1e-6:
+            return compose(estimates, weights)
+        return compose([*estimates, stage.estimate(null, guidance_scale=1.0)], [*weights, rest])
+
+    return recipe

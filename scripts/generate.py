@@ -22,10 +22,10 @@ from pathlib import Path
 from shared.figures import save_image, save_table
 from shared.folder import draw_folder
 from shared.options import parser, positive, run
-from shared.stages import add_cascade_options, draw, open_cascade, parse_prompt, prompts_of
+from shared.stages import add_cascade_options, draw, open_cascade, prompts_of
 
 from ddpm.schedule import leading_timesteps
-from ifmodel.jobs import Job
+from ifmodel.jobs import Job, parse_prompt
 from ifmodel.stage import SCHEDULE
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared.figures import save_image
 from shared.processes import rank, share
-from shared.stages import open_cascade, parse_prompt, settings_of
+from shared.stages import open_cascade, settings_of
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ifmodel import Cascade
 from ifmodel.embeds import read_prompts
-from ifmodel.jobs import Job
+from ifmodel.jobs import Job, parse_prompt
 
 # Options that are not among an image's settings: what each image has of its own, and what changes none
 FREE = {"prompts", "num_images", "seed", "out", "visited"}

@@ -1,6 +1,5 @@
 """What the scripts that run DeepFloyd IF share: their options, and the cascade that these ask for."""
 
-import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ from shared.processes import gathered, num_processes, rank, share
 import torch
 from torch import Tensor
 
-from ddpm.estimates import ALWAYS, Estimate, compose
+from ddpm.estimates import ALWAYS
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
 from ifmodel.embeds import normalised
-from ifmodel.jobs import Job, Recipe, Stage
+from ifmodel.jobs import Job
 from ifmodel.stage import SAMPLERS, SCHEDULE, SETTINGS, spaced_timesteps, stage_settings
 
 MODEL, UPSCALER = "tiny-if/I", "tiny-if/II"  # what is used when no --model is given
@@ -168,23 +167,6 @@ def prompts_of(args: Namespace, cascade: Cascade, default: Sequence[str]) -> lis
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")
     return prompts
-
-
-def parse_prompt(prompt: str, null: str) -> Recipe:
-    """What a prompt says: itself, or where it has weights, such as "a dog AND snow :-1", a composition."""
-    parts = [re.fullmatch(r"(.*?)(?:\s:(-?\d+(?:\.\d+)?))?", part, re.DOTALL) for part in prompt.split(" AND ")]
-    texts, weights = [part[1] for part in parts], [float(part[2] or 1) for part in parts]
-    if weights == [1]:
-        return texts[0]
-    rest = 1 - sum(weights)  # is left to the null prompt, so that all of them sum to 1
-
-    def recipe(stage: Stage) -> Estimate:
-        estimates = [stage.estimate(text) for text in texts]
-        if abs(rest) < 1e-6:
-            return compose(estimates, weights)
-        return compose([*estimates, stage.estimate(null, guidance_scale=1.0)], [*weights, rest])
-
-    return recipe
 
 
 def from_index(timesteps: Sequence[int], i_start: int) -> list[int]:
