@@ -8,12 +8,13 @@ step. Operators take images [B, C, H, W] whose sides divide evenly. Source: DDNM
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.sampling import Estimate, Noise, denoise_along, resampling_path
+from ddpm.sampling import Estimate, Noise, denoise_along, noise_source, resampling_path
 from ddpm.schedule import Schedule
 
 
@@ -113,6 +114,48 @@ def restore(
 
     path = resampling_path(timesteps, jump_length, num_resamples)
     return denoise_along(path, estimate, x_T, schedule, noise=noise, correct_x0=fit, **loop)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What images [B, 3, S, S] have lost: colours, details, and what was in a hole; and their restoration by a cascade.
+
+    grey: whether they lost their colours; n: details, so that the means of n × n pixels are left
+    mask: the hole, [1, 1, S/n, S/n], or None; noise_std: of what is seen
+
+    y = lost.seen(x, seed=1)
+    cascade.draw(prompt, lost.restoring(y, (32, 32)), upscale=lost.restoring(y, (128, 128)), seeds=[1])
+    """
+
+    grey: bool = False
+    n: int = 1
+    mask: Tensor | None = None
+    noise_std: float = 0.0
+
+    def operator(self, n: int | None = None, mask: Tensor | None = None) -> Operator:
+        """A; with another n and mask that of another stage."""
+        n, mask = n or self.n, self.mask if mask is None else mask
+        return chain(*[grey()] * self.grey, downscale(n), *([] if mask is None else [hole(mask)]))
+
+    def seen(self, x: Tensor, seed: int) -> Tensor:
+        """What is seen of images x, y [B, 1 or 3, S/n, S/n]; of the hole nothing, not even noise."""
+        y = self.operator().of(x)
+        y = y + self.noise_std * noise_source([seed], y.shape[1:])()
+        return y if self.mask is None else hole(self.mask).of(y)
+
+    def restoring(self, y: Tensor, size: Sequence[int], **options) -> Callable[..., Tensor]:
+        """`restore` for a stage that draws images of this size (h, w), which may be smaller than y."""
+        h = size[0]
+        if h >= y.shape[-2]:
+            return partial(restore, y=y, operator=self.operator(h // y.shape[-2]), noise_std=self.noise_std, **options)
+        r = y.shape[-2] // h  # the means of what is seen are seen of the smaller image, where no hole touches them
+        mask = None if self.mask is None else F.max_pool2d(self.mask, r)
+        options |= {"operator": self.operator(1, mask), "noise_std": self.noise_std / r}
+        return partial(restore, y=F.avg_pool2d(y, r), **options)
+
+    def without_a_model(self, y: Tensor, size: Sequence[int]) -> Tensor:
+        """Bicubic, in grey if colours are lost, and grey in the hole: what the restoration should be better than."""
+        return F.interpolate(y, tuple(size), mode="bicubic").clamp(-1, 1).expand(-1, 3, -1, -1)
 
 
 def psnr(x: Tensor, original: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ the paper's time travel: each stretch of --jump-length steps is noised back and 
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 from shared.figures import save_table
@@ -24,59 +23,13 @@ from shared.stages import add_cascade_options, open_cascade, settings_of
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, psnr, restore
-from ddpm.sampling import noise_source
+from ddpm.restoration import Lost, check_operator, psnr
 from ifmodel.jobs import Job
 
 TASKS = ("colour", "upscale", "fill", "all")
 COLUMNS = ["seen", "without a model", "restored", "original"]
 MASK = "circle:0.45,0.55,0.2"
-
-
-@dataclass(frozen=True)
-class Lost:
-    """What an image [1, 3, S, S] has lost: colours, details (means of n × n pixels), and what was in the hole.
-
-    mask: [1, 1, S/n, S/n]; noise_std: of what is seen
-    """
-
-    grey: bool
-    n: int
-    mask: Tensor | None
-    noise_std: float
-
-    @classmethod
-    def by_task(cls, task: str, factor: int, mask_of: Callable[[int], Tensor], noise_std: float) -> "Lost":
-        """mask_of(n): the hole in an image that is 1/n as large."""
-        n = factor if task in ("upscale", "all") else 1
-        return cls(task in ("colour", "all"), n, mask_of(n) if task in ("fill", "all") else None, noise_std)
-
-    def operator(self, n: int | None = None, mask: Tensor | None = None) -> Operator:
-        """A; with another n and mask that of another stage."""
-        n, mask = n or self.n, self.mask if mask is None else mask
-        return chain(*[grey()] * self.grey, downscale(n), *([] if mask is None else [hole(mask)]))
-
-    def seen(self, x: Tensor, seed: int) -> Tensor:
-        """y, of which nothing is known in the hole."""
-        y = self.operator().of(x)
-        y = y + self.noise_std * noise_source([seed], y.shape[1:])()
-        return y if self.mask is None else hole(self.mask).of(y)
-
-    def restoring(self, y: Tensor, size: Sequence[int], **options) -> Callable[..., Tensor]:
-        """The algorithm of a stage that draws images of this size; y may be larger than they are."""
-        h = size[0]
-        if h >= y.shape[-2]:
-            return partial(restore, y=y, operator=self.operator(h // y.shape[-2]), noise_std=self.noise_std, **options)
-        r = y.shape[-2] // h  # what is seen is larger than the image: its means are, and no hole touches them
-        mask = None if self.mask is None else F.max_pool2d(self.mask, r)
-        options |= {"operator": self.operator(1, mask), "noise_std": self.noise_std / r}
-        return partial(restore, y=F.avg_pool2d(y, r), **options)
-
-    def without_a_model(self, y: Tensor, size: Sequence[int]) -> Tensor:
-        """Bicubic, in grey if colours are lost, and grey in the hole."""
-        return F.interpolate(y, tuple(size), mode="bicubic").clamp(-1, 1).expand(-1, 3, -1, -1)
 
 
 def main():
@@ -88,7 +41,7 @@ def main():
     for image, prompt in zip(args.image, args.prompt, strict=True):
         x = read_image(image, size)
         for task in args.task:
-            lost = Lost.by_task(task, args.factor, partial(mask_at, args.mask, size, image), args.noise)
+            lost = lost_by(task, image, size, args)
             check_operator(lost.operator(), tuple(x.shape[1:]))
             y = lost.seen(x, args.seed)
             stages = [lost.restoring(y.to(cascade.device), stage_size) for stage_size in (cascade.sizes[0], size)]
@@ -121,9 +74,11 @@ def arguments() -> Namespace:
     return args
 
 
-def mask_at(source: str, size: Sequence[int], image: str, n: int) -> Tensor:
-    """The hole in what is seen of an image, 1/n as large."""
-    return read_mask(source, (size[0] // n, size[1] // n), image)
+def lost_by(task: str, image: str, size: Sequence[int], args: Namespace) -> Lost:
+    """What a task takes away from an image of this size."""
+    n = args.factor if task in ("upscale", "all") else 1
+    mask = read_mask(args.mask, (size[0] // n, size[1] // n), image) if task in ("fill", "all") else None
+    return Lost(task in ("colour", "all"), n, mask, args.noise)
 
 
 if __name__ == "__main__":
