@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.images import read_image
 from ddpm.losses import ddpm_loss
 from ddpm.runs import Run, step_seed
 from ifmodel.lora import LoRALayer, save_lora
@@ -18,7 +19,18 @@ from ifmodel.lora_files import FILES
 from ifmodel.stage import SCHEDULE, noised_upscaled
 from ifmodel.unet import Text, UNet
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WARMUP = 20  # steps in which the learning rate rises
+
+
+def read_folder(folder: Path, side: int) -> Tensor:
+    """All images of a folder [N, 3, side, side] in [-1, 1]. Raises FileNotFoundError or ValueError, naming the file."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}: it should hold 3 to 5 images of the new thing")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no images ({' '.join(SUFFIXES)})")
+    return torch.cat([read_image(path, (side, side)) for path in paths])
 
 
 def random_batch(data: dict[str, Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:

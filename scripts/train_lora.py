@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 from shared.figures import save_grid
-from shared.images import read_image
 from shared.options import number, parser, pick, positive, positive_number, run
 from shared.stages import MODEL, UPSCALER, model_name
 from shared.training import add_run_options, check_run, end_training
@@ -32,14 +31,13 @@ from ddpm.files import load_tensors, save_tensors
 from ddpm.memory import check_memory
 from ddpm.runs import STATE, check_same
 from ifmodel import Cascade, UNet, load_unet
-from ifmodel.dreambooth import dreambooth_loss, train_lora
+from ifmodel.dreambooth import dreambooth_loss, read_folder, train_lora
 from ifmodel.jobs import Job
 from ifmodel.lora import ATTENTION, RESNETS, add_lora
 from ifmodel.lora_files import FILES
 from ifmodel.stage import SCHEDULE, find_variant
 from ifmodel.text import embed_prompts
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN = 4  # images before, of training and after, in row.png
 RECIPE = ("prompt", "class_prompt", "class_images", "class_weight", "model", "upscaler", "max_noise_level", "rank")
 RECIPE += ("layers", "steps", "batch_size", "lr", "seed")
@@ -107,16 +105,6 @@ def main():
 def cascade_of(args: Namespace, **options) -> Cascade:
     """Both stages, or stage 1 alone; made for each use, so that no other UNet stays in memory while one learns."""
     return Cascade(args.model, upscaler=args.upscaler, dtype=args.dtype, device=args.device, **options)
-
-
-def read_folder(folder: Path, side: int) -> Tensor:
-    """All images of a folder [N, 3, side, side] in [-1, 1]. Raises FileNotFoundError or ValueError, naming the file."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {folder}: --images names one with 3 to 5 images of the new thing")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no images ({' '.join(SUFFIXES)})")
-    return torch.cat([read_image(path, (side, side)) for path in paths])
 
 
 def class_images(args: Namespace) -> dict[str, Tensor]:
