@@ -80,6 +80,7 @@ class Cascade:
         """
         if str(model) == "tiny-if":
             model, upscaler = "tiny-if/I", upscaler or "tiny-if/II"
+        upscaler = "tiny-if/II" if str(upscaler) == "tiny-if" else upscaler
         if low_memory:
             check_accelerate()
             if compiled:

@@ -49,7 +49,7 @@ def load_unet(
     """The UNet of a folder or a Hub repository, in evaluation mode.
 
     source: a folder that holds unet/, as diffusers saves it; a Hub id such as "DeepFloyd/IF-I-M-v1.0"; or one of
-        SHIPPED, "tiny-if/I" and "tiny-if/II", the small model that comes with this package
+        SHIPPED, "tiny-if/I" (or "tiny-if") and "tiny-if/II", the small model that comes with this package
     variant: "fp16" or "bf16", as in diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
     pack: on the CPU, reorder the weights of convolutions for oneDNN at the first step, see `ifmodel.cpu`: faster, but
@@ -160,6 +160,7 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     patterns: the files to download, such as "config.json"; nothing else is
     Raises ValueError, in one line that says what to do, when the repository is out of reach.
     """
+    source = "tiny-if/I" if str(source) == "tiny-if" else source  # which has the text encoder
     if str(source) in SHIPPED:
         return SHIPPED[str(source)] / subfolder
     if Path(source).is_dir():

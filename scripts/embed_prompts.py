@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shared.options import add_device_options, add_low_memory_option, check_writable, parser, pick, run
 from shared.processes import num_processes, rank, share, wait
+from shared.stages import model_name
 
 from ifmodel.embeds import load_embeds, normalised, read_prompts, save_embeds
 from ifmodel.offload import check_accelerate
@@ -22,7 +23,7 @@ from ifmodel.text import embed_each, embed_prompts
 def main():
     options = parser(__doc__)
     help = "it holds tokenizer/ and text_encoder/"
-    options.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help=help)
+    options.add_argument("--model", required=True, type=model_name, metavar="FOLDER_OR_HUB_ID", help=help)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
     options.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     options.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")

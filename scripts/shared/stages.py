@@ -113,8 +113,7 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
         raise ValueError("--lora-scale is of --lora: give that, too")
     scales = args.lora_scale or [1.0]
     check_not_overwritten(args)
-    shipped = args.upscaler == "tiny-if" or (args.upscaler is None and args.model == MODEL)
-    upscaler = UPSCALER if shipped else args.upscaler
+    upscaler = UPSCALER if args.upscaler is None and args.model == MODEL else args.upscaler
     check_writable(out or args.out, ".png")
     args.visited = pick_timesteps(args)
     device, dtype = pick(args, float16=True)

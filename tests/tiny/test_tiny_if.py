@@ -161,6 +161,16 @@ def test_a_folder_of_that_name_is_not_needed_and_others_are_not_found(refused, t
     assert "give it as --upscaler" in line
 
 
+def test_the_short_name_will_do_wherever_a_model_is_named(run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    out = tmp_path / "embeds.safetensors"
+    status, _, err = run_script("embed_prompts", "--model", "tiny-if", "--prompt", "a dog", "--out", out)
+    assert status == 0, err
+    assert embed_prompts("tiny-if", ["a dog"])["a dog"].shape == (77, 128)
+    assert load_unet("tiny-if").config == load_unet("tiny-if/I").config
+    assert [stage.source for stage in Cascade("tiny-if/I", upscaler="tiny-if").stages] == ["tiny-if/I", "tiny-if/II"]
+
+
 def test_upscaler_none_leaves_stage_2_out(run_script, tmp_path):
     for more, side in (([], 128), (["--upscaler", "none"], 32)):
         out = tmp_path / f"{side}.png"
