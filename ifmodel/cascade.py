@@ -4,6 +4,8 @@ What it draws are `jobs`. It checks them before anything is computed, embeds the
 a time where both do not fit into the memory.
 """
 
+import difflib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from ddpm.estimates import ALWAYS
 from ddpm.memory import check_memory, free_memory
-from ddpm.sampling import Callback, noise_source, sample
+from ddpm.sampling import Callback, Step, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ifmodel.embeds import load_embeds, normalised
 from ifmodel.jobs import Job, Recipe, Stage
@@ -111,8 +113,19 @@ class Cascade:
         upscale: Callable[..., Tensor] = sample,
         **options,
     ) -> Tensor:
-        """Images [len(seeds), 3, H, W] in [-1, 1] on the CPU, each from its own seed: one `Job` of `draw_all`."""
-        return self.draw_all([Job(recipe, list(seeds), algorithm, timesteps, upscale)], **options)[0]
+        """Images [len(seeds), 3, H, W] in [-1, 1] on the CPU, each from its own seed: one `Job` of `draw_all`.
+
+        recipe: a prompt, a list with one for each seed, or a function of a `Stage`; algorithm, timesteps, upscale: see
+            `Job`
+        seeds: a list of numbers from 0 to 2^32 - 1, one for each image
+        options: those of `draw_all`. Most wanted are num_steps (1 to 1000) and guidance_scale (γ, 1 for none) of stage
+            1, upscaler_steps and upscaler_guidance_scale of stage 2, noise_level (0 to 999), sampler ("ddpm", "ddim",
+            "dpm++" or a step function), eta (0 to 1), negative_prompt, batch_size and progress
+        Raises TypeError for an option that there is not, and as `draw_all` does.
+        """
+        check_options(options)
+        seeds = seeds if isinstance(seeds, int) else list(seeds)
+        return self.draw_all([Job(recipe, seeds, algorithm, timesteps, upscale)], **options)[0]
 
     @torch.no_grad()
     def draw_all(
@@ -120,7 +133,7 @@ class Cascade:
         jobs: Sequence[Job],
         *,
         num_steps: int | None = None,
-        sampler: str = "ddpm",
+        sampler: str | Step = "ddpm",
         eta: float = 0.0,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = ALWAYS,
@@ -133,8 +146,9 @@ class Cascade:
     ) -> list[Tensor]:
         """Images [len(seeds), 3, H, W] in [-1, 1] of every job, on the CPU: all of stage 1, then all of stage 2.
 
-        sampler, eta: of stage 1, one of SAMPLERS; how much fresh noise ddim and dpm++ add. Stage 2 samples with ddpm,
-            of which few steps come closest to the original, see weights.md
+        sampler, eta: of stage 1, one of SAMPLERS, or a step function with its options bound, which visits IF's own
+            timesteps; how much fresh noise ddim and dpm++ add. Stage 2 samples with ddpm, of which few steps come
+            closest to the original, see weights.md
         guidance_interval: the first and last t with guidance in stage 1
         num_steps, guidance_scale, upscaler_steps, upscaler_guidance_scale, noise_level: the model's own when None
         An image depends on its own seed and prompt alone, up to the rounding of another batch size.
@@ -323,10 +337,20 @@ class Cascade:
         return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
 
 
-def check_settings(sampler: str, eta: float, guidance_interval: tuple[float, float], noise_level: int):
+def check_options(options: dict):
+    """Raises TypeError for an option of `Cascade.draw` that `Cascade.draw_all` has not."""
+    known = [name for name in inspect.signature(Cascade.draw_all).parameters if name not in ("self", "jobs")]
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            meant = f" (did you mean {nearest[0]}?)" if nearest else ""
+            raise TypeError(f"draw has no option {name}{meant}: there are {', '.join(known)}")
+
+
+def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[float, float], noise_level: int):
     """Raises ValueError for a setting that is out of its range."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    if sampler not in SAMPLERS and not callable(sampler):
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a step function, not {sampler!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta:g}")
     first, last = guidance_interval

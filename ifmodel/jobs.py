@@ -106,6 +106,8 @@ class Job:
     num_steps: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.seeds, int):
+            raise ValueError(f"seeds must be a list, of one for each image, such as [{self.seeds}], not {self.seeds}")
         if not len(self.seeds):
             raise ValueError("seeds must hold one for each image")
         if not isinstance(self.recipe, str) and not callable(self.recipe) and len(self.recipe) != len(self.seeds):

@@ -198,13 +198,13 @@ class StageFiles:
     settings: dict[str, float]
     vocabulary: dict | None  # what it can be asked for; None for anything
 
-    def step(self, sampler: str, eta: float) -> Step:
-        """One of SAMPLERS for this model."""
+    def step(self, sampler: str | Step, eta: float) -> Step:
+        """One of SAMPLERS for this model, or a step of one's own."""
         options = {"variance": self.variance} if sampler == "ddpm" else {"eta": eta} if eta else {}
-        return partial(SAMPLERS[sampler], **options)
+        return partial(SAMPLERS.get(sampler, sampler), **options)
 
 
-def spaced_timesteps(sampler: str, num_steps: int, eta: float = 0.0) -> list[int]:
+def spaced_timesteps(sampler: str | Step, num_steps: int, eta: float = 0.0) -> list[int]:
     """Which timesteps a sampler visits, noisiest first: DPM-Solver++ those of `log_snr_timesteps`, others IF's own.
 
     Chosen by their distance from the converged image, see scripts/evaluate/solvers.py.

@@ -1,5 +1,6 @@
 """`Cascade`: prompts in, images out, by any estimate and any loop; the same images as the scripts."""
 
+import re
 from functools import partial
 
 import numpy
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from ddpm.components import low_high_pass
-from ddpm.process import ddpm_step
+from ddpm.process import ddim_step, ddpm_step
 from ddpm.restoration import downscale, restore
 from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled, sdedit
 from ddpm.views import identity, vertical_flip
@@ -114,6 +115,15 @@ def test_the_sampler_is_that_of_stage_1(tiny, monkeypatch):
     assert sides == [32, 32]  # the third step is to the clean image
 
 
+def test_a_step_function_is_a_sampler():
+    small = Cascade("tiny-if/I", size=(16, 16))
+    few = {"seeds": [1], "num_steps": 3, "progress": False}
+    by_name = small.draw("a photo of a dog", sampler="ddim", eta=0.5, **few)
+    assert torch.equal(small.draw("a photo of a dog", sampler=partial(ddim_step, eta=0.5), **few), by_name)
+    assert torch.equal(small.draw("a photo of a dog", sampler=ddim_step, eta=0.5, **few), by_name)
+    assert not torch.equal(small.draw("a photo of a dog", sampler=ddim_step, **few), by_name)
+
+
 def test_in_float16_the_schedule_and_thresholding_stay_in_float32(monkeypatch):
     """Only the UNet computes in it: everything between its steps is float32, as is the image."""
     seen = set()
@@ -170,8 +180,12 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
         ("seeds must hold", {"recipe": "a dog", "seeds": []}),
         ("sampler must be one of", {"recipe": "a dog", "seeds": [1], "sampler": "euler"}),
         ("steps must be from 1 to 1000", {"recipe": "a dog", "seeds": [1], "num_steps": 1001}),
+        (r"seeds must be a list, .* such as \[1\], not 1", {"recipe": "a dog", "seeds": 1}),
     ):
         with pytest.raises(ValueError, match=told):
             tiny.draw(**arguments)
+    for name, told in (("steps", " (did you mean num_steps?): there are num_steps, sampler, eta"), ("x", ": there are")):
+        with pytest.raises(TypeError, match=re.escape(f"draw has no option {name}{told}")):
+            tiny.draw("a dog", seeds=[1], **{name: 3})
     with pytest.raises(ValueError, match="is a stage-2 model, not a stage-1 one"):
         Cascade("tiny-if/II")
