@@ -10,8 +10,6 @@ its own seed and label alone, so drawing more of them changes none.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from shared.figures import save_cells, save_gif, save_grid
@@ -31,12 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.files import save_tensors
-from ddpm.flow import flow_times
 from ddpm.memory import check_memory
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet
 from ddpm.mnist.checkpoint import load_model
-from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_step, visited_timesteps
-from ddpm.schedule import linear_schedule
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 
 MOST_ROWS = 40  # more are sampled and saved, but not shown
 
@@ -65,7 +61,7 @@ def main():
         check_writable(args.save, ".safetensors")
         check_not_overwritten(args, "save", ["weights"])
     model = load_model(args.weights, (ClassUNet, TimeUNet, ClassFlow, TimeFlow), device)
-    steps, draw = pick_sampling(model, args)
+    steps, draw = pick_sampling(model, args.steps, args.sampler, args.eta)
     by_class = isinstance(model, (ClassUNet, ClassFlow))
     if args.animate and args.per_class > 10:
         raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
@@ -86,7 +82,7 @@ def main():
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
         asked = labels if by_class else None
-        images = draw(model, asked, seeds, num_steps=steps, guidance_scale=args.guidance, callback=report)
+        images = draw(model, asked, seeds, guidance_scale=args.guidance, callback=report)
 
     title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
     if args.per_class > MOST_ROWS:
@@ -105,19 +101,6 @@ def main():
         described = {"seed": args.seed, "guidance_scale": args.guidance, "steps": steps, "weights": args.weights.name}
         save_tensors(args.save, saved, described)
         print(args.save)
-
-
-def pick_sampling(model: TimeUNet | TimeFlow, args: Namespace) -> tuple[int, Callable[..., Tensor]]:
-    """How many steps, and `sample_digits` or `sample_flow` with a sampler; refuses early what they would."""
-    if isinstance(model, TimeFlow):
-        steps, sampler = 50 if args.steps is None else args.steps, args.sampler or "euler"
-        pick_step(FLOW_SAMPLERS, sampler, args.eta)
-        flow_times(steps)
-        return steps, partial(sample_flow, sampler=sampler)
-    schedule, sampler = linear_schedule(model.num_timesteps), args.sampler or "ddpm"
-    pick_step(SAMPLERS, sampler, args.eta)
-    steps = len(visited_timesteps(schedule, args.steps, sampler, args.eta))
-    return steps, partial(sample_digits, schedule=schedule, sampler=sampler, eta=args.eta)
 
 
 def tiled(x: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
 from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
-from ddpm.schedule import Schedule, linspace_timesteps, log_snr_timesteps
+from ddpm.schedule import Schedule, linear_schedule, linspace_timesteps, log_snr_timesteps
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 FLOW_SAMPLERS = {"euler": euler_step, "heun": heun_step}
@@ -116,6 +116,26 @@ def sample_flow(
         x_1 = integrate(velocity, x_0, flow_times(num_steps), step=step, callback=report)
         images.append(x_1.clamp(0, 1).cpu())
     return torch.cat(images)
+
+
+def pick_sampling(
+    model: TimeUNet | TimeFlow, num_steps: int | None = None, sampler: str | None = None, eta: float = 0.0
+) -> tuple[int, Callable[..., Tensor]]:
+    """How many steps a model of either kind takes, and `sample_digits` or `sample_flow` with these options bound.
+
+    num_steps: when None, all timesteps of a DDPM, and 50 steps of a flow
+    sampler: when None, "ddpm", and "euler" of a flow
+    Raises ValueError as these do.
+    """
+    if isinstance(model, TimeFlow):
+        num_steps, sampler = 50 if num_steps is None else num_steps, sampler or "euler"
+        pick_step(FLOW_SAMPLERS, sampler, eta)
+        flow_times(num_steps)
+        return num_steps, partial(sample_flow, num_steps=num_steps, sampler=sampler)
+    schedule, sampler = linear_schedule(model.num_timesteps), sampler or "ddpm"
+    pick_step(SAMPLERS, sampler, eta)
+    steps = len(visited_timesteps(schedule, num_steps, sampler, eta))
+    return steps, partial(sample_digits, schedule=schedule, num_steps=num_steps, sampler=sampler, eta=eta)
 
 
 def encoded_once(model: Model, count: int) -> Model:

@@ -18,7 +18,6 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
@@ -32,13 +31,12 @@ from tqdm import tqdm
 
 from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.memory import check_memory
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits, sample_flow
+from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine, frechet_distance, measure_samples, train_judge
-from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS
+from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 from ddpm.mnist.training import SIGMAS, denoiser_error
-from ddpm.schedule import linear_schedule
 
 CHUNK = 100
 DRAWING = (ClassUNet, TimeUNet, ClassFlow, TimeFlow)
@@ -169,10 +167,7 @@ def files_of(how: Drawn, args: Namespace) -> dict[int, Path]:
 def draw_samples(how: Drawn, args: Namespace):
     """Draw samples k = 0 … of the digits k mod 10 from seeds seed + k, in chunks that are kept on disk."""
     model = load_model(how.weights, DRAWING, args.device)
-    if isinstance(model, TimeFlow):
-        draw = partial(sample_flow, sampler=how.sampler)
-    else:
-        draw = partial(sample_digits, schedule=linear_schedule(model.num_timesteps), sampler=how.sampler)
+    _, draw = pick_sampling(model, how.steps, how.sampler)
     files = share(list(files_of(how, args).items()), f"files of {CHUNK} samples")
     for start, path in tqdm(files, desc=f"γ = {how.guidance:g}", unit=f"{CHUNK} digits", disable=rank() > 0):
         if not path.exists():
@@ -180,7 +175,7 @@ def draw_samples(how: Drawn, args: Namespace):
             labels, seeds = [k % 10 for k in numbers], [args.seed + k for k in numbers]
             asked = labels if isinstance(model, (ClassUNet, ClassFlow)) else None
             with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
-                chunk = draw(model, asked, seeds, num_steps=how.steps, guidance_scale=how.guidance)
+                chunk = draw(model, asked, seeds, guidance_scale=how.guidance)
             save_tensors(path, {"images": chunk, "labels": torch.tensor(labels)}, {})
 
 
