@@ -1,42 +1,34 @@
-"""The judge and the Fréchet distance against closed forms."""
+"""What is measured of digits with a judge; here one that takes the brightest of ten pixels for the digit."""
 
 import pytest
 import torch
+from torch import nn
 
-from ddpm.mnist.data import load_mnist
-from ddpm.mnist.judge import examine, frechet_distance, train_judge
-from tests.conftest import DATA
-
-
-def gaussian(mean, scale, count=200_000):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 2, dtype=torch.float64, generator=generator) @ torch.tensor(scale).double() + mean
+from ddpm.mnist.judge import measure_samples
+from ddpm.mnist.training import denoiser_error
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form():
-    a, b = gaussian(0, [[1.0, 0.0], [0.0, 1.0]]), gaussian(2, [[3.0, 0.0], [0.0, 0.5]])
-    # ‖(2, 2)‖² + (1 - 3)² + (1 - 0.5)²
-    assert frechet_distance(a, b) == pytest.approx(8 + 4 + 0.25, rel=0.01)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a))
+class Reader(nn.Module):
+    last = nn.Identity()
+
+    def features(self, x):
+        return x.flatten(1)[:, :10]
 
 
-def test_frechet_distance_sees_correlation():
-    a, b = gaussian(0, [[1.0, 0.8], [0.0, 0.6]]), gaussian(0, [[1.0, 0.0], [0.0, 1.0]])
-    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])  # and that of b is the identity
-    expected = 2 + 2 - 2 * torch.linalg.eigvalsh(covariance).sqrt().sum().item()
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=0.03)
+def test_samples_are_confirmed_as_asked_and_near_to_themselves():
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    digits = images.flatten(1)[:, :10].argmax(1)
+    asked, real = digits.clone(), images.flatten(1)[:, :10].double()
+    asked[:10] = (asked[:10] + 1) % 10
+    measures, read = measure_samples(Reader(), images, asked, real)
+    assert torch.equal(read, digits) and measures["confirmed"] == 0.75
+    assert measures["fid"] == pytest.approx(0, abs=1e-6)
+    shifted, _ = measure_samples(Reader(), images, None, real[:20] + 1)  # of as many images, ten features moved by 1
+    alike, _ = measure_samples(Reader(), images, None, real[:20])
+    assert shifted.keys() == {"fid"} and shifted["fid"] == pytest.approx(10 + alike["fid"], abs=1e-6)
 
 
-def test_frechet_distance_of_few_samples_is_finite():
-    a = torch.randn(20, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert 0 < frechet_distance(a[:10], a[10:]) < float("inf")
-
-
-def test_a_judge_learns_even_from_500_digits():
-    images, labels = load_mnist(DATA, "train")
-    judge = train_judge(images, labels, batch_size=25)
-    test_images, test_labels = load_mnist(DATA, "test")
-    read, features = examine(judge, test_images / 255)
-    assert (read == test_labels).float().mean() > 0.8
-    assert features.shape == (100, 128) and features.dtype == torch.float64
+def test_the_error_of_doing_nothing_is_sigma_squared():
+    x = torch.rand(600, 1, 28, 28, generator=torch.Generator().manual_seed(0))  # more than a batch
+    assert denoiser_error(nn.Identity(), x, 0.5, seed=1) == pytest.approx(0.25, rel=0.01)
+    assert denoiser_error(torch.zeros_like, x, 0.5, seed=1) == pytest.approx(x.square().mean().item())
