@@ -177,12 +177,14 @@ def sdedit(
 
     i_start: 0 keeps least of the image, len(timesteps) - 1 nearly all of it
     The rest as in `iterative_denoise`. With i_start = N - int(N · strength) this is diffusers' IFImg2ImgPipeline.
-    Raises ValueError when i_start is not in the list. Source: SDEdit Algorithm 1, arXiv 2108.01073.
+    Raises ValueError when i_start is not in the list, or x_0 not of the noise's size.
+    Source: SDEdit Algorithm 1, arXiv 2108.01073.
     """
     if not 0 <= i_start < len(timesteps):
         raise ValueError(f"i_start must be from 0 to {len(timesteps) - 1}, the last index of the steps, not {i_start}")
-    timesteps = timesteps[i_start:]
-    x_t = add_noise(x_0, noise(), timesteps[0], schedule)
+    timesteps, eps = timesteps[i_start:], noise()
+    check_sizes(eps, x_0=x_0)
+    x_t = add_noise(x_0, eps, timesteps[0], schedule)
     return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, **loop)
 
 
@@ -207,14 +209,24 @@ def inpaint(
     Not diffusers' IFInpaintingPipeline, which shows the model the known pixels without any noise at every step; where
     nothing is known, the two agree. RePaint's Algorithm 1 prints the variance 1-ᾱ in line 5 where the
     standard deviation √(1-ᾱ) is meant.
-    Source: RePaint Algorithm 1, arXiv 2201.09865.
+    Raises ValueError when x_orig or mask is not of the noise's size. Source: RePaint Algorithm 1, arXiv 2201.09865.
     """
+    x_t = noise()
+    check_sizes(x_t, x_orig=x_orig, mask=mask)
 
     def put_back(x_prev: Tensor, t_prev: int) -> Tensor:
         return torch.where(mask > 0, x_prev, noised_to(x_orig, t_prev, schedule, noise))
 
     path = resampling_path(timesteps, jump_length, num_resamples)
-    return denoise_along(path, estimate, noise(), schedule, noise=noise, correct=put_back, **loop)
+    return denoise_along(path, estimate, x_t, schedule, noise=noise, correct=put_back, **loop)
+
+
+def check_sizes(x_t: Tensor, **images: Tensor):
+    """Raises ValueError for an image or a mask that is not of the height and width of what is sampled, x_t."""
+    for name, image in images.items():
+        (h, w), wanted = image.shape[-2:], x_t.shape[-2:]
+        if (h, w) != wanted:
+            raise ValueError(f"{name} is {h} × {w} (height × width), but what is sampled {wanted[0]} × {wanted[1]}")
 
 
 def noised_to(x_orig: Tensor, t: int, schedule: Schedule, noise: Noise) -> Tensor:
@@ -257,10 +269,12 @@ def inpaint_component(
 
     After every step, the component of x_t is that of x_orig noised to the timestep just reached. For a projection,
     such as the greys, the result's component is exactly that of x_orig; for a blur it is near.
-    The rest as in `iterative_denoise`. Source: Factorized Diffusion §3.5, arXiv 2404.11615.
+    The rest as in `iterative_denoise`. Raises as `inpaint` does. Source: Factorized Diffusion §3.5, arXiv 2404.11615.
     """
+    x_t = noise()
+    check_sizes(x_t, x_orig=x_orig)
 
     def put_back(x_prev: Tensor, t_prev: int) -> Tensor:
         return x_prev + keep.of(noised_to(x_orig, t_prev, schedule, noise) - x_prev)
 
-    return iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, correct=put_back, **loop)
+    return iterative_denoise(estimate, x_t, timesteps, schedule, noise=noise, correct=put_back, **loop)

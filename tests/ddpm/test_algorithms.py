@@ -1,6 +1,7 @@
 """Part A's algorithms on models whose answer is known: the exact eps for Gaussians and mixtures of them."""
 
 import math
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -473,6 +474,20 @@ def test_known_pixels_are_exact_in_the_end_and_noised_as_the_timestep_asks_befor
         alpha_cumprod = COSINE.alpha_cumprod(t)
         mean, variance = math.sqrt(alpha_cumprod) * x_orig[0, 0, :, 0], (1 - alpha_cumprod) * torch.eye(2).double()
         assert_moments(x_t[..., 0], mean, variance)
+
+
+def test_images_of_another_size_than_the_noise_are_refused():
+    noise, good, bad = gaussians(1, (3, 4, 4)), torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 6)
+    rest = {"timesteps": [9, 5, 0], "schedule": COSINE, "noise": noise}
+    for name, run in (
+        ("x_orig", partial(inpaint, x_orig=bad, mask=good[:, :1])),
+        ("mask", partial(inpaint, x_orig=good, mask=bad[:, :1])),
+        ("x_orig", partial(inpaint_component, x_orig=bad, keep=grey_colour()[0])),
+        ("x_0", partial(sdedit, x_0=bad, i_start=0)),
+    ):
+        told = f"{name} is 8 × 6 (height × width), but what is sampled 4 × 4"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            run(toy(0.1, 0.0), **rest)
 
 
 def test_where_nothing_is_known_inpainting_is_sampling():

@@ -184,7 +184,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
     ):
         with pytest.raises(ValueError, match=told):
             tiny.draw(**arguments)
-    for name, told in (("steps", " (did you mean num_steps?): there are num_steps, sampler, eta"), ("x", ": there are")):
+    for name, told in (("steps", " (did you mean num_steps?): there are num_steps, sampler"), ("x", ": there are")):
         with pytest.raises(TypeError, match=re.escape(f"draw has no option {name}{told}")):
             tiny.draw("a dog", seeds=[1], **{name: 3})
     with pytest.raises(ValueError, match="is a stage-2 model, not a stage-1 one"):
