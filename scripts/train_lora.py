@@ -15,6 +15,7 @@ Source: DreamBooth §3, arXiv 2208.12242; LoRA, arXiv 2106.09685.
 """
 
 import hashlib
+import warnings
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -130,9 +131,12 @@ def described(args: Namespace) -> dict:
 def draw_row(args: Namespace, images: Tensor):
     """row.png: the prompt's images before, from the same seeds after, and between them what was learned from."""
     seeds = range(args.seed, args.seed + SHOWN)
-    before, after = (
-        cascade_of(args, lora=lora).draw(args.prompt, seeds=seeds, num_steps=50) for lora in ((), args.out / FILES[0])
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* does not know")  # what it learned is new to the model before
+        before, after = (
+            cascade_of(args, lora=lora).draw(args.prompt, seeds=seeds, num_steps=50)
+            for lora in ((), args.out / FILES[0])
+        )
     shown = {"before": before, "training": images[:SHOWN], "after": after}
     labels = [label for label, part in shown.items() for _ in part]
     row = [image / 2 + 0.5 for part in shown.values() for image in part]

@@ -1,6 +1,7 @@
 """scripts/train_lora.py: what it learns from, that it stops, goes on and writes files that load; and bad input."""
 
 import os
+import shutil
 import signal
 import sys
 
@@ -62,6 +63,16 @@ def test_it_writes_a_lora_that_generate_draws_with(run_script, options, tmp_path
         status, _, err = run_script("generate", *more, *lora, "--out", tmp_path / f"{name}.png")
         assert status == 0, err
     assert Image.open(tmp_path / "plain.png").tobytes() != Image.open(tmp_path / "lora.png").tobytes()
+
+
+def test_no_warning_says_that_what_it_learned_is_unknown(run_script, options, tmp_path, recwarn):
+    model = shutil.copytree(options[1], tmp_path / "model")
+    (model / "vocabulary.json").write_text('{"things": {"a hat": {"aliases": [], "tags": []}}, "anything": []}')
+    options = [*options, "--model", model, "--steps", 1, "--class-prompt", "a cat", "--class-images", 1]
+    status, _, err = run_script("train_lora", *options)
+    assert status == 0, err
+    told = [str(warning.message) for warning in recwarn if "does not know" in str(warning.message)]
+    assert len(told) == 1 and "'a cat'" in told[0]
 
 
 def test_stopped_it_saves_and_goes_on_to_the_same_weights(monkeypatch, run_script, options, tmp_path):
