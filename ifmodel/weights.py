@@ -105,9 +105,10 @@ def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
     """The config of a model's UNet, without its weights. Raises as `load_unet` does."""
     path, config = read_json(source, "unet", "config.json", revision)
     if config is None:
-        raise FileNotFoundError(
-            f"{path.parent} has no config.json: {source} must hold unet/config.json and its weights"
-        )
+        trained = Path(source) / "model"
+        meant = f"did you mean {trained}?" if (trained / "unet" / "config.json").is_file() else ""
+        needed = meant or f"{source} must hold unet/config.json and its weights"
+        raise FileNotFoundError(f"{path.parent} has no config.json: {needed}")
     return UNetConfig.from_dict(config)
 
 

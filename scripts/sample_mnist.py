@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ddpm.files import save_tensors
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet
-from ddpm.mnist.checkpoint import load_model
+from ddpm.mnist.checkpoint import load_model, weights_file
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 
 MOST_ROWS = 40  # more are sampled and saved, but not shown
@@ -59,7 +59,8 @@ def main():
     check_writable(args.out, ".png")
     if args.save:
         check_writable(args.save, ".safetensors")
-        check_not_overwritten(args, "save", ["weights"])
+        read = Namespace(save=args.save, weights=weights_file(args.weights))  # of a run's folder, the file
+        check_not_overwritten(read, "save", ["weights"])
     model = load_model(args.weights, (ClassUNet, TimeUNet, ClassFlow, TimeFlow), device)
     steps, draw = pick_sampling(model, args.steps, args.sampler, args.eta)
     by_class = isinstance(model, (ClassUNet, ClassFlow))

@@ -33,16 +33,28 @@ def build(kind: type[nn.Module], **config) -> nn.Module:
     return kind(**config)
 
 
+def weights_file(path: str | Path) -> Path:
+    """The file that `load_model` reads: a file, that of a run's folder, or one of SHIPPED.
+
+    Raises FileNotFoundError when there is none.
+    """
+    path = SHIPPED.get(str(path), Path(path))
+    path = path / "weights.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}: name one, or one that is shipped ({', '.join(SHIPPED)})")
+    return path
+
+
 def load_model(
     path: str | Path, kind: type | tuple[type, ...] = nn.Module, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """The MNIST model of a weights file, or the last of a training state: float32, channels_last, evaluation mode.
 
-    path: a file, or the name of one of SHIPPED
+    path: a file, the folder of a run, or the name of one of SHIPPED
     kind: the class that it must be, such as `ClassUNet`, or several; a subclass does not do.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged or holds another model.
     """
-    path = SHIPPED.get(str(path), path)
+    path = weights_file(path)
     tensors, metadata = load_tensors(path)
     name = metadata.get("model")
     if not isinstance(name, str) or name not in MODELS:
@@ -73,7 +85,7 @@ def load_model(
 
 def load_start(path: str | Path, model: nn.Module) -> dict:
     """Put the weights of a file into a model of the same kind; returns the metadata. Raises as `load_model` does."""
-    loaded, metadata = load_model(path, type(model)), load_tensors(path)[1]
+    loaded, metadata = load_model(path, type(model)), load_tensors(weights_file(path))[1]
     if loaded.config != model.config:
         raise ValueError(f"{path} holds a model of {loaded.config}, not of {model.config}")
     if not all(type(metadata.get(name)) in (int, float) and metadata[name] >= 0 for name in ("epochs", "seconds")):

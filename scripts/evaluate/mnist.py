@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
-from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
+from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights, weights_file
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine, frechet_distance, measure_samples, train_judge
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
@@ -137,7 +137,7 @@ def arguments() -> Namespace:
     options.add_argument("--digits", type=positive, default=10_000, help=help)
     add_common_options(options, "out/evaluation")
     args = options.parse_args()
-    args.weights = SHIPPED.get(str(args.weights), args.weights)
+    args.weights = weights_file(args.weights)
     for curve in args.curves:
         if curve.rpartition(":")[2] not in (*SAMPLERS, *FLOW_SAMPLERS):
             raise ValueError(f"--curves are WEIGHTS:SAMPLER, such as {CURVES[0]}, not {curve}")

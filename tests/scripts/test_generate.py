@@ -204,6 +204,8 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
         assert r"the prompt 'caf\udce9' is not valid UTF-8" in said("--model", one, "--prompt", "caf\udce9")
         assert "float16 is for GPUs" in said("--model", one, "--device", "cpu", "--dtype", "float16")
     assert "has no config.json" in said("--model", tmp_path)
+    shutil.copytree(one, tmp_path / "run" / "model")
+    assert f"has no config.json: did you mean {tmp_path / 'run' / 'model'}?" in said("--model", tmp_path / "run")
     save_embeds(tmp_path / "null.safetensors", {"": torch.zeros(77, 24)})
     assert "nothing to draw" in refused(
         "generate", "--model", one, "--embeds", tmp_path / "null.safetensors", "--out", out

@@ -435,6 +435,7 @@ def test_weights_that_are_missing_damaged_or_of_another_model(sample, refused, w
         return sample("--weights", path)
 
     assert "no weights file at" in said(tmp_path / "nowhere.safetensors")
+    assert "no weights file at ddpm_clas: name one, or one that is shipped (denoiser, " in said("ddpm_clas")
     path = tmp_path / "weights.safetensors"
     path.write_text("not safetensors at all")
     assert "is no whole safetensors file" in said(path)
@@ -515,10 +516,12 @@ def test_closed_streams(tmp_path, closed):
         (tmp_path / "out.png").unlink(missing_ok=True)
 
 
-def test_weights_are_not_overwritten_by_what_they_draw(refused, weights):
-    path = weights["ClassUNet"]
-    before = path.read_bytes()
-    assert "would overwrite --weights" in refused("sample_mnist", "--weights", path, "--steps", 1, "--save", path)
+def test_weights_are_not_overwritten_by_what_they_draw(refused, weights, tmp_path):
+    before = weights["ClassUNet"].read_bytes()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(before)
+    for named in (path, tmp_path):  # the file, the run's folder
+        assert "would overwrite --weights" in refused("sample_mnist", "--weights", named, "--steps", 1, "--save", path)
     assert path.read_bytes() == before
 
 

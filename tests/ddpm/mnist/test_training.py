@@ -10,7 +10,7 @@ import torch
 from ddpm.files import load_tensors, save_tensors
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
-from ddpm.mnist.checkpoint import load_model
+from ddpm.mnist.checkpoint import load_model, load_start
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import (
     DDPM,
@@ -303,6 +303,8 @@ def test_the_weights_file_is_the_model_in_half_precision(digits, tmp_path):
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)
+    assert torch.equal(load_model(tmp_path).out.weight, loaded.out.weight)  # the run's folder will do
+    assert load_start(tmp_path, new_model())["epochs"] == 1
     metadata = load_tensors(tmp_path / "weights.safetensors")[1]
     assert metadata["epochs"] == 1 and metadata["digits"] == 500
     assert (tmp_path / "log.csv").read_text().startswith("epoch,mean_loss\n1,")
