@@ -64,7 +64,7 @@ def mask_of_file(path: str | Path, size: tuple[int, int], image: str | Path) -> 
     (h, w), (image_h, image_w) = size_of(path), size_of(image)
     if (h, w) != (image_h, image_w):
         how = "it is resized" if h * image_w == w * image_h else "its centre is laid over the image's"
-        notes.append(f"is {h} × {w} and the image {image_h} × {image_w}: {how}")
+        notes.append(f"is {h} × {w} and the image {image_h} × {image_w} (height × width): {how}")
     for note in notes:
         warnings.warn(f"the mask {path} {note}", stacklevel=2)  # once, however often it is read
     return torch.from_numpy(numpy.array(ImageOps.fit(hole, size[::-1], Image.Resampling.BOX)) > 127)

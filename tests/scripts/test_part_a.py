@@ -210,7 +210,7 @@ def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
     with pytest.warns(UserWarning) as notes:
         assert run_script("inpaint", *options)[0] == 0
     told = {str(note.message).partition("mask.png ")[2] for note in notes}
-    laid = "is 40 × 40 and the image 40 × 50: its centre is laid over the image's"
+    laid = "is 40 × 40 and the image 40 × 50 (height × width): its centre is laid over the image's"
     assert {"has greys: what is lighter than half is the hole", laid} <= told
     mask = read(tmp_path / "out_0_1.png")
     assert (mask[:8] == 255).all() and (mask[8:] == 0).all()
@@ -250,7 +250,7 @@ def test_a_turned_photo_has_a_turned_mask(tmp_path, recwarn):
 def test_a_smaller_mask_is_resized(tmp_path):
     Image.new("L", (160, 100)).save(tmp_path / "photo.png")
     Image.fromarray(blob(50, 80)).save(tmp_path / "mask.png")
-    with pytest.warns(UserWarning, match="is 50 × 80 and the image 100 × 160: it is resized"):
+    with pytest.warns(UserWarning, match=r"is 50 × 80 and the image 100 × 160 \(height × width\): it is resized"):
         mask = read_mask(str(tmp_path / "mask.png"), (50, 50), tmp_path / "photo.png")
     assert (mask[0, 0].bool().numpy() == blob(50, 80)[:, 15:65]).all()
 
