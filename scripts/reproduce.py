@@ -66,7 +66,7 @@ def main():
 
 def arguments() -> Namespace:
     options = parser(__doc__)
-    options.add_argument("--only", metavar="A7,A10", help="some of the experiments (default: all)")
+    options.add_argument("--only", nargs="+", metavar="A7,A10", help="some of the experiments (default: all)")
     options.add_argument("--fast", action="store_true", help="fewer images and steps")
     options.add_argument(
         "--model", type=model_name, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model (default: tiny-if/I, shipped)"
@@ -84,11 +84,11 @@ def arguments() -> Namespace:
     return options.parse_args()
 
 
-def choose(only: str | None) -> list[Experiment]:
-    """The experiments that --only names, such as "A7,A10". Raises ValueError when there is no such one."""
+def choose(only: Sequence[str] | None) -> list[Experiment]:
+    """The experiments that --only names, as A7,A10 or A7 A10. Raises ValueError when there is no such one."""
     if only is None:
         return EXPERIMENTS
-    wanted = [key.strip().upper() for key in only.split(",")]
+    wanted = " ".join(only).upper().replace(",", " ").split() or only  # "," names none, and is refused
     known = {key: experiment for experiment in EXPERIMENTS for key in experiment.keys}
     unknown = [key for key in wanted if key not in known]
     if unknown:

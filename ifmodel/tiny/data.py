@@ -272,7 +272,8 @@ def read_metadata(folder: str | Path) -> list[dict]:
     """The lines of a folder's metadata.jsonl. Raises as `load_captioned` does."""
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each image, file_name and text")
+        line = '{"file_name": "a.png", "text": "a circle"}'
+        raise FileNotFoundError(f"{folder} has no metadata.jsonl: it needs a line for each image, such as {line}")
     try:
         lines = read_small(path).decode("utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
     except UnicodeDecodeError as error:

@@ -60,7 +60,7 @@ def test_the_page_has_figures_sources_and_commands(run_script, tmp_path):
 
 
 def test_what_was_made_is_left_and_what_changed_is_made_again(run_script, tmp_path):
-    options = ["--only", "A1,A2", "--out", tmp_path]
+    options = ["--only", "A1", "a2", "--out", tmp_path]  # as A1,A2
     run_script("reproduce", *options)
     figures = [tmp_path / "A1" / "forward.png", tmp_path / "A2" / "blurred.png"]
     times = [figure.stat().st_mtime_ns for figure in figures]
@@ -126,7 +126,8 @@ def test_a_failure_does_not_stop_the_others(run_script, tmp_path):
 
 
 def test_refused(refused, tmp_path):
-    assert "there is no experiment 'A12'" in refused("reproduce", "--only", "A1,A12", "--out", tmp_path)
+    assert "there is no experiment 'A12'" in refused("reproduce", "--only", "A1,A12", "A2", "--out", tmp_path)
+    assert "there is no experiment ','" in refused("reproduce", "--only", ",", "--out", tmp_path)
     (tmp_path / "file").write_text("")
     assert "cannot write in" in refused("reproduce", "--out", tmp_path / "file")
 

@@ -563,7 +563,9 @@ def test_bad_folders_are_refused(refused, folder, tmp_path):
     (other / "metadata.jsonl").write_text("")
     assert "no captions" in told()
     (other / "metadata.jsonl").unlink()
-    assert "metadata.jsonl" in told()
+    line = told().partition("has no metadata.jsonl: it needs a line for each image, such as ")[2]
+    (other / "metadata.jsonl").write_text(line)
+    assert "lacks 1 images: a.png" in told()  # it is a line that can be read
     (other / "metadata.jsonl").write_text(good)
     assert "too small: 64 × 64" in told("--size", 128)
     assert "has no snow capped mountain" in told("--curated")
