@@ -15,7 +15,7 @@ import torch
 
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import load_model
-from ddpm.mnist.data import load_mnist
+from ddpm.mnist.data import load_mnist, one_of_each
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.sampling import check_finite
 
@@ -31,9 +31,8 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out / "b1_noising.png")
     model = load_model(args.weights, UNet, device)
-    images, labels = load_mnist(args.data, "test")
-    first_of_each = [(labels == digit).nonzero()[0].item() for digit in range(10) if digit in labels]
-    x = images[first_of_each].to(device) / 255
+    x, _ = one_of_each(*load_mnist(args.data, "test"))
+    x = x.to(device)
 
     noisy = {sigma: noisy_digits(x, sigma, args.seed) for sigma in SIGMAS}
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm.flow import interpolate
 from ddpm.mnist import ClassFlow, TimeFlow, load_model
-from ddpm.mnist.data import load_mnist
+from ddpm.mnist.data import load_mnist, one_of_each
 from ddpm.mnist.sampling import one_hot
 from ddpm.sampling import noise_source
 
@@ -36,9 +36,8 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out, ".png")
     model = load_model(args.weights, (ClassFlow, TimeFlow), device)
-    images, labels = load_mnist(args.data, "test")
-    digits = [digit for digit in range(10) if digit in labels]
-    x_1 = images[[(labels == digit).nonzero()[0].item() for digit in digits]].to(device) / 255
+    x_1, digits = one_of_each(*load_mnist(args.data, "test"))
+    x_1 = x_1.to(device)
     x_0 = noise_source(range(args.seed, args.seed + len(digits)), x_1.shape[1:], device)()
     conditioning = (one_hot(digits, device),) if isinstance(model, ClassFlow) else ()
 

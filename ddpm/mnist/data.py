@@ -42,3 +42,9 @@ def load_mnist(root: str | Path, split: str = "train", limit: int | None = None)
             f"unpacked: {', '.join(FILES)}"
         ) from None
     return images[:limit], labels[:limit]
+
+
+def one_of_each(images: Tensor, labels: Tensor) -> tuple[Tensor, list[int]]:
+    """Of what `load_mnist` returns, the first of every digit, [10, 1, 28, 28] in [0, 1], and which these are."""
+    digits = labels.unique().tolist()
+    return images[[(labels == digit).nonzero()[0].item() for digit in digits]] / 255, digits
