@@ -16,31 +16,27 @@ as JSON; --growth draws, beside it, what time and memory an image takes as there
 pixels, and for tiny what 1 to 1,000 prompts take of one and of two processes.
 """
 
-import gc
 import json
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.growth import draw_growth, growth
+from shared.costs import draw_growth, floor_of, growth, layers_alone, peak_memory
 from shared.options import SEED, add_device_options, check_writable, parser, pick, positive, run
 from shared.timing import SCRIPTS, compare, in_turns, run_measured, short, where
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
-from ifmodel.cpu import PackedConv2d
 from ifmodel.embeds import load_embeds, save_embeds
 from ifmodel.stage import generate, upscale
 from ifmodel.weights import SHIPPED
@@ -130,6 +126,11 @@ class Work:
     def load(self, pack: bool = False) -> UNet:
         return load_unet(self.root, self.dtype, self.device, pack=pack)
 
+    def step(self, unet: Callable) -> Callable:
+        """A step of our UNet, with the two halves of guidance."""
+        text = self.ours.encode_text(self.embeds)
+        return lambda: unet(self.x_t, 500, text, self.noise_level)
+
     def save_embeds(self) -> Path:
         """A file for --embeds, in which a prompt is called "something"."""
         path = Path(self.folder.name) / "embeds.safetensors"
@@ -171,13 +172,12 @@ def sides_of(work: Work) -> dict[str, tuple[Callable, Callable]]:
 
 def our_side(work: Work, unet: Callable) -> tuple[Callable, Callable]:
     """A step of our UNet, and --batch-size images from noise, for which the text's keys and values are computed."""
-    text = work.ours.encode_text(work.embeds)
     options = {"seeds": work.seeds, "num_steps": NUM_STEPS, "size": work.size, "guidance_scale": GUIDANCE_SCALE}
     if work.noise_level is None:
         draw = partial(generate, unet, work.prompt, work.null, **options)
     else:
         draw = partial(upscale, unet, work.small, work.prompt, work.null, noise_level=work.noise_level, **options)
-    return lambda: unet(work.x_t, 500, text, work.noise_level), draw
+    return work.step(unet), draw
 
 
 def their_side(work: Work, unet: Callable) -> tuple[Callable, Callable]:
@@ -267,70 +267,6 @@ def draw_their_image(root: str, embeds: str, out: str, device: str):
     prompt, null = (load_embeds(embeds)[name][None].to(dtype) for name in ("something", ""))
     options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
     their_pipeline(unet)(prompt_embeds=prompt, negative_prompt_embeds=null, **options).images[0].save(out)
-
-
-def floor_of(work: Work) -> dict[str, float]:
-    """The least time that a step could take on this machine, from what it reaches in the two simplest tasks."""
-    plain = work.load()  # the counter does not know packed ones
-    step = our_side(work, plain)[0]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        step()
-    a, b = (torch.randn(2048, 2048, device=work.device, dtype=work.dtype) for _ in range(2))
-    source = torch.randn(2**26, device=work.device)
-    target = torch.empty_like(source)
-    sides = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    matmul, copy = (min(times) for times in in_turns(sides, 20, work.device).values())
-    flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, 2 * source.nbytes / copy  # read, written
-    size = bytes_of(plain)
-    floor = {"gflop": flops / 1e9, "gflops": rate / 1e9, "gigabytes": size / 1e9, "gigabytes_per_s": bandwidth / 1e9}
-    floor["seconds"] = max(flops / rate, size / bandwidth)
-    compute = f"{floor['gflop']:.1f} GFLOP at {floor['gflops']:.0f} GFLOP/s"
-    memory = f"{floor['gigabytes']:.3f} GB of weights at {floor['gigabytes_per_s']:.1f} GB/s"
-    print(f"floor of a step: {1000 * floor['seconds']:.1f} ms ({compute}, {memory})")
-    return floor
-
-
-def bytes_of(unet: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in unet.parameters())
-
-
-@torch.no_grad()
-def layers_alone(work: Work, rounds: int, floor: float) -> dict[str, float]:
-    """Seconds of a step's convolutions and linear layers, one after another with nothing between them."""
-    kinds = {"convolutions": (PackedConv2d, nn.Conv2d), "linear layers": (nn.Linear,)}
-    calls = {name: [] for name in kinds}
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, inputs, name=name: calls[name].append((layer, inputs[0])))
-        for name, kind in kinds.items()
-        for module in work.ours.modules()
-        if isinstance(module, kind)
-    ]
-    our_side(work, work.ours)[0]()
-    for hook in hooks:
-        hook.remove()
-    sides = {name: lambda name=name: [layer(x) for layer, x in calls[name]] for name in kinds}
-    seconds = {name: median(times) for name, times in in_turns(sides, rounds, work.device).items()}
-    each = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
-    print(f"of a step, alone: {each}, together {sum(seconds.values()) / floor:.2f} × the floor")
-    return seconds
-
-
-@torch.no_grad()
-def peak_memory(work: Work, batches: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[str, float]:
-    """Bytes of a step with guidance on the GPU, beside the weights, for so many images at a time."""
-    found = {"weights": bytes_of(work.ours)}
-    for batch in batches:
-        x_t = work.x_t[:1].expand(2 * batch, -1, -1, -1)
-        text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(work.device)
-        torch.cuda.reset_peak_memory_stats(work.device)
-        work.ours(x_t, 500, text, work.noise_level)
-        found[str(batch)] = torch.cuda.max_memory_allocated(work.device) - before
-    each = ", ".join(f"{found[str(batch)] / 1e9:.2f} GB for {batch}" for batch in batches)
-    print(f"peak memory of a step: weights {found['weights'] / 1e9:.2f} GB, and more for images at a time: {each}")
-    return found
 
 
 if __name__ == "__main__":

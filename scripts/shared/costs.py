@@ -1,14 +1,16 @@
-"""What time and memory an image takes as there are more of them, more steps and more pixels: bench/unet.py --growth.
+"""What a step of bench/unet.py costs: the least that it could, its layers alone, memory, and how all of it grows.
 
 `work` is that script's: a model, its inputs and a folder.
 """
 
+import gc
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from shared.figures import save_figure
 from shared.options import SEED
@@ -16,11 +18,78 @@ from shared.timing import SCRIPTS, in_turns, run_measured, short
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ifmodel.cpu import PackedConv2d
 from ifmodel.stage import generate
 from ifmodel.tiny.captions import curated, with_article
 
 Lines = dict[str, dict[int, tuple[float, float]]]  # of a column of the figure, by name: seconds and GB for each x
+
+
+def floor_of(work) -> dict[str, float]:
+    """The least time that a step could take on this machine, from what it reaches in the two simplest tasks."""
+    plain = work.load()  # the counter does not know packed ones
+    step = work.step(plain)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step()
+    a, b = (torch.randn(2048, 2048, device=work.device, dtype=work.dtype) for _ in range(2))
+    source = torch.randn(2**26, device=work.device)
+    target = torch.empty_like(source)
+    sides = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    matmul, copy = (min(times) for times in in_turns(sides, 20, work.device).values())
+    flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, 2 * source.nbytes / copy  # read, written
+    size = bytes_of(plain)
+    floor = {"gflop": flops / 1e9, "gflops": rate / 1e9, "gigabytes": size / 1e9, "gigabytes_per_s": bandwidth / 1e9}
+    floor["seconds"] = max(flops / rate, size / bandwidth)
+    compute = f"{floor['gflop']:.1f} GFLOP at {floor['gflops']:.0f} GFLOP/s"
+    memory = f"{floor['gigabytes']:.3f} GB of weights at {floor['gigabytes_per_s']:.1f} GB/s"
+    print(f"floor of a step: {1000 * floor['seconds']:.1f} ms ({compute}, {memory})")
+    return floor
+
+
+def bytes_of(unet: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in unet.parameters())
+
+
+@torch.no_grad()
+def layers_alone(work, rounds: int, floor: float) -> dict[str, float]:
+    """Seconds of a step's convolutions and linear layers, one after another with nothing between them."""
+    kinds = {"convolutions": (PackedConv2d, nn.Conv2d), "linear layers": (nn.Linear,)}
+    calls = {name: [] for name in kinds}
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, inputs, name=name: calls[name].append((layer, inputs[0])))
+        for name, kind in kinds.items()
+        for module in work.ours.modules()
+        if isinstance(module, kind)
+    ]
+    work.step(work.ours)()
+    for hook in hooks:
+        hook.remove()
+    sides = {name: lambda name=name: [layer(x) for layer, x in calls[name]] for name in kinds}
+    seconds = {name: median(times) for name, times in in_turns(sides, rounds, work.device).items()}
+    each = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
+    print(f"of a step, alone: {each}, together {sum(seconds.values()) / floor:.2f} × the floor")
+    return seconds
+
+
+@torch.no_grad()
+def peak_memory(work, batches: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[str, float]:
+    """Bytes of a step with guidance on the GPU, beside the weights, for so many images at a time."""
+    found = {"weights": bytes_of(work.ours)}
+    for batch in batches:
+        x_t = work.x_t[:1].expand(2 * batch, -1, -1, -1)
+        text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(work.device)
+        torch.cuda.reset_peak_memory_stats(work.device)
+        work.ours(x_t, 500, text, work.noise_level)
+        found[str(batch)] = torch.cuda.max_memory_allocated(work.device) - before
+    each = ", ".join(f"{found[str(batch)] / 1e9:.2f} GB for {batch}" for batch in batches)
+    print(f"peak memory of a step: weights {found['weights'] / 1e9:.2f} GB, and more for images at a time: {each}")
+    return found
 
 
 @torch.no_grad()
