@@ -301,7 +301,7 @@ def hybrids(e: Evaluation, alike: bool) -> dict[str, float]:
     def recipe(pair, stage):
         return hybrid([stage.estimate(prompt) for prompt in pair], low_high_pass(SIGMA))
 
-    pairs, name = pairs_of(e, alike, identity()), f"hybrids_{'alike' if alike else 'random'}"
+    pairs, name = pairs_of(e, alike, identity()), f"hybrids_{SIGMA:g}_{'alike' if alike else 'random'}"
     return illusions(e, name, pairs, recipe, lambda x: [low_pass(x), judge.high_passed(x)], ["far", "near"])
 
 
