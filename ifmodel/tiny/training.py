@@ -94,12 +94,12 @@ class Batches(Dataset):
 
     def ahead(self, first: int, workers: int) -> Iterator[Batch]:
         """Those from step `first` on, drawn by so many processes; by this one if 0. Ctrl-C is this one's to handle."""
-        ignore = {"worker_init_fn": ignore_interrupts} if workers else {}
-        steps = range(first, self.recipe.steps)
-        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, **ignore))
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": ignore_signals}
+        return iter(DataLoader(self, sampler=range(first, self.recipe.steps), **options))
 
 
-def ignore_interrupts(worker: int):
+def ignore_signals(worker: int):
+    """In a process that draws batches: a stop is for the one that trains, which then ends this one."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
