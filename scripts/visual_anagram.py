@@ -44,6 +44,8 @@ def main():
     add_cascade_options(options, out="out/visual_anagram.png", stride=30)
     args = options.parse_args()
     names = args.view or ["identity", "vertical_flip"]
+    if len(names) < 2:
+        raise ValueError(f"{names[0]} alone makes no illusion: give another --view, such as identity or vertical_flip")
     pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS
     groups = grouped(args.prompt, len(names)) if args.prompt else pairs
     if any(len(group) != len(names) for group in groups):

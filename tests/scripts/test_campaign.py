@@ -228,7 +228,7 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("inpaint", ["--mask", "face", "--mask", "face"], "give one --mask"),
     ("inpaint", ["--resamples", 1_000_000], "steps are too many"),
     ("inpaint", ["--prompt", "a", "--prompt", "b"], "give one --prompt"),
-    ("visual_anagram", ["--view", "identity"], ""),  # two pairs of one
+    ("visual_anagram", ["--view", "rotate_90"], "rotate_90 alone makes no illusion: give another --view"),
     ("visual_anagram", ["--prompt", "a third"], "give a --prompt for each --view"),
     ("hybrid_image", ["--components", "three_bands"], "give 3 --prompt"),
     ("hybrid_image", ["--sigma", 0], "'0' is not above 0"),
