@@ -170,7 +170,7 @@ def anagram(
 
 
 def turned_back(estimate: Estimate, view: View) -> Estimate:
-    """The estimate of x_t seen in a view, mapped back."""
+    """The estimate of x_t as it is seen in a view, mapped back to how x_t lies."""
 
     def seen(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
         eps, v = estimate(view.view(x_t), t)

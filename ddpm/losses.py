@@ -15,7 +15,7 @@ def ddpm_loss(
 ) -> Tensor:
     """L_simple, ‖eps - eps_θ(x_t, t)‖² at a random t for each image, the mean over pixels.
 
-    x_0: [B, 1, 28, 28]; conditioning: what the model takes after x_t and t, such as (c,) with c [B, 10].
+    x_0: [B, C, H, W]; conditioning: what the model takes after x_t and t, such as (c,) with c [B, 10].
     Source: DDPM eq. 14, arXiv 2006.11239.
     """
     t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator, device=x_0.device)

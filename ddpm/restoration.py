@@ -1,8 +1,8 @@
 """Restoration of degraded images by a model that was never trained for it.
 
 An image x was seen through a linear operator, y = A x: without colours, with a hole, smaller, or all of these. Any
-x̂_0 can be made to fit y without touching what y does not tell, x̂_0 - A⁺ (A x̂_0 - y), and `restore` does so at every
-step. Operators take images [B, C, H, W] whose sides divide evenly. Source: DDNM, arXiv 2212.00490.
+x̂_0 can be corrected to match y without changing what y does not determine, x̂_0 - A⁺ (A x̂_0 - y), and `restore` does so
+at every step. Operators take images [B, C, H, W] whose sides divide evenly. Source: DDNM, arXiv 2212.00490.
 """
 
 import math
@@ -117,14 +117,14 @@ def restore(
 
 
 @dataclass(frozen=True)
-class Lost:
-    """What images [B, 3, S, S] have lost: colours, details, and what was in a hole; and their restoration by a cascade.
+class Degradation:
+    """How images [B, 3, S, S] are degraded: without colours, smaller, with a hole, noisy; and how to restore them.
 
-    grey: whether they lost their colours; n: details, so that the means of n × n pixels are left
+    grey: whether the colours are lost; n: the means of n × n pixels are left
     mask: the hole, [1, 1, S/n, S/n], or None; noise_std: of what is seen
 
-    y = lost.seen(x, seed=1)
-    cascade.draw(prompt, lost.restoring(y, (32, 32)), upscale=lost.restoring(y, (128, 128)), seeds=[1])
+    y = degradation.degrade(x, seed=1)
+    cascade.draw(prompt, degradation.restorer(y, (32, 32)), upscale=degradation.restorer(y, (128, 128)), seeds=[1])
     """
 
     grey: bool = False
@@ -137,13 +137,13 @@ class Lost:
         n, mask = n or self.n, self.mask if mask is None else mask
         return chain(*[grey()] * self.grey, downscale(n), *([] if mask is None else [hole(mask)]))
 
-    def seen(self, x: Tensor, seed: int) -> Tensor:
+    def degrade(self, x: Tensor, seed: int) -> Tensor:
         """What is seen of images x, y [B, 1 or 3, S/n, S/n]; of the hole nothing, not even noise."""
         y = self.operator().of(x)
         y = y + self.noise_std * noise_source([seed], y.shape[1:])()
         return y if self.mask is None else hole(self.mask).of(y)
 
-    def restoring(self, y: Tensor, size: Sequence[int], **options) -> Callable[..., Tensor]:
+    def restorer(self, y: Tensor, size: Sequence[int], **options) -> Callable[..., Tensor]:
         """`restore` for a stage that draws images of this size (h, w), which may be smaller than y."""
         h = size[0]
         if h >= y.shape[-2]:
@@ -153,7 +153,7 @@ class Lost:
         options |= {"operator": self.operator(1, mask), "noise_std": self.noise_std / r}
         return partial(restore, y=F.avg_pool2d(y, r), **options)
 
-    def without_a_model(self, y: Tensor, size: Sequence[int]) -> Tensor:
+    def baseline(self, y: Tensor, size: Sequence[int]) -> Tensor:
         """Bicubic, in grey if colours are lost, and grey in the hole: what the restoration should be better than."""
         return F.interpolate(y, tuple(size), mode="bicubic").clamp(-1, 1).expand(-1, 3, -1, -1)
 

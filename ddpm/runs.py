@@ -104,7 +104,7 @@ class Run:
         return {**self.described, "dtype": str(self.dtype).removeprefix("torch."), "seconds": round(seconds, 1)}
 
     def save(self):
-        """Write the state, then the other files, each whole or not at all."""
+        """Write the state, then the other files, each atomically."""
         if not self.leads:
             return
         tensors = self.tensors | {"losses": self.losses[: self.step]}

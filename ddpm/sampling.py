@@ -35,7 +35,7 @@ from ddpm.schedule import CLEAN, Schedule
 
 Step = Callable[[Tensor, Prediction, int, int, Schedule, Tensor], Tensor]  # options are bound with functools.partial
 Noise = Callable[[], Tensor]  # a fresh z [B, C, H, W] at each call, see `noise_source`
-MOST_STEPS = 1_000_000  # of one image
+MAX_STEPS = 1_000_000  # of one image
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, t, x_t, x̂_0), after each step
 
 
@@ -240,8 +240,8 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
         raise ValueError(f"jump_length and num_resamples must be at least 1, not {jump_length} and {num_resamples}")
     if not timesteps:
         raise ValueError("there are no timesteps to visit")
-    if len(timesteps) * num_resamples > MOST_STEPS:
-        raise ValueError(f"{num_resamples} times {len(timesteps)} steps are too many, at most {MOST_STEPS}")
+    if len(timesteps) * num_resamples > MAX_STEPS:
+        raise ValueError(f"{num_resamples} times {len(timesteps)} steps are too many, at most {MAX_STEPS}")
     check_falling(timesteps)
     stops = [*timesteps, CLEAN]
     for first in range(0, len(timesteps), jump_length):

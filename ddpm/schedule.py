@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CLEAN = -1  # the timestep of the clean image
-MOST_TIMESTEPS = 1_000_000
+MAX_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,10 @@ def log_snr_timesteps(
     N - 1 and those of `skipped`, and the timesteps nearest to the cuts are visited; of several cuts at one timestep,
     the last has it, and those before it the next noisier ones.
 
-    scale: cut arctan(e^(-λ/scale)) instead, which is like λ around 0 and takes longer steps towards both ends; this is
-        ours, for solvers without noise
-    skipped: how many of the steps are not taken at the noisy end, where x̂_0 is hardly more than the mean of all images
-        (a list of one timestep skips none there, of two at most one), and at the clean end, where it is the image
-        already
+    scale: cut evenly in arctan(e^(-λ/scale)) instead, with longer steps towards both ends: ours, for solvers without
+        noise
+    skipped: steps left out at the noisy end, where x̂_0 is hardly more than the mean of all images (at most N - 1), and
+        at the clean end, where it is the image already
     A schedule that ends before λ = -5.1 begins at its own end. scripts/evaluate/solvers.py measures the distance from
     the converged image, by which both were chosen. Raises ValueError for more steps than timesteps.
     Source: DPM-Solver §3.3 and appendix D, arXiv 2206.00927.
@@ -158,8 +157,8 @@ def log_snr_timesteps(
 
 def check_num_timesteps(num_timesteps: int, least: int = 1):
     """Raises ValueError for a T that no schedule has."""
-    if type(num_timesteps) is not int or not least <= num_timesteps <= MOST_TIMESTEPS:
-        raise ValueError(f"a schedule needs from {least} to {MOST_TIMESTEPS} timesteps, not {num_timesteps!r}")
+    if type(num_timesteps) is not int or not least <= num_timesteps <= MAX_TIMESTEPS:
+        raise ValueError(f"a schedule needs from {least} to {MAX_TIMESTEPS} timesteps, not {num_timesteps!r}")
 
 
 def _check_steps(num_steps: int, num_timesteps: int):

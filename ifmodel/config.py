@@ -11,7 +11,7 @@ from typing import get_args
 RESNET_BLOCKS = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 ATTENTION_BLOCKS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
 ACTIVATIONS = ("gelu", "silu", "swish")
-MOST_LAYERS = 1000  # whose modules take their time even without memory
+MAX_LAYERS = 1000  # whose modules take their time even without memory
 TEXT_GROUPS = 32  # of the GroupNorm that each attention layer has for the text
 
 # What IF's models have in common: each field with the values that the UNet implements
@@ -223,8 +223,8 @@ class UNetConfig:
                     check_kind("config.json", field.name, part, kind, "this UNet")
 
     def _check_divisibility(self):
-        if sum(self.layers_per_block) > MOST_LAYERS:
-            raise ValueError(f"config.json has {sum(self.layers_per_block)} layers, this UNet at most {MOST_LAYERS}")
+        if sum(self.layers_per_block) > MAX_LAYERS:
+            raise ValueError(f"config.json has {sum(self.layers_per_block)} layers, this UNet at most {MAX_LAYERS}")
         if self.encoder_hid_dim % self.addition_embed_type_num_heads:
             dim, heads = self.encoder_hid_dim, self.addition_embed_type_num_heads
             raise ValueError(f"config.json has an encoder_hid_dim of {dim}, which does not divide into {heads} heads")

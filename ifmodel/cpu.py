@@ -1,4 +1,4 @@
-"""What is computed in another way on the CPU, since it is faster there: attention, GroupNorm, packed convolutions.
+"""Faster ways to compute attention, GroupNorm and convolutions on CPUs.
 
 Packing: oneDNN, which computes torch's convolutions on x86 CPUs, wants weights in an order of its own, and puts them in
 that order again at every call. On small images with many channels that takes longer than the convolution: laid out

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm.files import first_line, reading, write_atomically
 from ddpm.memory import check_memory, free_memory
-from ifmodel.config import MOST_LAYERS
+from ifmodel.config import MAX_LAYERS
 from ifmodel.embeds import NUM_TOKENS, normalised
 from ifmodel.lora import merge_lora
 from ifmodel.lora_files import LoRA
@@ -180,7 +180,7 @@ def load_encoder(
     files = _encoder_files(folder, variant)
     with reading(folder, "T5 encoder"):
         config = T5Config.from_pretrained(folder)
-        if not 1 <= config.num_layers <= MOST_LAYERS:
+        if not 1 <= config.num_layers <= MAX_LAYERS:
             raise ValueError(f"config.json has {config.num_layers} layers")
         with torch.device("meta"):
             encoder = T5EncoderModel(config).to(dtype).eval()

@@ -22,10 +22,10 @@ betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
 alphas_cumprod = (1 - betas).cumprod(0)
 
 
-def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
+def sample(model, text, null, guidance_scale, timesteps, max_threshold, x_t, noise):
     """Denoise x_t through the timesteps; model(x_t, t, text) is eps and v, concatenated."""
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        # classifier-free guidance, eq. 6: eps_u + γ (eps_c - eps_u); v is of the conditional half
+        # classifier-free guidance, eq. 6: eps_u + γ (eps_c - eps_u); v is that of the conditional pass
         eps, v = model(x_t, t, text).chunk(2, dim=1)
         if guidance_scale != 1:
             eps_u, _ = model(x_t, t, null).chunk(2, dim=1)
@@ -34,7 +34,7 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
         # x̂_0 (DDPM eq. 15), dynamically thresholded (Imagen §2.3)
         a_bar, a_bar_prev = alphas_cumprod[t].item(), alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
         x_0 = (x_t - math.sqrt(1 - a_bar) * eps) / math.sqrt(a_bar)
-        s = x_0.abs().flatten(1).quantile(0.95, dim=1).clamp(1, maximum).view(-1, 1, 1, 1)
+        s = x_0.abs().flatten(1).quantile(0.95, dim=1).clamp(1, max_threshold).view(-1, 1, 1, 1)
         x_0 = x_0.clamp(-s, s) / s
         if t_prev < 0:
             return x_0
@@ -48,31 +48,31 @@ def sample(model, text, null, guidance_scale, timesteps, maximum, x_t, draw):
         beta_tilde = max((1 - a_bar_prev) / (1 - a_bar) * beta, 1e-20)
         frac = (v + 1) / 2
         log_variance = frac * math.log(beta) + (1 - frac) * math.log(beta_tilde)
-        x_t = mean + (0.5 * log_variance).exp() * draw()
+        x_t = mean + (0.5 * log_variance).exp() * noise()
 
 
 @torch.no_grad()
 def main(prompt: str, path: str, seed: int = 0, steps: int = 50, upscaler_steps: int = 6, noise_level: int = 50):
     embeds = embed_prompts("tiny-if/I", [prompt, ""])
 
-    def stage(name, size, steps, guidance_scale, maximum, small=None):
+    def stage(name, size, steps, guidance_scale, max_threshold, small=None):
         unet, generator = load_unet(name), torch.Generator().manual_seed(seed)
 
-        def draw():
+        def noise():
             return torch.randn(1, 3, size, size, generator=generator)
 
-        x_T, low_res, level = draw(), None, ()
+        x_T, low_res, level = noise(), None, ()
         if small is not None:  # stage 2 sees stage 1's image, upscaled and noised, and the noise level (§2.4)
             a_bar, level = alphas_cumprod[noise_level].item(), (noise_level,)
             low_res = F.interpolate(small, (size, size), mode="bilinear", align_corners=True)
-            low_res = math.sqrt(a_bar) * low_res + math.sqrt(1 - a_bar) * draw()
+            low_res = math.sqrt(a_bar) * low_res + math.sqrt(1 - a_bar) * noise()
 
         def model(x_t, t, text):
             return unet(x_t if low_res is None else torch.cat([x_t, low_res], dim=1), t, text, *level)
 
         text, null = (unet.encode_text(embeds[p][None]) for p in (prompt, ""))
         timesteps = [1000 // steps * k for k in range(steps)][::-1]
-        return sample(model, text, null, guidance_scale, timesteps, maximum, x_T, draw)
+        return sample(model, text, null, guidance_scale, timesteps, max_threshold, x_T, noise)
 
     small = stage("tiny-if/I", 32, steps, 2.0, 1.5)
     image = stage("tiny-if/II", 128, upscaler_steps, 1.0, 1.0, small)

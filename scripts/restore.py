@@ -24,7 +24,7 @@ from shared.stages import add_cascade_options, open_cascade, settings_of
 import torch
 import torch.nn.functional as F
 
-from ddpm.restoration import Lost, check_operator, psnr
+from ddpm.restoration import Degradation, check_operator, psnr
 from ifmodel.jobs import Job
 
 TASKS = ("colour", "upscale", "fill", "all")
@@ -41,13 +41,13 @@ def main():
     for image, prompt in zip(args.image, args.prompt, strict=True):
         x = read_image(image, size)
         for task in args.task:
-            lost = lost_by(task, image, size, args)
-            check_operator(lost.operator(), tuple(x.shape[1:]))
-            y = lost.seen(x, args.seed)
-            stages = [lost.restoring(y.to(cascade.device), stage_size) for stage_size in (cascade.sizes[0], size)]
+            degradation = degradation_of(task, image, size, args)
+            check_operator(degradation.operator(), tuple(x.shape[1:]))
+            y = degradation.degrade(x, args.seed)
+            stages = [degradation.restorer(y.to(cascade.device), stage_size) for stage_size in (cascade.sizes[0], size)]
             jobs.append(Job(prompt, [args.seed], partial(stages[0], **resampling), args.visited, stages[1], num_steps))
             shown = F.interpolate(y, tuple(size), mode="nearest").expand(-1, 3, -1, -1)
-            rows.append([shown[0], lost.without_a_model(y, size)[0], x[0]])
+            rows.append([shown[0], degradation.baseline(y, size)[0], x[0]])
             labels.append(f"{task}:\n{prompt}")
     restored = cascade.draw_all(jobs, **settings_of(args))
     rows = [[seen, without, result[0], x] for (seen, without, x), result in zip(rows, restored, strict=True)]
@@ -74,11 +74,11 @@ def arguments() -> Namespace:
     return args
 
 
-def lost_by(task: str, image: str, size: Sequence[int], args: Namespace) -> Lost:
+def degradation_of(task: str, image: str, size: Sequence[int], args: Namespace) -> Degradation:
     """What a task takes away from an image of this size."""
     n = args.factor if task in ("upscale", "all") else 1
     mask = read_mask(args.mask, (size[0] // n, size[1] // n), image) if task in ("fill", "all") else None
-    return Lost(task in ("colour", "all"), n, mask, args.noise)
+    return Degradation(task in ("colour", "all"), n, mask, args.noise)
 
 
 if __name__ == "__main__":

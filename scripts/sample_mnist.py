@@ -34,7 +34,7 @@ from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet
 from ddpm.mnist.checkpoint import load_model, weights_file
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 
-MOST_ROWS = 40  # more are sampled and saved, but not shown
+MAX_ROWS = 40  # more are sampled and saved, but not shown
 
 
 def arguments() -> Namespace:
@@ -86,14 +86,14 @@ def main():
         images = draw(model, asked, seeds, guidance_scale=args.guidance, callback=report)
 
     title = f"γ = {args.guidance:g}, " * by_class + f"{steps} steps, seed {args.seed}"
-    if args.per_class > MOST_ROWS:
-        title += f", the first {MOST_ROWS} of {args.per_class}"
+    if args.per_class > MAX_ROWS:
+        title += f", the first {MAX_ROWS} of {args.per_class}"
     if args.animate:
         shown = [tiled(x, args.per_class) for x in [*frames, images]]
         save_gif(args.out.with_suffix(".gif"), shown, [80] * len(frames) + [3000])
         names = [*(f"after {k * every} steps" for k in range(len(frames))), f"after {steps} steps"]
         save_cells(args.out.with_stem(f"{args.out.stem}_steps"), [shown], column_labels=names, seed=args.seed)
-    rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MOST_ROWS]
+    rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MAX_ROWS]
     names = [str(digit) for digit in range(10)] if by_class else []
     save_grid(args.out, rows, column_labels=names, title=title, seed=args.seed)
     print(args.out)

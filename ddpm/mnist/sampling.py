@@ -144,5 +144,5 @@ def encoded_once(model: Model, count: int) -> Model:
 
 
 def one_hot(labels: Sequence[int], device: torch.device) -> Tensor:
-    """Digits as what the class-conditioned UNets are told, [B, 10]."""
+    """Labels as one-hot rows, [B, 10]."""
     return F.one_hot(torch.tensor(labels), NUM_CLASSES).float().to(device)

@@ -200,8 +200,8 @@ EXPERIMENTS = [
         (sample, guided),
         f"sample {TWENTY}",
         {
-            "samples.png": "Of each prompt: above γ = 1, below with guidance; the same noise in each column. “A high "
-            "quality photo” names no thing: some of these are things, some nearly.",
+            "samples.png": "For each prompt: γ = 1 above, with guidance below; columns share their noise. “A high "
+            "quality photo” names no thing, so some results are only nearly things.",
         },
         fast=QUICK,
     ),
@@ -304,8 +304,8 @@ EXPERIMENTS = [
     Experiment(
         "B4",
         "A time-conditioned DDPM",
-        "Twenty epochs; the model is told how noisy its image is, and nothing else. The loss and the digits after "
-        "epoch 5 are from the training, the others were drawn now.",
+        "Twenty epochs, conditioned on the timestep alone. The loss and the digits after epoch 5 are from the "
+        "training, the others were drawn now.",
         r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
         (ddpm_loss, TimeUNet),
         "sample_mnist --weights ddpm_time --steps 100",
@@ -329,9 +329,8 @@ EXPERIMENTS = [
     Experiment(
         "B6",
         "Flow matching",
-        "Since 2025 the assignment trains a velocity instead of an eps, on the straight way from noise, t = 0, to a "
-        "digit, t = 1. B1 to B3 are the same in all of them. This flow is told the time alone, as B4 is; weights.md "
-        "says what averaged weights do for it.",
+        "The assignment's editions since 2025 train a velocity instead of an eps, on the straight path from noise, "
+        "t = 0, to a digit, t = 1; their B1 to B3 are the same. Conditioned on the time alone, as in B4.",
         r"x_t = (1 - t)\, x_0 + t\, x_1, \quad L = \mathbb{E}\; || (x_1 - x_0) - u_\theta(x_t, t) ||^2",
         (interpolate, flow_loss, TimeFlow),
         "sample_mnist --weights flow_time",
