@@ -15,6 +15,7 @@ from torch import Tensor
 
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # that weights may be stored in
 LARGEST_TEXT = 100_000_000  # bytes of a text or JSON file
+POINTER = b"version https://git-lfs"
 
 
 def write_atomically(path: str | Path, content: bytes):
@@ -119,7 +120,16 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no {kind}, or is damaged: {first_line(error)}") from None
+        reason = "it only names the file for Git LFS: run `git lfs pull`" if is_pointer(path) else first_line(error)
+        raise ValueError(f"{path} is no {kind}, or is damaged: {reason}") from None
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in the place of a large one."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def read_small(path: Path) -> bytes:

@@ -110,7 +110,7 @@ def open_image(path: str | Path, least: tuple[int, int]) -> Image.Image:
     Raises ValueError when it is no image, or has more pixels than the memory holds.
     """
     Image.MAX_IMAGE_PIXELS = None  # the memory is asked instead
-    with reading(path, "image"):
+    with reading(path, "image that Pillow reads"):
         image = Image.open(path)
         image.draft("RGB", least[::-1])
         (w, h), copies = image.size, 40 if image.mode.startswith(("I", "F")) else 16  # bytes a pixel, of all copies

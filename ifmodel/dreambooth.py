@@ -3,6 +3,7 @@
 Source: DreamBooth §3, arXiv 2208.12242; LoRA, arXiv 2106.09685.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,19 @@ WARMUP = 20  # steps in which the learning rate rises
 
 
 def read_folder(folder: Path, side: int) -> Tensor:
-    """All images of a folder [N, 3, side, side] in [-1, 1]. Raises FileNotFoundError or ValueError, naming the file."""
+    """All images of a folder [N, 3, side, side] in [-1, 1]; warns of what it leaves out, such as a phone's .heic.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: it should hold 3 to 5 images of the new thing")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"{folder} has no images ({' '.join(SUFFIXES)})")
+    if left := [path.name for path in files if path not in paths]:
+        named = f"{', '.join(left[:5])}{', …' if len(left) > 5 else ''}"
+        warnings.warn(f"{folder}: {named} {'is' if len(left) == 1 else 'are'} left out", stacklevel=2)
     return torch.cat([read_image(path, (side, side)) for path in paths])
 
 

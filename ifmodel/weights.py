@@ -109,7 +109,10 @@ def load_config(source: str | Path, revision: str | None = None) -> UNetConfig:
         meant = f"did you mean {trained}?" if (trained / "unet" / "config.json").is_file() else ""
         needed = meant or f"{source} must hold unet/config.json and its weights"
         raise FileNotFoundError(f"{path.parent} has no config.json: {needed}")
-    return UNetConfig.from_dict(config)
+    try:
+        return UNetConfig.from_dict(config)
+    except ValueError as error:  # such as Stable Diffusion's upscaler, IF's own third stage
+        raise ValueError(f"{source} is no IF model of a kind that is implemented here: {error}") from None
 
 
 def read_json(source: str | Path, subfolder: str, name: str, revision: str | None = None) -> tuple[Path, dict | None]:

@@ -49,7 +49,7 @@ class Run:
         if self.status == 2 and (len(lines) != 1 or left or not self.err.endswith(f"{lines[0]}\n")):
             return f"refused with {[path.name for path in files]} and {self.err[-1500:]!r}"
         silent = self.command[0] in ("bench/mnist", "bench/training")  # which only print
-        silent = silent or self.command[-1].startswith("--out=..")
+        silent = silent or self.command[-1].startswith(("--out=..", "--out=~"))
         if self.status == 0 and not ((files or silent) and all(map(is_whole, files))):
             return f"wrote {[path.name for path in files]}"
         if expected is not None and expected not in (lines[0] if self.status else ""):

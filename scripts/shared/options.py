@@ -21,6 +21,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line; the usage is in --help."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # ~ as the shell does, which leaves it in --out=~/dog.png and would have a folder of that name made
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         for argument in sys.argv[1:] if args is None else args:
             if argument.startswith("--") and argument.endswith("=--"):  # of which argparse makes an empty list

@@ -85,6 +85,13 @@ def test_other_fields_are_still_refused():
         UNetConfig.from_dict({**config, "dropout_of_ours": 0.5})
 
 
+def test_stable_diffusion_is_refused_by_its_name(tmp_path):
+    (tmp_path / "unet").mkdir()
+    UNet2DConditionModel(block_out_channels=(32, 32, 32, 32)).save_config(tmp_path / "unet")
+    with pytest.raises(ValueError, match=f"^{tmp_path} is no IF model of a kind that is implemented here: config"):
+        load_unet(tmp_path)
+
+
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", None])
 def test_a_fixed_variance_is_diffusers(run_script, cascade, tmp_path, variance_type):  # noqa: F811
     """As DreamBooth saves it: the UNet still gives v, which is not used. None leaves the field out: fixed_small."""

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw
 
+from ddpm.files import load_tensors
+from ifmodel.dreambooth import read_folder
 from ifmodel.tiny.data import load_captioned
 from shared.figures import save_grid
 from shared.images import read_image, read_mask
@@ -164,3 +166,22 @@ def test_a_training_reads_every_range_too(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "ramp.png", "text": "a ramp"}')
     data = load_captioned(tmp_path, 16)
     torch.testing.assert_close(data.images[0, 0].numpy(), (RAMP * 255).round().astype(numpy.uint8), atol=1, rtol=0)
+
+
+def test_a_folder_of_a_phone_says_what_is_left_out(tmp_path, recwarn):
+    """Its .heic, of which Pillow knows nothing; and not what macOS and its like leave beside each file."""
+    for name in ("IMG_1.HEIC", "._IMG_2.JPG", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "IMG_2.JPG")
+    assert read_folder(tmp_path, 8).shape == (1, 3, 8, 8)
+    assert [str(warning.message) for warning in recwarn.list] == [f"{tmp_path}: IMG_1.HEIC is left out"]
+    with pytest.raises(ValueError, match="HEIC is no image that Pillow reads"):
+        read_image(tmp_path / "IMG_1.HEIC", (8, 8))
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    path = tmp_path / "dog.png"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for read in (lambda: read_image(path, (8, 8)), lambda: load_tensors(path)):
+        with pytest.raises(ValueError, match="it only names the file for Git LFS: run `git lfs pull`"):
+            read()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
 from ddpm.sampling import noise_source
 from ddpm.schedule import linear_schedule
-from shared.options import pick_dtype, run
+from shared.options import add_output_options, parser, pick_dtype, run
 from tests.conftest import DATA, ROOT, settled
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
@@ -544,3 +545,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert error.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tilde_is_home_even_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parser("")
+    add_output_options(options, "out.png")
+    assert options.parse_args(["--out=~/dog.png"]).out == Path("/home/me/dog.png")
