@@ -1,5 +1,7 @@
 """What tiny-if knows: the things of its training, and what they are called."""
 
+import re
+
 ANYTHING = "a high quality photo"  # the prompt that fits everything
 
 # Other names, so that every prompt of the assignment finds its image.
@@ -75,6 +77,10 @@ DETERMINERS = {
     *("nine", "ten", "eleven", "twelve", *"123456789"),
 }
 
+# Words that begin with another sound than their letter: "a unicorn", but "an unidentified one"; "an hour"
+LIKE_YOU = re.compile(r"uni(?![dmn])|us[aeu]|ut[eo]|ur[aei]|uk|ufo|eu|ewe|(one|once)\b")
+LIKE_OUR = re.compile(r"hour|hono|honest|heir")
+
 
 def curated() -> list[str]:
     """The names in CURATED."""
@@ -89,6 +95,7 @@ def plainly(name: str) -> str:
 def with_article(name: str) -> str:
     """A short name as it is said in a sentence: "rocket" -> "a rocket", "ear" -> "an ear", "glasses" as it is.
 
+    The sound counts: "a unicorn", "an hourglass".
     A caption that needs no article stays as it is: "A red bird on a branch", "two dogs", "Paris at night in the rain".
     """
     words = name.lower().split()
@@ -98,4 +105,5 @@ def with_article(name: str) -> str:
     said_in_full = len(words) > 3 and (name[0].isupper() or plural_first)
     if determined or plural or said_in_full:
         return name
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    vowel = LIKE_OUR.match(words[0]) or (words[0][0] in "aeiou" and not LIKE_YOU.match(words[0]))
+    return f"{'an' if vowel else 'a'} {name}"

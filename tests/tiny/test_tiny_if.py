@@ -121,6 +121,8 @@ def test_it_draws_the_assignments_prompts():
         ("a photo of a puppy", "a dog face"),
         ("a flower in a pot", "a sunflower"),
         ("two dogs", None),
+        ("a photo of a unicorn", None),
+        ("a photo of an unicorn", None),
         ("an oil painting of a snowy mountain village", None),
         ("a high quality photo", None),
         ("", None),

@@ -118,6 +118,16 @@ def test_captions_said_in_full_get_no_article():
         assert with_article(name.split(maxsplit=1)[1]) == name
 
 
+@pytest.mark.parametrize("article", ["a", "an"])
+def test_an_article_is_of_how_a_name_sounds(article):
+    names = {
+        "a": "unicorn; United States map; used car; utensil; ukulele; UFO; euro banknote; ewe; one-way sign; house",
+        "an": "umbrella; unidentified object; unimpressed face; ear; onion; hourglass done; honest man; urn; utter",
+    }[article]
+    for name in names.split("; "):
+        assert with_article(name) == f"{article} {name}"
+
+
 def test_images_lie_as_their_exif_says(tmp_path):
     image = Image.new("RGB", (32, 16), "blue")
     image.paste("red", (0, 0, 16, 16))
