@@ -1,13 +1,18 @@
 """Animations: an image that turns from one view to the next, and one that recedes and returns."""
 
+import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
+from ddpm.figures import to_bytes
+from ddpm.files import write_atomically
 from ddpm.views import View
 
 FRAMES = 24
@@ -73,3 +78,12 @@ def recede(image: Tensor) -> tuple[list[Tensor], list[int]]:
         )[0]
         frames.append(frame)
     return frames, [1500 if k in (0, FRAMES) else 60 for k in range(len(frames))]
+
+
+def save_gif(path: str | Path, frames: Sequence[Tensor], milliseconds: Sequence[int]):
+    """Write images [3, H, W] in [0, 1] as an animation that repeats, each shown for so long."""
+    images = [Image.fromarray(to_bytes(frame)) for frame in frames]
+    buffer = io.BytesIO()
+    rest = {"append_images": images[1:], "duration": list(milliseconds), "loop": 0}
+    images[0].save(buffer, format="gif", save_all=True, **rest)
+    write_atomically(path, buffer.getvalue())

@@ -8,11 +8,11 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 
 from pathlib import Path
 
-from shared.figures import save_grid
 from shared.options import add_data_option, add_output_options, check_writable, parser, pick_device, run
 
 import torch
 
+from ddpm.figures import save_grid
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import load_model
 from ddpm.mnist.data import load_mnist, one_of_each

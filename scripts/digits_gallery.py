@@ -15,7 +15,6 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from shared.figures import save_grid
 from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
+from ddpm.figures import save_grid
 from ddpm.files import write_atomically
 from ddpm.mnist import ClassUNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model

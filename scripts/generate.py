@@ -19,11 +19,11 @@ for each GPU, or several on the CPU, and each draws its share of the batches: th
 
 from pathlib import Path
 
-from shared.figures import save_image, save_table
 from shared.folder import draw_folder
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of
 
+from ddpm.figures import save_image, save_table
 from ddpm.schedule import leading_timesteps
 from ifmodel.jobs import Job, parse_prompt
 from ifmodel.stage import SCHEDULE
@@ -55,11 +55,11 @@ def main():
     jobs = [Job(parse_prompt(prompt, args.null_prompt), seeds, timesteps=args.visited) for prompt in prompts]
     rows = draw(cascade, jobs, args)
     if len(rows) == len(seeds) == 1:
-        save_image(args.out, rows[0][0] / 2 + 0.5, args.seed)
-        print(args.out)
+        save_image(args.out, rows[0][0] / 2 + 0.5, seed=args.seed)
     else:
         columns = [f"seed {seed}" for seed in seeds]
         save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
+    print(args.out)
 
 
 def draw_steps_grid(args):
@@ -79,6 +79,7 @@ def draw_steps_grid(args):
     rows = draw(cascade, jobs, args)
     labels = [f"{num_steps} steps" for num_steps in args.steps_grid]
     save_table(args.out, rows, row_labels=labels, column_labels=prompts, seed=args.seed)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ First row: x_t at every 5th step from --i-start, and the result. Second row: the
 step and all steps make of the same noisy image. x_t and x̂_0 of every step are written, too, as OUT_steps_ROW_STEP.png.
 """
 
-from shared.figures import save_cells, save_table
 from shared.images import read_image
 from shared.noisy import add_image_option
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, from_index, open_cascade, settings_of
 
+from ddpm.figures import save_cells, save_table
 from ddpm.process import add_noise
 from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
 
@@ -53,8 +53,10 @@ def main():
     labels = [*labels[:: args.every], "result"]
     names = ["original", f"noisy, t = {timesteps[0]}", "blur", "one step", "iterative"]
     save_table(args.out, [first], column_labels=labels, title="iterative denoising", seed=args.seed)
+    print(args.out)
     compared = args.out.with_stem(f"{args.out.stem}_compared")
     save_table(compared, [second], column_labels=names, title="the same noisy image, denoised", seed=args.seed)
+    print(compared)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ its own seed and label alone, so drawing more of them changes none.
 from argparse import Namespace
 from pathlib import Path
 
-from shared.figures import save_cells, save_gif, save_grid
 from shared.options import (
     add_common_options,
     check_not_overwritten,
@@ -28,6 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm.animation import save_gif
+from ddpm.figures import save_cells, save_grid
 from ddpm.files import save_tensors
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet
@@ -90,7 +91,9 @@ def main():
         title += f", the first {MAX_ROWS} of {args.per_class}"
     if args.animate:
         shown = [tiled(x, args.per_class) for x in [*frames, images]]
-        save_gif(args.out.with_suffix(".gif"), shown, [80] * len(frames) + [3000])
+        gif = args.out.with_suffix(".gif")
+        save_gif(gif, shown, [80] * len(frames) + [3000])
+        print(gif)
         names = [*(f"after {k * every} steps" for k in range(len(frames))), f"after {steps} steps"]
         save_cells(args.out.with_stem(f"{args.out.stem}_steps"), [shown], column_labels=names, seed=args.seed)
     rows = images.view(10, args.per_class, *images.shape[1:]).transpose(0, 1)[:MAX_ROWS]

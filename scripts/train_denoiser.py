@@ -11,12 +11,12 @@ uninterrupted run on the same CPU with as many threads.
 
 from functools import partial
 
-from shared.figures import save_grid
 from shared.options import parser, run
 from shared.training import add_digits_options, train_digits
 
 import torch
 
+from ddpm.figures import save_grid
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.data import load_mnist

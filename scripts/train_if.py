@@ -28,7 +28,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from shared.figures import save_grid
 from shared.options import LARGEST, parser, pick_device, pick_dtype, positive, positive_number, run
 from shared.processes import num_processes
 from shared.stages import MODEL, UPSCALER
@@ -38,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpm.figures import save_grid
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
 from ifmodel.text import Tokenizer

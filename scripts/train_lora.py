@@ -20,7 +20,6 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from shared.figures import save_grid
 from shared.options import number, parser, pick, positive, positive_number, run
 from shared.stages import MODEL, UPSCALER, model_name
 from shared.training import add_run_options, check_run, end_training
@@ -28,6 +27,7 @@ from shared.training import add_run_options, check_run, end_training
 import torch
 from torch import Tensor
 
+from ddpm.figures import save_grid
 from ddpm.files import load_tensors, save_tensors
 from ddpm.memory import check_memory
 from ddpm.runs import STATE, check_same
@@ -140,8 +140,7 @@ def draw_row(args: Namespace, images: Tensor):
     shown = {"before": before, "training": images[:SHOWN], "after": after}
     labels = [label for label, part in shown.items() for _ in part]
     row = [image / 2 + 0.5 for part in shown.values() for image in part]
-    zoom = max(1, 96 // images.shape[-1])
-    save_grid(args.out / "row.png", [row], column_labels=labels, title=args.prompt, zoom=zoom, seed=args.seed)
+    save_grid(args.out / "row.png", [row], column_labels=labels, title=args.prompt, seed=args.seed)
     print(args.out / "row.png")
 
 

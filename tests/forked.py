@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 SECONDS, MEMORY = 180, 2e9  # that a run may take, on a busy core too
 PRELOADED = ["torch", "torchvision", "transformers.models.t5.modeling_t5", "sentencepiece", "tests.forked"]
-PRELOADED += ["shared.figures", "ddpm.animation", "shared.images", "shared.stages", "matplotlib.figure"]
+PRELOADED += ["ddpm.figures", "ddpm.animation", "shared.images", "shared.stages", "matplotlib.figure"]
 PRELOADED += ["ifmodel.dreambooth", "ifmodel.tiny.training", "ddpm.mnist", "torchvision.datasets", "diffusers"]
 SERVER = get_context("forkserver")
 

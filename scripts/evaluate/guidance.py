@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.evaluation import get_judge, identity_of
-from shared.figures import save_curves
 from shared.options import add_data_option, add_output_options, check_writable, number, parser, positive, run
 from shared.processes import rank, share, wait
 from shared.stages import MODEL
@@ -30,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
+from ddpm.figures import save_curves
 from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_atomically
 from ddpm.memory import check_memory
 from ddpm.mnist import sample_digits

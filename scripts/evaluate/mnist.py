@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.figures import save_curves, save_grid
 from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
 from shared.processes import rank, share, wait
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm.figures import save_curves, save_grid
 from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet

@@ -31,7 +31,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.evaluation import FAST, Evaluation, Sampler
-from shared.figures import save_curves
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
 from shared.options import add_common_options, check_writable, number, parser, positive, run
 from shared.processes import check_shares, gathered, num_processes, rank
@@ -44,6 +43,7 @@ from tqdm import tqdm
 
 from ddpm.components import low_high_pass, low_pass
 from ddpm.estimates import REDUCTIONS
+from ddpm.figures import save_curves
 from ddpm.files import fingerprint
 from ddpm.memory import check_memory
 from ddpm.mnist.judge import frechet_distance

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from shared.figures import save_figure
 from shared.options import SEED
 from shared.timing import SCRIPTS, in_turns, run_measured, short
 
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.figures import save_figure
 from ifmodel.cpu import PackedConv2d
 from ifmodel.stage import generate
 from ifmodel.tiny.captions import curated, with_article

@@ -5,13 +5,13 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 
-from shared.figures import save_grid
 from shared.options import pick, pick_dtype
 from shared.processes import gathered, num_processes, rank, wait
 
 import torch
 from torch import Tensor
 
+from ddpm.figures import save_grid
 from ddpm.files import check_tensors, fingerprint, load_tensors, save_tensors, write_atomically
 from ifmodel import Cascade
 from ifmodel.jobs import Job

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.figures import save_image
 from shared.processes import rank, share
 from shared.stages import open_cascade, settings_of
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ddpm.figures import save_image
 from ifmodel import Cascade
 from ifmodel.embeds import read_prompts
 from ifmodel.jobs import Job, parse_prompt
@@ -70,7 +70,7 @@ def draw_batches(cascade: Cascade, batches: Sequence[Sequence[Wanted]], args: Na
     jobs = [job for batch in batches for job in jobs_of(batch, args)]
     images = torch.cat(cascade.draw_all(jobs, **settings_of(args), progress=False))
     for one, image in zip(itertools.chain(*batches), images, strict=True):
-        save_image(one.path, image / 2 + 0.5, one.seed, [one.prompt], settings)
+        save_image(one.path, image / 2 + 0.5, seed=one.seed, labels=[one.prompt], metadata={"Settings": settings})
 
 
 def jobs_of(batch: Sequence[Wanted], args: Namespace) -> list[Job]:

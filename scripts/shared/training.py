@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shared.figures import save_grid, save_loss_curve
 from shared.options import add_common_options, add_data_option, check_writable, number, pick, positive
 
 import torch
 from torch import Tensor, nn
 
+from ddpm.figures import save_grid, save_loss_curve
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import Recipe, fit
 from ddpm.runs import STATE, check_folder

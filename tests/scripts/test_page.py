@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from ddpm.figures import save_cells
 from shared.experiments import EXPERIMENTS, Made
-from shared.figures import save_cells
 from shared.page import LivePage, write_page
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)

@@ -1,7 +1,7 @@
 """The scripts of Part A, end to end on a small random cascade, and what they refuse."""
 
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy
 import pytest
@@ -13,9 +13,7 @@ from ddpm.sampling import iterative_denoise, noise_source
 from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, spaced_timesteps, stage_1
 from ifmodel.text import embed_each, embed_prompts
-from shared.figures import save_grid
 from shared.images import read_image, read_mask
-from shared.labels import text_size, wrapped
 from tests.ifmodel.test_text import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
@@ -69,12 +67,11 @@ def draw(run_script, tmp_path, name, *options, cells: list[str], size: int = 16)
 @pytest.fixture
 def labels(run_script, monkeypatch, tmp_path):
     """labels("name", "--option", value, …) -> the labels of the rows in the script's table."""
-    from shared import figures
 
     def run(*arguments) -> list[str]:
         told = {}
         with monkeypatch.context() as patched:
-            patched.setattr(figures, "save_table", lambda path, rows, **options: told.update(options, rows=rows))
+            patched.setattr("ddpm.figures.save_table", lambda path, rows, **options: told.update(options, rows=rows))
             status, _, err = run_script(*arguments, "--out", tmp_path / "out.png")
         assert status == 0, err
         assert len(told["rows"]) == len(told["row_labels"])
@@ -433,28 +430,6 @@ def test_a7_rows_of_several_images_are_told_apart(labels, model):
     assert labels("sdedit", *options, "--image", "face", "--prompt", "a") == ["a"]
     told = [f"{image}:\n{prompt}" for image in ("face", "rocket") for prompt in "ab"]
     assert labels("sdedit", *options, "--image", "face", "--image", "rocket", "--prompt", "a", "--prompt", "b") == told
-
-
-def test_labels_fill_the_width_they_have():
-    text = "a photo of a hamburger, noisy, t = 690, i_start = 10"
-    lines = wrapped(text, 130).split("\n")
-    assert " ".join(lines).replace("\u00a0", " ") == text
-    assert lines[2:] == ["noisy,", "t\u00a0=\u00a0690,", "i_start\u00a0=\u00a010"]  # "x = 1" is never cut
-    assert all(text_size(line)[0] <= 130 for line in lines)
-    assert all(text_size(f"{line} {after.split(' ')[0]}")[0] > 130 for line, after in pairwise(lines))
-    assert wrapped("one two\nthree", 1000) == "one two\nthree"
-
-
-def test_labels_touch_no_image_and_leave_no_gap(tmp_path):
-    red, tall = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 32, 32), "a row that is\ntall" + " and tall" * 12
-    labels = {"row_labels": ["a row", tall], "column_labels": ["i_start = 10", "an incomprehensibility"]}
-    save_grid(tmp_path / "grid.png", [[red] * 2] * 2, **labels, title="both", zoom=2, seed=0)
-    pixels = read(tmp_path / "grid.png")
-    images = (pixels == [255, 0, 0]).all(-1)
-    assert images.sum() == 4 * 64 * 64  # apart from each other, nothing on them
-    ink, left, top = pixels.max(-1) < 200, images.any(0).argmax(), images.any(1).argmax()
-    assert not ink[images.any(1), left - 5 : left].any() and not ink[top - 5 : top, images.any(0)].any()
-    assert all(10 <= edge <= 25 for edge in (ink.any(0).argmax(), ink.any(1).argmax()))
 
 
 def test_a11_keeping_the_greys_of_an_image(run_script, tmp_path, model, photo):

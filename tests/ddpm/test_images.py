@@ -1,22 +1,14 @@
-"""Images and masks as people have them: values of other ranges, transparency, labels in any script."""
-
-import time
-import warnings
+"""Images and masks as people have them: values of other ranges, transparency, more pixels than fit."""
 
 import numpy
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw
 
 from ddpm.files import load_tensors
+from ddpm.images import read_image, read_mask
 from ifmodel.dreambooth import read_folder
 from ifmodel.tiny.data import load_captioned
-from shared.figures import save_grid
-from shared.images import read_image, read_mask
-from shared.labels import characters, readable, text_size, warn_of_missing
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
 RANGES = {
@@ -93,60 +85,6 @@ def test_what_was_erased_is_the_hole_where_the_colours_are_no_mask(tmp_path, col
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     found = read_mask(str(tmp_path / "mask.png"), (64, 64), tmp_path / "mask.png")
     assert (found[0, 0].bool().numpy() == (numpy.asarray(disc()) > 127)).all()
-
-
-@pytest.fixture
-def unseen():
-    """What labels.py remembers of fonts and warnings, forgotten before and after."""
-    for remembered in (readable, characters, text_size, warn_of_missing):
-        remembered.cache_clear()
-    yield
-    for remembered in (readable, characters, text_size, warn_of_missing):
-        remembered.cache_clear()
-
-
-def ink(text: str, **font) -> numpy.ndarray:
-    figure = Figure(figsize=(1, 1), dpi=100)
-    figure.text(0.3, 0.3, text, fontsize=30, parse_math=False, **font)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return numpy.asarray(canvas.buffer_rgba())[..., 0]
-
-
-def test_labels_take_a_font_that_has_the_character(unseen):
-    """Ⓐ, which DejaVu Sans lacks and STIXGeneral, which comes with matplotlib, has; beside letters of the former."""
-    assert "Ⓐ" not in characters(findfont("DejaVu Sans")) and "Ⓐ" in characters(findfont("STIXGeneral"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        text, fonts = readable("Ⓐ")
-        assert text == "Ⓐ" and fonts[0] == "sans-serif"
-        assert readable("a dog")[1] == ["sans-serif"]
-        drawn = ink(text, family=fonts)
-        assert any((drawn == ink("Ⓐ", family=[font])).all() for font in fonts[1:])
-        assert (ink("a", family=fonts) == ink("a")).all()
-
-
-def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.labels.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
-    prompts = ["a photo of 一只狗", "🚀 雪山村庄 " * 20]
-    image = torch.zeros(3, 8, 8)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            save_grid(tmp_path / "grid.png", [[image], [image]], row_labels=prompts, column_labels=["x = 1"])
-    assert ["no font here has" in str(warning.message) for warning in warned] == [True]
-    assert readable("a 狗") == ("a \ufffd", ["sans-serif"])
-    with Image.open(tmp_path / "grid.png") as figure:
-        assert figure.text["Description"] == "\n".join([*prompts, "x = 1"])
-
-
-def test_a_label_of_many_words_is_cut_and_the_metadata_has_them_all(tmp_path):
-    prompt, image = "word " * 8000, torch.zeros(3, 8, 8)
-    begun = time.process_time()
-    save_grid(tmp_path / "grid.png", [[image]], row_labels=[prompt])
-    assert time.process_time() - begun < 5  # uncut it takes more than 20
-    with Image.open(tmp_path / "grid.png") as figure:
-        assert figure.text["Description"] == prompt and figure.height < 2000
 
 
 def test_pixels_are_bounded_by_memory(tmp_path, monkeypatch):
