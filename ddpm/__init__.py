@@ -4,5 +4,6 @@ Read in this order: `schedule` (how much noise at which timestep), `process` (on
 `estimates` (guidance, and anagrams and hybrids with their `views` and `components`), `sampling` (the loop, and the
 algorithms), `restoration` (one more of them), `losses`, `flow` (straight paths instead of a schedule), then `mnist`.
 `runs` saves and resumes trainings, `files` reads and writes, `images` reads images and masks, `figures` shows and saves
-labelled images (`labels`: their fonts), `animation` shows an illusion in motion, `memory` refuses what does not fit.
+labelled images (`labels`: their fonts), `animation` shows an illusion in motion, `devices` finds the fastest that there
+is, `processes` share work under torchrun, `memory` refuses what does not fit.
 """

@@ -8,10 +8,11 @@ noisy and denoised; the denoiser was trained at σ = 0.5 alone).
 
 from pathlib import Path
 
-from shared.options import add_data_option, add_output_options, check_writable, parser, pick_device, run
+from shared.options import add_data_option, add_output_options, check_writable, parser, run
 
 import torch
 
+from ddpm.devices import pick_device
 from ddpm.figures import save_grid
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import load_model

@@ -9,11 +9,12 @@ it is open which digit it will be; near t = 1 the noise is hard to see, and so i
 
 from pathlib import Path
 
-from shared.options import add_data_option, add_output_options, check_writable, number, parser, pick_device, run
+from shared.options import add_data_option, add_output_options, check_writable, number, parser, run
 
 import torch
 from torch import Tensor
 
+from ddpm.devices import pick_device
 from ddpm.figures import save_grid
 from ddpm.flow import interpolate
 from ddpm.mnist import ClassFlow, TimeFlow, load_model

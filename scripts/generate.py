@@ -19,12 +19,14 @@ for each GPU, or several on the CPU, and each draws its share of the batches: th
 
 from pathlib import Path
 
-from shared.folder import draw_folder
 from shared.options import parser, positive, run
-from shared.stages import add_cascade_options, draw, open_cascade, prompts_of
+from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, settings_of
 
 from ddpm.figures import save_image, save_table
+from ddpm.processes import rank
 from ddpm.schedule import leading_timesteps
+from ifmodel.embeds import read_prompts
+from ifmodel.folder import draw_folder
 from ifmodel.jobs import Job, parse_prompt
 from ifmodel.stage import SCHEDULE
 
@@ -45,7 +47,7 @@ def main():
             raise ValueError("--prompts has all prompts, and an image of each: leave --prompt and --steps-grid")
         if args.out == options.get_default("out"):
             args.out = args.out.with_suffix("")
-        return draw_folder(args)
+        return draw_prompts(args)
     if args.steps_grid:
         return draw_steps_grid(args)
 
@@ -60,6 +62,19 @@ def main():
         columns = [f"seed {seed}" for seed in seeds]
         save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
     print(args.out)
+
+
+def draw_prompts(args):
+    """--num-images of every line of --prompts, into the folder --out."""
+    if args.out.suffix == ".png":
+        raise ValueError(f"--prompts fills a folder with images: --out names it, and {args.out} would be a file")
+    prompts, seeds = read_prompts(args.prompts), range(args.seed, args.seed + args.num_images)
+    if not prompts:
+        raise ValueError(f"{args.prompts} is empty: it must have a prompt on each line")
+    cascade = open_cascade(args, out=args.out / "00000.png")
+    draw_folder(cascade, prompts, args.out, seeds=seeds, timesteps=args.visited, **settings_of(args))
+    if rank() == 0:
+        print(args.out)
 
 
 def draw_steps_grid(args):

@@ -28,8 +28,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from shared.options import LARGEST, parser, pick_device, pick_dtype, positive, positive_number, run
-from shared.processes import num_processes
+from shared.options import LARGEST, parser, positive, positive_number, run
 from shared.stages import MODEL, UPSCALER
 from shared.training import add_run_options, check_run, end_training
 
@@ -37,9 +36,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpm.devices import pick_device, pick_dtype
 from ddpm.figures import save_grid
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
+from ddpm.processes import num_processes
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages, load_captioned

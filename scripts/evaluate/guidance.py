@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.evaluation import get_judge, identity_of
 from shared.options import add_data_option, add_output_options, check_writable, number, parser, positive, run
-from shared.processes import rank, share, wait
 from shared.stages import MODEL
 
 import torch
@@ -36,6 +35,7 @@ from ddpm.mnist import sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import examine, measure_samples
+from ddpm.processes import rank, share, wait
 from ddpm.schedule import Schedule, linear_schedule
 from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE

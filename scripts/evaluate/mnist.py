@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.options import add_common_options, add_data_option, check_writable, number, parser, pick, positive, run
-from shared.processes import rank, share, wait
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine, frechet_distance, measure_samples, train_judge
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 from ddpm.mnist.training import SIGMAS, denoiser_error
+from ddpm.processes import rank, share, wait
 
 CHUNK = 100
 DRAWING = (ClassUNet, TimeUNet, ClassFlow, TimeFlow)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.options import add_output_options, check_writable, number, parser, positive, run
-from shared.processes import gathered, rank, share
 from shared.stages import MODEL, model_name
 
 import torch
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from ddpm.files import write_atomically
 from ddpm.memory import check_memory
 from ddpm.process import dpm_solver_step
+from ddpm.processes import gathered, rank, share
 from ddpm.sampling import Estimate, iterative_denoise, noise_source
 from ifmodel import load_unet
 from ifmodel.stage import SCHEDULE, check_stage, spaced_timesteps, stage_1, stage_threshold

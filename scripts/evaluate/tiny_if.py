@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.evaluation import FAST, Evaluation, Sampler
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
 from shared.options import add_common_options, check_writable, number, parser, positive, run
-from shared.processes import check_shares, gathered, num_processes, rank
 from shared.stages import MODEL, UPSCALER, model_name
 
 import torch
@@ -47,6 +46,7 @@ from ddpm.figures import save_curves
 from ddpm.files import fingerprint
 from ddpm.memory import check_memory
 from ddpm.mnist.judge import frechet_distance
+from ddpm.processes import check_shares, gathered, num_processes, rank
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
 from ddpm.schedule import strided_timesteps
 from ddpm.views import identity, vertical_flip

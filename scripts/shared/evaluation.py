@@ -5,14 +5,15 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 
-from shared.options import pick, pick_dtype
-from shared.processes import gathered, num_processes, rank, wait
+from shared.options import pick
 
 import torch
 from torch import Tensor
 
+from ddpm.devices import pick_dtype
 from ddpm.figures import save_grid
 from ddpm.files import check_tensors, fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.processes import gathered, num_processes, rank, wait
 from ifmodel import Cascade
 from ifmodel.jobs import Job
 from ifmodel.tiny import judge

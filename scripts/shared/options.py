@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ddpm.devices import pick_device, pick_dtype
+
 SEED = 20040805
 LARGEST = 1_000_000  # of anything that is counted
 LONGEST_NAME = 200  # bytes of an output's name, of 255 that a file may have: it is written under a longer one first
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -109,40 +110,6 @@ def pick(args: argparse.Namespace, float16: bool = False) -> tuple[torch.device,
     """The device and the dtype of the options, see `pick_device` and `pick_dtype`."""
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device, float16)
-
-
-def pick_device(name: str) -> torch.device:
-    """--device as a device of this machine, a GPU for each process of torchrun. Raises ValueError otherwise."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
-    elif torch.backends.mps.is_available():
-        there = ["mps", "cpu"]
-    if name != "auto" and name not in there:
-        raise ValueError(f"device {name!r} is not on this machine: choose from auto, {', '.join(there)}")
-    device = torch.device(there[0] if name == "auto" else name)
-    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(f"torchrun has more processes than GPUs here: give it --nproc-per-node {gpus}")
-        device = torch.device("cuda", local)
-    return device
-
-
-def pick_dtype(name: str, device: torch.device, float16: bool = False) -> torch.dtype:
-    """--dtype as a dtype; auto is bfloat16 only where it is native, since emulated bfloat16 is many times slower.
-
-    float16: what auto is on a GPU without bfloat16, such as a T4; training, which has no loss scaling, takes float32
-    """
-    if name == "float16" and device.type == "cpu":
-        raise ValueError("float16 is for GPUs: on the CPU, use --dtype float32, or bfloat16 where it is native")
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; all that AMD's report is above it
-        return torch.bfloat16 if native else torch.float16 if float16 else torch.float32
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if native else torch.float32
 
 
 def run(main: Callable[[], None]):

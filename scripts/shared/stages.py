@@ -14,12 +14,12 @@ from shared.options import (
     pick,
     positive,
 )
-from shared.processes import gathered, num_processes, rank, share
 
 import torch
 from torch import Tensor
 
 from ddpm.estimates import ALWAYS
+from ddpm.processes import gathered, num_processes, rank, share
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
 from ifmodel import Cascade
 from ifmodel.embeds import normalised

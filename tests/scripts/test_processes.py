@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,6 @@ from PIL import Image
 
 from ifmodel import Cascade
 from ifmodel.embeds import load_embeds
-from shared.options import pick_device
 from tests.conftest import DATA, ROOT
 from tests.tiny.test_tiny_if import save_untrained
 
@@ -168,6 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_images(run_script, tmp_path, mo
     where one does, when sixteen batches are drawn at a time."""
     draw_all, held, drawn = Cascade.draw_all, [], []
 
+    @wraps(draw_all)
     def watched(cascade: Cascade, jobs, **options):
         tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.layout == torch.strided]
         held.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()))
@@ -224,16 +225,3 @@ def test_processes_without_a_share_are_refused(refused, tmp_path, monkeypatch):
     assert "3 processes cannot share 2 files of 100 samples" in told
     told = refused("evaluate/tiny_if", "--data", DATA / "emoji", "--prompts", 50, "--out", tmp_path / "tiny_if")
     assert "3 processes cannot share 2 batches of up to 25 images" in told
-
-
-def test_every_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
-    assert pick_device("cuda:0") == torch.device("cuda:0")
-    assert pick_device("cpu") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="more processes than GPUs here: give it --nproc-per-node 2"):
-        pick_device("auto")

@@ -25,7 +25,7 @@ from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
 from ddpm.sampling import noise_source
 from ddpm.schedule import linear_schedule
-from shared.options import add_output_options, parser, pick_dtype, run
+from shared.options import add_output_options, parser, run
 from tests.conftest import DATA, ROOT, settled
 
 TRAIN = ("--data", DATA, "--width", 4, "--limit", 300)
@@ -382,34 +382,6 @@ def test_impossible_options(sample, arguments, said):
 def test_a_device_that_is_not_there(sample, refused):
     assert "device 'cuda' is not on this machine" in sample("--device", "cuda")
     assert "device 'cuda'" in refused("train_denoiser", "--data", DATA, "--device", "cuda")
-
-
-# What torch says of a GPU, and of a processor: its --dtype auto to draw with, and to train with
-CAPABILITIES = {
-    "T4": ((7, 5), torch.float16, torch.float32),
-    "V100": ((7, 0), torch.float16, torch.float32),
-    "A100": ((8, 0), torch.bfloat16, torch.bfloat16),
-    "H100": ((9, 0), torch.bfloat16, torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("name", CAPABILITIES)
-def test_auto_is_the_fastest_dtype_that_a_gpu_has(monkeypatch, name):
-    """Emulated bfloat16, which torch reports of every GPU, does not count; the second GPU is asked for itself."""
-    capability, draws, trains = CAPABILITIES[name]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device.index else (5, 0))
-    device = torch.device("cuda:1")
-    assert pick_dtype("auto", device, float16=True) == draws
-    assert pick_dtype("auto", device) == trains
-    assert pick_dtype("float32", device, float16=True) == torch.float32
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_on_other_hardware_is_never_float16(monkeypatch, native):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert pick_dtype("auto", torch.device("cpu"), float16=True) == (torch.bfloat16 if native else torch.float32)
-    assert pick_dtype("auto", torch.device("mps"), float16=True) == torch.float32
 
 
 def test_outputs_that_cannot_be_written(refused, weights, tmp_path):
