@@ -72,6 +72,7 @@ def characters(font: str) -> frozenset[str]:
 
 @cache
 def warn_of_missing():
+    """Once, however many labels need it."""
     warnings.warn("labels have characters that no font here has, shown as �: the PNG's metadata has them", stacklevel=3)
 
 

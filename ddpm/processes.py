@@ -18,6 +18,7 @@ def rank() -> int:
 
 
 def num_processes() -> int:
+    """How many torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

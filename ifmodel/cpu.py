@@ -25,7 +25,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, in float32 where its way with channels-last bfloat16 on the CPU is slower: small images, gradients."""
+    """torch's, in float32 where its way with channels-last bfloat16 on the CPU is slower: small images, gradients.
+
+    x [B, C, H, W] or [B, C, L] -> the same shape and dtype
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         slower = x.requires_grad or x[0, 0].numel() < 1024  # up to 4 and 5 × as slow
@@ -36,7 +39,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PackedConv2d(nn.Module):
-    """What an nn.Conv2d computes; its weight is laid out for the first image it sees, and the original is let go."""
+    """What an nn.Conv2d computes; its weight is laid out for the first image it sees, and the original is let go.
+
+    x [B, in, H, W] -> [B, out, H', W'], for inference alone
+    """
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()

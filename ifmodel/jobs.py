@@ -44,11 +44,13 @@ class Stage:
         guidance_scale: float | None = None,
         guider: Guider = classifier_free,
     ) -> Estimate:
-        """The guided estimate of a prompt, or of one for each image of the batch.
+        """The guided estimate of a prompt, or of one for each image: x_t [B, 3, H, W] and t -> eps and v of that shape.
 
+        prompt: one that the job has asked for in both stages, since T5 is gone by now
         view: in which x_t is seen, so that stage 2 sees the small images in it, too
         guidance_scale: γ of stage 1; that of `Cascade.draw` when None
         guider: how both stages are guided, see `ddpm.estimates`
+        The estimate raises ValueError for another number of prompts than images, and for an eps that is not finite.
         """
         text = self.embedded([prompt] * self.count if isinstance(prompt, str) else prompt)
         null = self.embedded([self.negative_prompt])
@@ -131,7 +133,7 @@ class Job:
             yield replace(self, recipe=recipe, seeds=self.seeds[k : k + size])
 
     def estimate(self, stage: Stage) -> Estimate:
-        """What the recipe makes of a stage at work on these images."""
+        """What the recipe makes of a stage at work on these images, see `Stage.estimate`."""
         return self.recipe(stage) if callable(self.recipe) else stage.estimate(self.recipe)
 
 

@@ -100,7 +100,10 @@ def refusal(lora: LoRA, misfits: Sequence[str]) -> str:
 
 
 class LoRALayer(nn.Module):
-    """W x + B A x: a linear layer or a convolution as it is, plus an update that learns. B starts at zero."""
+    """W x + B A x: a linear layer or a convolution as it is, plus an update that learns. B starts at zero.
+
+    The shapes and the dtype are those of the layer; the update is kept in float32 at least.
+    """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
         super().__init__()

@@ -200,7 +200,11 @@ class Text:
 
 
 class DownBlock(nn.Module):
-    """One level of the way down; returns its image and its skip connections."""
+    """One level of the way down.
+
+    x [B, in_dim, H, W], time [B, D_time], an iterator of each layer's keys and values -> x [B, out_dim, H/2, W/2], or
+    of the same size at the last level, and the skips, x after each layer
+    """
 
     def __init__(self, in_dim: int, out_dim: int, layers: int, attention, resnet, last: bool):
         super().__init__()
@@ -222,7 +226,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Between the ways: ResNet block, attention, ResNet block."""
+    """Between the ways: ResNet block, attention, ResNet block. x [B, dim, H, W] -> [B, dim, H, W]"""
 
     def __init__(self, dim: int, attention, resnet):
         super().__init__()
@@ -235,7 +239,11 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the way up, with one layer more than its mirror image, and a skip for each."""
+    """One level of the way up, with one layer more than its mirror image, and a skip for each.
+
+    x [B, in_dim, H, W], skips [B, …, H, W], latest first, time and keys and values as in `DownBlock` -> x
+    [B, out_dim, 2H, 2W], or of the same size at the last level
+    """
 
     def __init__(self, in_dim: int, out_dim: int, skip_dims: list[int], attention, resnet, last: bool):
         super().__init__()
