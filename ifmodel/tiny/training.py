@@ -88,6 +88,7 @@ class Batches(Dataset):
         self.data, self.tokenizer, self.recipe = data, tokenizer, recipe
 
     def __getitem__(self, step: int) -> Batch:
+        """The batch of this step, on the CPU; all processes draw the same."""
         generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, step))
         count, size = self.recipe.batch_size, self.recipe.size
         return draw_batch(self.data, self.tokenizer, count, size, generator, variety=self.recipe.variety)
@@ -114,7 +115,6 @@ def train_stage(
     resume: bool = False,
     every: int = 500,
     draw: Callable[[int, list[Tensor], dict], None] = lambda step, rows, labels: None,
-    save_every: float = 300,
     workers: int = 0,
 ) -> bool:
     """Train a stage to recipe.steps or until stopped, saving every five minutes and at the end; log on `watched`.
@@ -123,6 +123,33 @@ def train_stage(
     workers: processes that draw batches ahead, for a GPU, which would wait for them; the batches are the same
     Returns whether the run is complete. Raises ValueError when the loss is not finite, or the state is of another run.
     """
+    model, device = stage.model, next(stage.model.parameters()).device
+    run, optimizer, average = new_run(stage, data, recipe, folder)
+    if resume:
+        run.restore()
+    held = held_batch(watched, stage.tokenizer, recipe).to(device)
+    batches = Batches(data, stage.tokenizer, recipe).ahead(run.step, workers)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
+    for step in run.steps(recipe.batch_size):
+        set_learning_rate(optimizer, recipe, step)
+        batch = next(batches).to(device)
+        generator = torch.Generator(device).manual_seed(step_seed(recipe.seed + 1, step))  # the batch has its own
+        with autocast:
+            loss = stage.loss(model, batch, generator, own_rows(recipe.batch_size)).mean()
+        run.losses[step] = descend(model, optimizer, loss)
+        average.update(model, step)
+        if rank() == 0 and ((step + 1) % every == 0 or step + 1 == recipe.steps):
+            with averaged(model, average), autocast:
+                recent = run.losses[step // every * every : step + 1].mean().item()
+                add_row(run.log, step + 1, recent, stage.watch(held))
+                draw(step + 1, *stage.sheet(held, recipe.seed, data))
+    return run.step == recipe.steps
+
+
+def new_run(
+    stage: Stage1 | Stage2, data: CaptionedImages, recipe: Recipe, folder: Path
+) -> tuple[Run, torch.optim.Optimizer, EMA]:
+    """A run before its first step, the optimizer and the averaged weights; log.csv and model/ are written with it."""
     model, average = stage.model, EMA(stage.model)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(stage.parameters, weight_decay=0.01, fused=device.type != "mps")
@@ -138,37 +165,26 @@ def train_stage(
     parts, dtype = {"model": model.state_dict(), "average": average.weights}, getattr(torch, recipe.dtype)
     options = {"write": write, "leads": rank() == 0, "agree": partial(any_process, device)}
     run = Run(folder, parts, optimizer, recipe.steps, {"recipe": described}, dtype, **options)
-    if resume:
-        run.restore()
-    shown = {"variety": recipe.variety}
-    seeded = torch.Generator().manual_seed(recipe.seed)
-    held = draw_batch(watched, stage.tokenizer, 64, recipe.size, seeded, drop=0, **shown).to(device)
-    share = recipe.batch_size // processes()
-    mine = slice(rank() * share, (rank() + 1) * share)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    batches = Batches(data, stage.tokenizer, recipe).ahead(run.step, workers)
-    for step in run.steps(recipe.batch_size, save_every=save_every):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step) * group.get("share", 1)
-        batch = next(batches).to(device)
-        generator = torch.Generator(device).manual_seed(step_seed(recipe.seed + 1, step))  # the batch has its own
-        with autocast:
-            loss = stage.loss(model, batch, generator, mine).mean()
-        run.losses[step] = descend(model, optimizer, loss)
-        average.update(model, step)
-        done = step + 1
-        if (done % every == 0 or done == recipe.steps) and rank() == 0:
-            eagerly = torch.compiler.set_stance("force_eager")  # other batch sizes are not worth compiling for
-            with averaged(model, average), autocast, torch.no_grad(), eagerly:
-                recent = run.losses[step // every * every : done].mean().item()
-                add_row(run.log, done, recent, stage.watch(held))
-                draw(done, *stage.sheet(held, recipe.seed, data))
-    return run.step == recipe.steps
+    return run, optimizer, average
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """It rises for 500 steps, then falls to a tenth."""
-    return recipe.learning_rate * min(1, (step + 1) / 500) * 0.1 ** (step / recipe.steps)
+def held_batch(watched: CaptionedImages, tokenizer: Tokenizer, recipe: Recipe) -> Batch:
+    """The 64 images on which the log measures, all with their captions."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return draw_batch(watched, tokenizer, 64, recipe.size, generator, drop=0, variety=recipe.variety)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int):
+    """It rises for 500 steps, then falls to a tenth; the text encoder has a share of it."""
+    learning_rate = recipe.learning_rate * min(1, (step + 1) / 500) * 0.1 ** (step / recipe.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("share", 1)
+
+
+def own_rows(batch_size: int) -> slice:
+    """This process's share of a batch."""
+    share = batch_size // processes()
+    return slice(rank() * share, (rank() + 1) * share)
 
 
 def descend(model: TextToImage, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -217,10 +233,11 @@ def add_row(log: list[str], step: int, loss: float, seen: dict[str, float]):
 
 @contextmanager
 def averaged(model: TextToImage, average: EMA) -> Iterator[None]:
-    """The model with its averaged weights, for a while."""
+    """The model with its averaged weights, for a while: to be looked at, without gradients."""
     kept = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.load_state_dict(average.weights)
     try:
-        yield
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other sizes are not worth compiling for
+            yield
     finally:
         model.load_state_dict(kept)
