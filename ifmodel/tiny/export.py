@@ -120,6 +120,7 @@ def save_stage_2(folder: Path, config: dict, weights: dict[str, Tensor]):
 
 
 def _save_half(path: Path, weights: dict[str, Tensor], prefix: str):
+    """The weights of one part, in float16."""
     half = {
         name.removeprefix(prefix): weight.half().contiguous()
         for name, weight in weights.items()
@@ -129,5 +130,6 @@ def _save_half(path: Path, weights: dict[str, Tensor], prefix: str):
 
 
 def _save_json(folder: Path, files: dict[str, dict]):
+    """Each in its file of the folder."""
     for name, content in files.items():
         write_atomically(folder / name, json.dumps(content, indent=2, default=str).encode())

@@ -46,6 +46,7 @@ class ImageJudge(nn.Module):
         return self.penultimate(self.blocks(x).flatten(1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> logits of names [B, N] and of styles [B, S]."""
         features = F.relu(self.features(x))
         features = F.dropout(features, 0.2, self.training)
         return self.names(features), self.styles(features)

@@ -25,9 +25,11 @@ class Batch:
     mask: Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
         return Batch(*(tensor.to(device) for tensor in (self.x_0, self.tokens, self.mask)))
 
     def __getitem__(self, rows: slice) -> "Batch":
+        """Some of its images, with their captions."""
         return Batch(self.x_0[rows], self.tokens[rows], self.mask[rows])
 
 

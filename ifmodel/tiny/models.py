@@ -41,6 +41,7 @@ class ImageEncoder(nn.Module):
         self.out = nn.Linear(4 * width, dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> [B, D], the mean over all places."""
         return self.out(self.blocks(images).mean((2, 3)))
 
 
@@ -79,6 +80,10 @@ class TextToImage(nn.Module):
         self.encoder, self.unet = encoder, unet
 
     def forward(self, x_t: Tensor, t: Tensor, batch: Batch, noise_level: Tensor | None = None) -> Tensor:
+        """eps and v [B, 6, S, S] for x_t [B, 3, S, S], in stage 2 [B, 6, S, S] with the small images.
+
+        t, noise_level: [B]; of the batch only the captions are used
+        """
         embeds = self.encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state
         return self.unet(x_t, t, self.unet.encode_text(embeds), noise_level)
 

@@ -36,7 +36,11 @@ class Stage1:
         self.config, self.folder, self.tokenizer = config, tokenizer, Tokenizer(tokenizer)
         self.model = TextToImage(encoder, unet).to(device, memory_format=torch.channels_last)
         self.parameters = [{"params": unet.parameters()}, {"params": encoder.parameters(), "share": 0.1}]
-        self.loss, self.watch = stage_1_loss, partial(caption_loss_gap, self.model)
+        self.loss = stage_1_loss
+
+    def watch(self, held: Batch) -> dict[str, float]:
+        """What the log says of it, `caption_loss_gap`."""
+        return caption_loss_gap(self.model, held)
 
     def sheet(self, held: Batch, seed: int, data: CaptionedImages) -> tuple[list[Tensor], dict]:
         """Rows of images in [0, 1], things across, styles down, γ = 4 and 25 steps; and their labels."""
@@ -53,6 +57,7 @@ class Stage1:
         return list((images / 2 + 0.5).split(len(things))), labels
 
     def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
+        """Write weights of the model, such as the averaged ones, as `save_stage_1` does; data: for the vocabulary."""
         save_stage_1(folder, self.config, weights, self.model.encoder, self.folder, data.vocabulary())
 
 
@@ -66,6 +71,7 @@ class Stage2:
         self.loss = partial(stage_2_loss, small=small, crop=crop)
 
     def watch(self, held: Batch) -> dict[str, float]:
+        """What the log says of it, `upscaling_error` of a few images."""
         return upscaling_error(self.model, held[:16], self.small)
 
     def sheet(self, held: Batch, seed: int, data: CaptionedImages) -> tuple[list[Tensor], dict]:
@@ -80,6 +86,7 @@ class Stage2:
         return rows, {"row_labels": [f"{self.small} px", "stage 2", f"{size} px"], "column_labels": [""] * len(small)}
 
     def save(self, folder: Path, weights: dict[str, Tensor], data: CaptionedImages):
+        """Write weights of the model, such as the averaged ones, as `save_stage_2` does."""
         save_stage_2(folder, self.config, weights)
 
 
