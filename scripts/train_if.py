@@ -43,8 +43,9 @@ from ddpm.memory import check_memory
 from ddpm.processes import num_processes
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import curated
-from ifmodel.tiny.data import CaptionedImages, load_captioned
+from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import stage_1_config, stage_2_config
+from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.models import build_encoder, train_tokenizer
 from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_unet
 from ifmodel.tiny.training import Recipe, processes, rank, train_stage, train_text

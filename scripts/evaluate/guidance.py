@@ -40,8 +40,9 @@ from ddpm.schedule import Schedule, linear_schedule
 from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE
 from ifmodel.tiny.captions import curated
-from ifmodel.tiny.data import load_captioned, show
+from ifmodel.tiny.data import show
 from ifmodel.tiny.judge import judged, saturation
+from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.styles import STYLES
 
 GUIDERS = ("plain", "rescaled", "projected")

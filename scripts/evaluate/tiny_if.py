@@ -57,8 +57,9 @@ from ifmodel.stage import SCHEDULE, check_stage, upscale
 from ifmodel.text import embed_prompts
 from ifmodel.tiny import judge
 from ifmodel.tiny.captions import ANYTHING, curated
-from ifmodel.tiny.data import CaptionedImages, load_captioned, show
+from ifmodel.tiny.data import CaptionedImages, show
 from ifmodel.tiny.judge import share
+from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.styles import STYLES
 
 SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 0.0, 20), ("ddpm", 0.0, 20)]

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from ddpm.files import load_tensors
 from ddpm.images import read_image, read_mask
 from ifmodel.dreambooth import read_folder
-from ifmodel.tiny.data import load_captioned
+from ifmodel.tiny.loading import load_captioned
 
 RAMP = numpy.linspace(0, 1, 256).reshape(16, 16)
 RANGES = {

@@ -16,7 +16,7 @@ from ifmodel import load_unet
 from ifmodel.config import UNetConfig
 from ifmodel.stage import find_stage, find_variant, generate, stage_threshold, stage_variance
 from ifmodel.text import Tokenizer, embed_prompts
-from ifmodel.tiny.data import read_metadata
+from ifmodel.tiny.loading import read_metadata
 from ifmodel.weights import SHIPPED
 from shared.experiments import EXPERIMENTS
 from tests.ifmodel.test_ifmodel import SCHEDULER

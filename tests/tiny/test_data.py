@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from ifmodel.tiny.captions import curated
-from ifmodel.tiny.data import HELD_OUT_ARTIST, TINTS, draw_images, held_out, load_captioned, show, turn_hue
+from ifmodel.tiny.data import TINTS, draw_images, show, turn_hue
+from ifmodel.tiny.loading import HELD_OUT_ARTIST, held_out, load_captioned
 from ifmodel.tiny.styles import STYLES
 
 ARTISTS = ["noto", "twemoji", "emojione-monotone", "fluent-emoji-high-contrast"]
@@ -53,7 +54,7 @@ def test_filters_which_are_slow_see_a_small_square(tmp_path, monkeypatch, image_
     def recorded(style):
         return style.filter and replace(style, filter=lambda plain: sizes.append(plain.size) or style.filter(plain))
 
-    monkeypatch.setattr("ifmodel.tiny.data.STYLES", {name: recorded(style) or style for name, style in STYLES.items()})
+    monkeypatch.setattr("ifmodel.tiny.loading.STYLES", {name: recorded(one) or one for name, one in STYLES.items()})
     data = load_captioned(tmp_path, size, finer=2)
     assert data.images.shape[2:] == (2 * size, 2 * size)
     assert sizes == [(seen, seen)] * 3

@@ -19,8 +19,9 @@ from ifmodel.lora import add_lora, save_lora
 from ifmodel.stage import generate, upscale
 from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
-from ifmodel.tiny.data import CaptionedImages, draw_rows, load_captioned, show
+from ifmodel.tiny.data import CaptionedImages, draw_rows, show
 from ifmodel.tiny.judge import apart, judged, train_judge
+from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.styles import STYLES
 from ifmodel.vocabulary import load_vocabulary, nearest_known
 from ifmodel.weights import SHIPPED

@@ -22,7 +22,8 @@ from ifmodel import UNet, UNetConfig
 from ifmodel.text import Tokenizer, embed_each
 from ifmodel.tiny import export, losses, models, stages, training
 from ifmodel.tiny.captions import ALIASES, curated, with_article
-from ifmodel.tiny.data import draw_images, load_captioned, show
+from ifmodel.tiny.data import draw_images, show
+from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.styles import STYLES
 from tests.conftest import ROOT
 
