@@ -20,7 +20,6 @@ processes share each batch; on several hosts, --out must be a shared folder. --r
 longer, at the learning rate of a run that long.
 """
 
-import hashlib
 import os
 import sys
 from argparse import Namespace
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from ddpm.devices import pick_device, pick_dtype
 from ddpm.figures import save_grid
-from ddpm.files import write_atomically
+from ddpm.files import fingerprint, write_atomically
 from ddpm.memory import check_memory
 from ddpm.processes import num_processes
 from ifmodel.text import Tokenizer
@@ -167,7 +166,8 @@ def main():
     chosen |= {"learning_rate": args.lr, "text_steps": args.text_steps, "text_batch": args.text_batch}
     chosen |= {"crop": args.crop if args.stage_2_of else None, "dtype": str(dtype).removeprefix("torch.")}
     tokenizer = get_tokenizer(args, data)
-    recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(tokenizer))
+    vocabulary = [path for name in ("spiece.model", "tokenizer.json") if (path := tokenizer / name).is_file()]
+    recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(*vocabulary))
     if args.stage_2_of:
         stage = new_stage_2(args, tokenizer, device)
     else:
@@ -193,14 +193,6 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
     if processes() > 1:
         dist.barrier()
     return folder
-
-
-def fingerprint(folder: Path) -> str:
-    """A short hash of a tokenizer's files."""
-    digest = hashlib.sha256()
-    for path in (folder / "spiece.model", folder / "tokenizer.json"):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:12]
 
 
 def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: Path, device: torch.device) -> Stage1:
