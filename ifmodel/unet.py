@@ -9,7 +9,7 @@ the images that the way down left behind. Attribute names are those of the publi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -262,6 +262,29 @@ class UpBlock(nn.Module):
         return x
 
 
+def resnet_of(config: UNetConfig) -> Callable[..., ResnetBlock]:
+    """The ResNet block of a model, of which the widths and the resampling are still open."""
+    return partial(
+        ResnetBlock,
+        time_dim=config.time_embedding_dim,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        act_fn=config.act_fn,
+        skip_time_act=config.resnet_skip_time_act,
+        out_scale_factor=config.resnet_out_scale_factor,
+    )
+
+
+def attention_of(config: UNetConfig) -> Callable[..., Attention]:
+    """The attention of a model, of which the width and `only_cross` are still open."""
+    return partial(
+        Attention,
+        text_dim=config.cross_attention_dim,
+        head_dim=config.attention_head_dim,
+        groups=config.norm_num_groups,
+    )
+
+
 class UNet(nn.Module):
     """DeepFloyd IF's UNet, stage 1 or 2 by its config. Source: Imagen appendix B, arXiv 2205.11487."""
 
@@ -269,22 +292,8 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, time_dim, levels = config.block_out_channels, config.time_embedding_dim, len(config.block_out_channels)
-        resnet = partial(
-            ResnetBlock,
-            time_dim=time_dim,
-            groups=config.norm_num_groups,
-            eps=config.norm_eps,
-            act_fn=config.act_fn,
-            skip_time_act=config.resnet_skip_time_act,
-            out_scale_factor=config.resnet_out_scale_factor,
-        )
+        resnet, attention = resnet_of(config), attention_of(config)
         mid_resnet = partial(resnet, out_scale_factor=config.mid_block_scale_factor)
-        attention = partial(
-            Attention,
-            text_dim=config.cross_attention_dim,
-            head_dim=config.attention_head_dim,
-            groups=config.norm_num_groups,
-        )
         mid_attention = partial(attention, only_cross=config.mid_block_only_cross_attention)
         level_attention = [
             partial(attention, only_cross=only_cross) if has_attention else None
