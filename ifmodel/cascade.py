@@ -356,6 +356,8 @@ def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[flo
     first, last = guidance_interval
     if first > last:
         raise ValueError(f"the guidance interval begins at the smaller t: {last} {first}, not {first} {last}")
+    if last < 0 or first >= SCHEDULE.num_timesteps:
+        raise ValueError(f"the guidance interval has no t from 0 to {SCHEDULE.num_timesteps - 1}: {first} {last}")
     if not 0 <= noise_level < SCHEDULE.num_timesteps:
         raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
 

@@ -63,13 +63,16 @@ def arguments() -> Namespace:
     add_images_options(options)
     options.add_argument("--task", action="append", choices=TASKS, help="may be given several times (default: each)")
     options.add_argument("--factor", type=positive, default=4, help="of upscale and all (default: 4)")
-    options.add_argument("--mask", default=MASK, help=f"of fill and all, as of inpaint.py (default: {MASK})")
+    options.add_argument("--mask", help=f"of fill and all, as of inpaint.py (default: {MASK})")
     options.add_argument("--noise", type=number, default=0.0, help="standard deviation of what is seen (default: 0)")
     add_resampling_options(options)
     add_cascade_options(options, out="out/restored.png", stride=30)
     args = options.parse_args()
     args.image, args.task = args.image or ["rocket"], args.task or list(TASKS)
     args.prompt = prompts_for(args.image, args)
+    if args.mask is not None and not {"fill", "all"} & {*args.task}:
+        raise ValueError("--mask is of the tasks fill and all: give one of them as --task, too")
+    args.mask = MASK if args.mask is None else args.mask
     if args.noise < 0:
         raise ValueError(f"--noise must not be below 0, it is {args.noise:g}")
     return args

@@ -103,7 +103,11 @@ def arguments() -> Namespace:
 
 def check_shapes(args: Namespace):
     """Refuse images that the UNet cannot halve, and --start or --stage-2-of that do not fit. Raises ValueError."""
-    wanted = UNetConfig.from_dict(unet_config(args))
+    config = unet_config(args)
+    try:
+        wanted = UNetConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"--widths, --layers and --text-dim make no UNet: {error}") from None
     sides = {"--size": args.size, **({"--crop": args.crop} if args.stage_2_of else {})}
     for name, side in sides.items():
         if side % wanted.size_multiple:

@@ -46,7 +46,7 @@ TAKEN = {  # what some take
     Path: PATHS,
     None: [*TEXTS, *PATHS],
 }
-SKIPPED = {"--help", "--compile", "--train-judge"}
+SKIPPED = {"--help", "--compile", "--train-judge", "--growth", "--cold"}  # the last four take their time
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +137,30 @@ def kind_of(action: argparse.Action):
     return "choices" if action.choices else number if action.type in (float, positive_number) else action.type
 
 
-def commands_of(models: Path, values: dict, each: int = 1, bare: bool = False) -> list[list]:
+def given_to(action: argparse.Action, value: str) -> list[str]:
+    """An option with a value, or with as many of this one as it takes."""
+    name, several = action.option_strings[0], type(action.nargs) is int and action.nargs > 1
+    return [name, *[value] * action.nargs] if several else [f"{name}={value}"]
+
+
+def commands_of(models: Path, values: dict, each: int = 1, bare: bool = False, once: bool = False) -> list[list]:
     """Command lines that each give one option another value, `each` for an option, the next ones at the next option.
 
     bare: one without a value for every option, not only for those whose type has none
+    once: only for the first script that has an option of a name
     """
     turns = {kind: itertools.cycle(listed) for kind, listed in values.items()}
-    commands = []
+    commands, seen = [], set()
     for script, base in bases(models).items():
         for action in options_of(script):
             kind, name = kind_of(action), action.option_strings[0]
+            if once and name in seen:
+                continue
+            seen.add(name)
             number_of = (1 if kind == "flag" else each) if kind in turns else 0
-            given = [f"{name}={next(turns[kind])}" for _ in range(number_of)]
-            given += [name] if number_of == 0 or (bare and action.nargs not in (0, "*")) else []
-            commands += [[script, *base, one] for one in given]
+            given = [given_to(action, next(turns[kind])) for _ in range(number_of)]
+            given += [[name]] if number_of == 0 or (bare and action.nargs not in (0, "*")) else []
+            commands += [[script, *base, *one] for one in given]
     return commands
 
 
@@ -183,6 +193,12 @@ def test_a_wrong_value_for_every_option(models, there):
     check(run_all(commands, there), [None if script == "reproduce" else "error: " for script, *_ in commands])
 
 
+def test_each_option_with_a_value_that_some_take(models, there):
+    """One script for each; --slow has all of them, and more values."""
+    commands = commands_of(models, TAKEN, once=True)
+    check(run_all(commands, there), [None] * len(commands))
+
+
 @pytest.fixture(scope="module")
 def commands(models):
     return commands_of(models, TAKEN, 2)
@@ -206,6 +222,8 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("generate", ["--upscaler", "tiny-if/II"], "embeddings are 24 wide"),
     ("generate", ["--guidance-interval", 800, 200], "begins at the smaller t"),
     ("generate", ["--guidance-interval", 1], "expected 2 arguments"),
+    ("generate", ["--guidance-interval", 1000, 2000], "the guidance interval has no t from 0 to 999"),
+    ("generate", ["--guidance-interval", -9, -1], "the guidance interval has no t from 0 to 999"),
     ("generate", ["--size", 17, 16], "must be multiples of"),
     ("generate", ["--size", 100_000, 100_000], "GB of memory"),
     ("generate", ["--num-images", 1_000_000], "GB of memory"),
@@ -228,6 +246,8 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("inpaint", ["--mask", "face", "--mask", "face"], "give one --mask"),
     ("inpaint", ["--resamples", 1_000_000], "steps are too many"),
     ("inpaint", ["--prompt", "a", "--prompt", "b"], "give one --prompt"),
+    ("restore", ["--mask", "circle:0.5,0.5,0.2"], "--mask is of the tasks fill and all"),
+    ("restore", ["--task", "fill", "--mask", ""], "no image at"),
     ("visual_anagram", ["--view", "rotate_90"], "rotate_90 alone makes no illusion: give another --view"),
     ("visual_anagram", ["--prompt", "a third"], "give a --prompt for each --view"),
     ("hybrid_image", ["--components", "three_bands"], "give 3 --prompt"),
@@ -253,6 +273,7 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("train_if", ["--widths", 3200, 3200], "GB of memory"),
     ("train_if", ["--widths", 1_000_000], "one whole number from 1 to 1000000"),
     ("train_if", ["--text-dim", 32_000], "GB of memory"),
+    ("train_if", ["--widths", 20, 40], "--widths, --layers and --text-dim make no UNet: config.json has a cross_"),
     ("train_if", ["--batch-size", 1_000_000], "GB of memory"),
     ("train_if", ["--layers", 1_000_000], "at most 1000"),
     ("train_if", ["--text-steps", LONG], "--text-steps must be from 0 to 1000000"),
