@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm.figures import save_image
+from ddpm.memory import check_memory
 from ddpm.processes import rank, share
 from ifmodel.cascade import Cascade, check_options
 from ifmodel.jobs import Job, parse_prompt
@@ -68,9 +69,11 @@ def draw_folder(
 
 
 def wanted_images(folder: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Wanted]:
-    """Every prompt from every seed. Raises ValueError when there are none."""
+    """Every prompt from every seed. Raises ValueError when there are none, or more than the memory holds a list of."""
     if not len(prompts) or not len(seeds):
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts from {len(seeds)} seeds")
+    count = len(prompts) * len(seeds)
+    check_memory(1000 * count, f"a list of {count} images")  # and of their jobs
     names = [""] if len(seeds) == 1 else [f"_{k}" for k in range(len(seeds))]
     return [
         Wanted(folder / f"{i:05}{name}.png", prompt, seed)

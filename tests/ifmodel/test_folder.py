@@ -30,5 +30,7 @@ def test_a_folder_is_gone_on_with_and_holds_images_of_one_kind(tmp_path):
         draw_folder(cascade, PROMPTS, tmp_path, seeds=[2, 1], **options)
     with pytest.raises(ValueError, match="nothing to draw: 0 prompts from 1 seeds"):
         draw_folder(cascade, [], tmp_path)
+    with pytest.raises(ValueError, match="a list of 2000000000 images needs about 2,000"):
+        draw_folder(cascade, PROMPTS[:2], tmp_path, seeds=range(10**9))
     with pytest.raises(TypeError, match="did you mean num_steps"):
         draw_folder(cascade, PROMPTS, tmp_path, num_step=2)
