@@ -1,9 +1,9 @@
-"""What tiny-if is evaluated with: a cascade, a judge and drawings; images kept in --out, a report, and figures."""
+"""The exam of tiny-if by the options of a script: images are kept in --out, and there are a report and figures."""
 
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shared.options import pick
 
@@ -18,46 +18,49 @@ from ifmodel import Cascade
 from ifmodel.jobs import Job
 from ifmodel.tiny import judge
 from ifmodel.tiny.data import CaptionedImages
+from ifmodel.tiny.measures import FAST, Exam, Sampler
 from ifmodel.weights import fetch, find_weights
 
-Sampler = tuple[str, float, int]  # its name, η, and how many steps
-FAST: Sampler = ("dpm++", 1.0, 20)  # SDE-DPM-Solver++
 
-
-class Evaluation:
-    """The models, the judge, and the drawings: for training, and held out."""
+class Evaluation(Exam):
+    """An exam whose images are drawn once, by all processes together; data, held: trained on, and held out."""
 
     def __init__(self, args: Namespace, data: CaptionedImages, held: CaptionedImages):
-        self.args, self.data, self.held = args, data, held
         device, dtype = pick(args)
-        self.cascade = Cascade(args.model, device=device, dtype=dtype)
-        self.side = self.cascade.sizes[0][0]
-        self.identity = identity_of(args.model)
-        self.judge = get_judge(args, data, self.side)
+        cascade = Cascade(args.model, device=device, dtype=dtype)
+        trained = get_judge(args, data, cascade.sizes[0][0])
+        super().__init__(cascade, trained, data, held, args.seed, args.variety, args.batch_size, rank() == 0)
+        self.args, self.identity = args, identity_of(args.model)
         self.report = {"seed": args.seed, "things": len(data.names)}
 
-    def draw(self, name: str, jobs: Sequence[Job], guidance: float, sampler: Sampler = FAST) -> Tensor:
+    def draw(self, name: str, jobs: Sequence[Job], guidance_scale: float, sampler: Sampler = FAST) -> Tensor:
         """Images [N, 3, S, S] in [-1, 1] of all jobs, from --out if they are there."""
-        kind, eta, steps = sampler
         asked = [(job.prompts(), list(job.seeds)) for job in jobs]
-        digest = hashlib.sha256(repr((asked, guidance, sampler, self.identity, str(self.cascade.dtype))).encode())
-        path = self.args.out / "images" / f"{name}_{digest.hexdigest()[:16]}.safetensors"
+        made = (asked, guidance_scale, sampler, self.identity, str(self.cascade.dtype))
+        digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+        path = self.args.out / "images" / f"{name}_{digest}.safetensors"
         if not path.is_file():
-            size = self.args.batch_size
-            settings = {"sampler": kind, "eta": eta, "num_steps": steps, "guidance_scale": guidance}
-            batches = [batch for job in jobs for batch in job.batches(size)]
+            batches = [batch for job in jobs for batch in job.batches(self.batch_size)]
             mine = batches[rank() :: num_processes()]  # which may be none of a short list
-            drawn = self.cascade.draw_all(mine, batch_size=size, progress=rank() == 0, **settings) if mine else []
-            images = torch.cat(gathered(drawn, [(len(batch.seeds), 3, *self.cascade.sizes[0]) for batch in batches]))
+            drawn = super().draw(name, mine, guidance_scale, sampler) if mine else torch.empty(0)
+            shapes = [(len(batch.seeds), 3, self.side, self.side) for batch in batches]
+            images = gathered(drawn.split([len(batch.seeds) for batch in mine]), shapes)
             if rank() == 0:
-                save_tensors(path, {"images": images.clamp(-1, 1)}, {"name": name})
+                save_tensors(path, {"images": torch.cat(images)}, {"name": name})
             wait()
         return load_tensors(path, ["images"])[0]["images"]
 
-    def prompts(self, name: str, prompts: Sequence[str], guidance: float, sampler: Sampler = FAST) -> Tensor:
-        """Images of prompts, each from a seed of its own."""
-        job = Job(list(prompts), range(self.args.seed, self.args.seed + len(prompts)))
-        return self.draw(name, [job], guidance, sampler)
+    def each(self, draw: Callable[[int], Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As of `Exam`, shared among the processes."""
+        mine = range(rank(), len(shapes), num_processes())
+        return gathered(super().each(lambda k: draw(mine[k]), [shapes[k] for k in mine]), shapes)
+
+    def show(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str] = (), labels: Sequence[str] = ()):
+        """As a figure in --out."""
+        if rank() == 0:
+            options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
+            images = [[x / 2 + 0.5 for x in row] for row in rows]
+            save_grid(self.args.out / f"{name.replace('+', 'p')}.png", images, **options, seed=self.seed)
 
     def keep(self, section: str, measures):
         """Write the report each time, so that a late failure loses nothing."""
@@ -66,21 +69,6 @@ class Evaluation:
             return
         write_atomically(self.args.out / "report.json", json.dumps(self.report, indent=2).encode())
         print(f"{section}: {json.dumps(measures)}", flush=True)
-
-    def figure(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str], labels: Sequence[str]):
-        """Rows of images in [-1, 1], of one size."""
-        options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
-        if rank() == 0:
-            images = [[x / 2 + 0.5 for x in row] for row in rows]
-            save_grid(self.args.out / name, images, **options, seed=self.args.seed)
-
-    def things(self, x: Tensor) -> Tensor:
-        """Which thing the judge sees in each of the images [N, 3, H, W]."""
-        return judge.judged(self.judge, x)[0]
-
-    def things_of(self, data: CaptionedImages, rows: Sequence[int]) -> Tensor:
-        """Which of the things that the judge knows these drawings are of, [N]."""
-        return torch.tensor([self.data.names.index(data.names[int(data.things[row])]) for row in rows])
 
 
 def identity_of(model: str) -> str:

@@ -2,11 +2,9 @@
 
 import errno
 import json
-from argparse import Namespace
 
 import numpy
 import pytest
-import tiny_if
 import torch
 import torch.nn.functional as F
 from diffusers import IFPipeline, IFSuperResolutionPipeline
@@ -19,9 +17,11 @@ from ifmodel.lora import add_lora, save_lora
 from ifmodel.stage import generate, upscale
 from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
+from ifmodel.tiny.algorithm_measures import pairs_of
 from ifmodel.tiny.data import CaptionedImages, draw_rows, show
 from ifmodel.tiny.judge import apart, judged, train_judge
 from ifmodel.tiny.loading import load_captioned
+from ifmodel.tiny.measures import Exam
 from ifmodel.tiny.styles import STYLES
 from ifmodel.vocabulary import load_vocabulary, nearest_known
 from ifmodel.weights import SHIPPED
@@ -306,7 +306,7 @@ def test_a_late_failure_loses_no_measures(refused, monkeypatch, tmp_path):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "hybrids_alike")
 
-    monkeypatch.setattr("ddpm.sampling.hybrid", full)
+    monkeypatch.setattr("ifmodel.tiny.algorithm_measures.hybrid", full)
     assert "No space left" in refused("evaluate/tiny_if", *save_untrained(tmp_path, 16, 32), *QUICK)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report)[-1] == "anagrams, mean, alike pairs" and {"judge", "guidance", "variety"} <= report.keys()
@@ -318,10 +318,10 @@ def test_pairs_that_are_alike_are_the_nearest_ones():
         images[row, :3, :16], images[row, :3, 16:] = top, bottom
     names, zeros = list("abcd"), torch.zeros(4, dtype=torch.long)
     data = CaptionedImages(images, torch.arange(4), zeros, names, [[name] for name in names], [[]] * 4, names)
-    e = Namespace(data=data, side=32, args=Namespace(pairs=5, seed=0))
-    chosen = tiny_if.pairs_of(e, True, vertical_flip())
+    exam = Exam(Cascade("tiny-if/I"), None, data)
+    chosen = pairs_of(exam, True, vertical_flip(), 5)
     assert [set(pair) for pair in chosen] == [{0, 1}, {2, 3}]  # each upside down is the other, nearly
-    random = tiny_if.pairs_of(e, False, vertical_flip())
+    random = pairs_of(exam, False, vertical_flip(), 5)
     assert len(random) == 5 and all(first != second for first, second in random)
 
 
