@@ -16,8 +16,9 @@ from ddpm.views import View, identity, vertical_flip
 from ifmodel.jobs import Job, Stage
 from ifmodel.stage import SCHEDULE, upscale
 from ifmodel.tiny.data import CaptionedImages, show
+from ifmodel.tiny.exam import FAST, Exam
 from ifmodel.tiny.judge import alike_pairs, both_found, fidelity, high_passed, share
-from ifmodel.tiny.measures import FAST, Exam, prompt_for, shuffled
+from ifmodel.tiny.measures import prompt_for, shuffled
 from ifmodel.unet import UNet
 
 SIGMA = 3.0  # the blur that parts far from near, in pixels of a 64-pixel image

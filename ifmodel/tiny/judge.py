@@ -3,7 +3,7 @@
 A small CNN that learns the names and styles of tiny-if's drawings, while they are placed, turned and coloured as in its
 training, and blurred, high-passed and noised as well. It knows nothing of diffusion. Its penultimate features are the
 space in which images are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured. Below it is what
-scripts/evaluate/tiny_if.py measures with it: functions of images and a judge.
+`measures` are made of: functions of images and a judge.
 """
 
 import itertools

@@ -3,83 +3,19 @@
     exam = Exam(Cascade("tiny-if/I"), train_judge(data), data)
     named(exam, guidance_scale=2.0)  # {"plain": …, "styled": …, "named": …, "distance": …}
 
-Each measure is a function of an exam and returns numbers; shares are from 0 to 1. Those of the algorithms are in
+Each measure is a function of an `Exam` and returns numbers; shares are from 0 to 1. Those of the algorithms are in
 `algorithm_measures`. `scripts/evaluate/tiny_if.py` takes all of them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm.mnist.judge import frechet_distance
-from ifmodel.cascade import Cascade
-from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
-from ifmodel.tiny.data import CaptionedImages, show
-from ifmodel.tiny.judge import ImageJudge, accuracy, apart, features_of, found, judged, nearest, share, some_thing
+from ifmodel.tiny.data import CaptionedImages
+from ifmodel.tiny.exam import FAST, Exam, Sampler
+from ifmodel.tiny.judge import accuracy, apart, features_of, found, nearest, share, some_thing
 from ifmodel.tiny.styles import STYLES
-
-Sampler = tuple[str, float, int]  # its name, η, and how many steps
-FAST: Sampler = ("dpm++", 1.0, 20)  # SDE-DPM-Solver++
-
-
-@dataclass
-class Exam:
-    """Who is measured, who judges, and drawings to compare with.
-
-    cascade: of stage 1 alone; judge: see `train_judge`
-    data: the drawings that both have learned from; held: others of the same things, or the same drawings
-    seed: of each measure's first image; variety: how much drawings vary, see `ifmodel.tiny.data.show`
-    A subclass may draw in its own way, or keep what was drawn. Raises ValueError when there is a stage 2.
-    """
-
-    cascade: Cascade
-    judge: ImageJudge
-    data: CaptionedImages
-    held: CaptionedImages | None = None
-    seed: int = 20040805
-    variety: float = 1.0
-    batch_size: int = 25
-    progress: bool = True
-
-    def __post_init__(self):
-        if len(self.cascade.stages) > 1:
-            raise ValueError('the judge sees what stage 1 draws: give the cascade that alone, such as "tiny-if/I"')
-        self.held = self.held or self.data
-        self.side = self.cascade.sizes[0][0]
-
-    def draw(self, name: str, jobs: Sequence[Job], guidance_scale: float, sampler: Sampler = FAST) -> Tensor:
-        """Images [N, 3, S, S] in [-1, 1] of all jobs; name: which measure they are for."""
-        kind, eta, steps = sampler
-        options = {"guidance_scale": guidance_scale, "batch_size": self.batch_size, "progress": self.progress}
-        return torch.cat(self.cascade.draw_all(jobs, sampler=kind, eta=eta, num_steps=steps, **options)).clamp(-1, 1)
-
-    def ask(self, name: str, prompts: Sequence[str], guidance_scale: float, sampler: Sampler = FAST) -> Tensor:
-        """Images of prompts, each from a seed of its own."""
-        seeds = range(self.seed, self.seed + len(prompts))
-        return self.draw(name, [Job(list(prompts), seeds)], guidance_scale, sampler)
-
-    def each(self, draw: Callable[[int], Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """What draw(k) gives for every k, a tensor of the k-th shape."""
-        return [draw(k) for k in tqdm(range(len(shapes)), leave=False, disable=not self.progress)]
-
-    def show(self, name: str, rows: Sequence[Tensor], row_labels: Sequence[str] = (), labels: Sequence[str] = ()):
-        """Is given rows of images in [-1, 1] and labels of rows and columns, of a measure: a subclass makes figures."""
-
-    def things(self, x: Tensor) -> Tensor:
-        """Which thing the judge sees in each of the images [N, 3, H, W]."""
-        return judged(self.judge, x)[0]
-
-    def things_of(self, data: CaptionedImages, rows: Sequence[int]) -> Tensor:
-        """Which of the things that the judge knows these drawings are of, [N]."""
-        return torch.tensor([self.data.names.index(data.names[int(data.things[row])]) for row in rows])
-
-    def drawings(self, data: CaptionedImages, rows: Sequence[int], variety: float = 0.0, seed: int = 0) -> Tensor:
-        """Drawings as stage 1 would draw them, [N, 3, S, S]."""
-        return show(data, rows, self.side, torch.Generator().manual_seed(seed), variety)[0]
 
 
 def shuffled(count: int, seed: int) -> list[int]:

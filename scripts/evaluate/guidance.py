@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.evaluation import get_judge, identity_of
 from shared.options import add_data_option, add_output_options, check_writable, number, parser, positive, run
 from shared.stages import MODEL
 
@@ -41,6 +40,7 @@ from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import show
+from ifmodel.tiny.exam import identity_of, kept_judge
 from ifmodel.tiny.judge import judged, saturation
 from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.styles import STYLES
@@ -130,7 +130,7 @@ def measure_images(args: Namespace) -> dict:
     cascade = Cascade(MODEL)
     side = cascade.sizes[0][0]
     data = load_captioned(args.emoji, side, curated() if args.curated else None, finer=2)
-    judge = get_judge(args, data, side)
+    judge = kept_judge(args.out, data, side, args.judge_steps, args.seed)
     names = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(args.seed))[: args.images]
     prompts = [STYLES["photo"].templates[0].format(data.phrases[name][0]) for name in names.tolist()]
     seeds, rows = [args.seed + k for k in range(len(prompts))], []

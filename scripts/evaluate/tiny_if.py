@@ -22,21 +22,22 @@ Writes report.json, curves.png and samples of each kind to --out, each as soon a
 there too, so a stopped evaluation goes on where it was. torchrun shares the batches of images among its processes.
 """
 
-import copy
+import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.evaluation import Evaluation
 from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
-from shared.options import add_common_options, check_writable, number, parser, positive, run
+from shared.options import add_common_options, check_writable, number, parser, pick, positive, run
 from shared.stages import MODEL, UPSCALER, model_name
 
 from ddpm.estimates import REDUCTIONS
 from ddpm.figures import save_curves
-from ddpm.files import fingerprint
+from ddpm.files import fingerprint, write_atomically
 from ddpm.memory import check_memory
 from ddpm.processes import check_shares, rank
 from ifmodel import Cascade, load_unet
@@ -45,8 +46,9 @@ from ifmodel.stage import check_stage
 from ifmodel.text import embed_prompts
 from ifmodel.tiny.algorithm_measures import anagrams, holes, hybrids, illusions, sdedited, upscaled
 from ifmodel.tiny.captions import curated
+from ifmodel.tiny.exam import FAST, Exam, Sampler, identity_of, kept_judge
 from ifmodel.tiny.loading import load_captioned
-from ifmodel.tiny.measures import FAST, Sampler, aliases, anything, judge_accuracy, memory, named, taught, variety
+from ifmodel.tiny.measures import aliases, anything, judge_accuracy, memory, named, taught, variety
 
 SAMPLERS = [("dpm++", 1.0, 5), ("dpm++", 1.0, 10), ("dpm++", 0.0, 20), ("ddim", 0.0, 20), ("ddpm", 0.0, 20)]
 SAMPLERS += [("ddpm", 0.0, 100)]
@@ -56,39 +58,51 @@ PARTS = ["named", "aliases", "anything", "variety", "memory", "holes", "sdedited
 def main():
     args = arguments()
     check_writable(args.out / "report.json")
-    e = begin(args)
-    e.keep("judge", judge_accuracy(e))
+    exam = begin(args)
+    report = {"seed": args.seed, "things": len(exam.data.names)}
+    keep = partial(keep_section, args.out / "report.json", report)
+    keep("judge", judge_accuracy(exam))
     best = args.best or args.guidance[0]
     if args.taught:
-        e.keep("taught", taught(e, with_lora(e), *args.taught, best, args.prompts, args.samples))
+        keep("taught", taught(exam, with_lora(exam, args.lora), *args.taught, best, args.prompts, args.samples))
     if "named" in args.only:
-        best = measure_named(e)
-    drawings = {name: (DRAWING_PROMPTS[name], read_image(name, e.cascade.sizes[0])) for name in DRAWINGS}
+        best = measure_named(exam, args, keep)
+        if rank() == 0:
+            curves(args.out / "curves.png", report, args.seed)
+    drawings = {name: (DRAWING_PROMPTS[name], read_image(name, exam.cascade.sizes[0])) for name in DRAWINGS}
     measures = {
-        "aliases": partial(aliases, e, best),
-        "anything": partial(anything, e, best, args.samples),
-        "variety": partial(variety, e, best, -(-args.samples // 5)),
-        "memory": partial(memory, e, best, args.prompts),
-        "holes": partial(holes, e, best, args.pairs),
-        "sdedited": partial(sdedited, e, drawings, best),
+        "aliases": partial(aliases, exam, best),
+        "anything": partial(anything, exam, best, args.samples),
+        "variety": partial(variety, exam, best, -(-args.samples // 5)),
+        "memory": partial(memory, exam, best, args.prompts),
+        "holes": partial(holes, exam, best, args.pairs),
+        "sdedited": partial(sdedited, exam, drawings, best),
     }
     for name, measure in measures.items():
         if name in args.only:
-            e.keep(name, measure())
+            keep(name, measure())
     for alike in (True, False):
         kinds = {f"anagrams, {name}": anagrams(name) for name in args.reduction if "anagrams" in args.only}
         kinds |= {"hybrids": hybrids()} if "hybrids" in args.only else {}
         for name, kind in kinds.items():
             how = (args.illusion_guidance, args.pairs, args.illusion_steps)
-            e.keep(f"{name}, {'alike' if alike else 'random'} pairs", illusions(e, kind, alike, *how))
+            keep(f"{name}, {'alike' if alike else 'random'} pairs", illusions(exam, kind, alike, *how))
     if "stage_2" in args.only and args.upscaler != "none":
-        e.keep("stage 2", measure_stage_2(e))
+        keep("stage 2", measure_stage_2(exam, args))
     if rank() == 0:
         print(args.out / "report.json")
 
 
-def begin(args: Namespace) -> Evaluation:
-    """The evaluation, with its drawings and its judge. Raises ValueError for what cannot be measured."""
+def keep_section(path: Path, report: dict, section: str, measures):
+    """Write the report each time, so that a late failure loses nothing."""
+    report[section] = measures
+    if rank() == 0:
+        write_atomically(path, json.dumps(report, indent=2).encode())
+        print(f"{section}: {json.dumps(measures)}", flush=True)
+
+
+def begin(args: Namespace) -> Exam:
+    """The exam, with its drawings and its judge. Raises ValueError for what cannot be measured."""
     side = check_stage(args.model, 1).sample_size
     count = max(args.prompts, 2 * args.samples + 10, 4 * args.pairs)  # of the largest kind
     check_memory(2 * 3 * 4 * count * side**2, f"{count} images of {side} × {side}")
@@ -100,7 +114,10 @@ def begin(args: Namespace) -> Evaluation:
         raise ValueError(f"{args.data} has one thing alone, {data.names[0]}: pairs and shares need two or more")
     if args.taught and args.taught[0] not in data.names:
         raise ValueError(f"{args.data} has no {args.taught[0]!r} that the judge could learn")
-    return Evaluation(args, data, held)
+    device, dtype = pick(args)
+    cascade = Cascade(args.model, device=device, dtype=dtype)
+    judge = kept_judge(args.out, data, side, args.judge_steps, args.seed)
+    return Exam(cascade, judge, data, held, args.out, args.seed, args.variety, args.batch_size)
 
 
 def arguments() -> Namespace:
@@ -148,53 +165,52 @@ def arguments() -> Namespace:
     return args
 
 
-def with_lora(e: Evaluation) -> Evaluation:
-    """The same for tiny-if with a LoRA."""
-    after = copy.copy(e)
-    after.cascade = Cascade(e.args.model, lora=e.args.lora, device=e.cascade.device, dtype=e.cascade.dtype)
-    after.identity += fingerprint(find_lora(e.args.lora))
-    return after
+def with_lora(exam: Exam, lora: Path) -> Exam:
+    """The same of the model with a LoRA."""
+    model, device, dtype = exam.cascade.stages[0].source, exam.cascade.device, exam.cascade.dtype
+    identity = identity_of(model) + fingerprint(find_lora(lora))
+    return replace(exam, cascade=Cascade(model, lora=lora, device=device, dtype=dtype), identity=identity)
 
 
-def measure_named(e: Evaluation) -> float:
+def measure_named(exam: Exam, args: Namespace, keep: Callable) -> float:
     """`named` for each γ, then for other samplers at the best γ, which is returned."""
 
     def row(guidance: float, sampler: Sampler) -> dict:
-        return {"guidance": guidance, "sampler": sampler, **named(e, guidance, sampler, e.args.prompts)}
+        return {"guidance": guidance, "sampler": sampler, **named(exam, guidance, sampler, args.prompts)}
 
-    e.keep("guidance", [row(guidance, FAST) for guidance in e.args.guidance])
-    best = max(e.report["guidance"], key=lambda row: row["plain"] + row["styled"])["guidance"]
-    e.keep("best guidance", best)
-    e.keep("samplers", [row(best, sampler) for sampler in SAMPLERS if sampler[2] <= e.args.most_steps])
-    if rank() == 0:
-        curves(e, best)
+    rows = [row(guidance, FAST) for guidance in args.guidance]
+    best = max(rows, key=lambda row: row["plain"] + row["styled"])["guidance"]
+    keep("guidance", rows)
+    keep("best guidance", best)
+    keep("samplers", [row(best, sampler) for sampler in SAMPLERS if sampler[2] <= args.most_steps])
     return best
 
 
-def measure_stage_2(e: Evaluation) -> dict[str, dict[str, float]]:
+def measure_stage_2(exam: Exam, args: Namespace) -> dict[str, dict[str, float]]:
     """`upscaled` for drawings that were trained on, and held out."""
-    unet = load_unet(e.args.upscaler, e.cascade.dtype, e.cascade.device, pack=True)
-    null = embed_prompts(e.args.model, [""])[""][None].to(e.cascade.device)
-    parts = {"trained on": "train", "held out": "held out"} if e.args.hold_out else {"trained on": "all"}
-    load, measures = partial(load_captioned, e.args.data, unet.config.sample_size, e.data.names), {}
+    unet = load_unet(args.upscaler, exam.cascade.dtype, exam.cascade.device, pack=True)
+    null = embed_prompts(args.model, [""])[""][None].to(exam.cascade.device)
+    parts = {"trained on": "train", "held out": "held out"} if args.hold_out else {"trained on": "all"}
+    load, measures = partial(load_captioned, args.data, unet.config.sample_size, exam.data.names), {}
     for kind, part in parts.items():
-        measures[kind] = upscaled(e, f"stage_2_{kind.replace(' ', '_')}", load(part=part), unet, null)
+        measures[kind] = upscaled(exam, f"stage_2_{kind.replace(' ', '_')}", load(part=part), unet, null)
     return measures
 
 
-def curves(e: Evaluation, best: float):
+def curves(path: Path, report: dict, seed: int):
     """Share found and distance, against guidance and against steps."""
-    rows = sorted(e.report["guidance"], key=lambda row: row["guidance"])
+    best = report["best guidance"]
+    rows = sorted(report["guidance"], key=lambda row: row["guidance"])
     found = {f"found, {kind}, %": {row["guidance"]: 100 * row[kind] for row in rows} for kind in ("plain", "styled")}
     found["distance"] = {row["guidance"]: row["distance"] for row in rows}
     by_steps: dict[str, dict] = {}
-    rows = [*e.report["samplers"], *(row for row in rows if row["guidance"] == best)]
+    rows = [*report["samplers"], *(row for row in rows if row["guidance"] == best)]
     for row in sorted(rows, key=lambda row: row["sampler"][2]):
         kind, eta, steps = row["sampler"]
         by_steps.setdefault(f"{kind}, η = {eta:g}", {})[steps] = row["distance"]
     left = {"xlabel": "guidance γ", "ylim": (0, None), "title": "SDE-DPM-Solver++, 20 steps"}
     right = {"xlabel": "steps", "ylabel": "distance", "xscale": "log", "ylim": (0, None), "title": f"γ = {best:g}"}
-    save_curves(e.args.out / "curves.png", [(found, left), (by_steps, right)], e.args.seed)
+    save_curves(path, [(found, left), (by_steps, right)], seed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from ifmodel import Cascade
 from ifmodel.tiny.data import CaptionedImages
-from ifmodel.tiny.measures import Exam, aliases, memory, named, taught, variety
+from ifmodel.tiny.exam import Exam
+from ifmodel.tiny.measures import aliases, memory, named, taught, variety
 from ifmodel.tiny.styles import STYLES
 
 PHRASES = [["a dog", "a puppy"], ["a pear"], ["an owl"]]

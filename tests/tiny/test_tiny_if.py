@@ -19,9 +19,9 @@ from ifmodel.text import embed_each, embed_prompts
 from ifmodel.tiny import export, models
 from ifmodel.tiny.algorithm_measures import pairs_of
 from ifmodel.tiny.data import CaptionedImages, draw_rows, show
+from ifmodel.tiny.exam import Exam
 from ifmodel.tiny.judge import apart, judged, train_judge
 from ifmodel.tiny.loading import load_captioned
-from ifmodel.tiny.measures import Exam
 from ifmodel.tiny.styles import STYLES
 from ifmodel.vocabulary import load_vocabulary, nearest_known
 from ifmodel.weights import SHIPPED
