@@ -29,7 +29,7 @@ PAIRS = [  # the assignment's
     ("a lithograph of a skull", "an oil painting of a snowy mountain village"),
     ("an oil painting of an old man", "an oil painting of people around a campfire"),
 ]
-TINY_PAIRS = [  # of scripts/evaluate/tiny_if.py's, alike when blurred: the assignment's are too far apart for tiny-if
+TINY_PAIRS = [  # alike when blurred, see scripts/evaluate/tiny_if.py: the assignment's are too far apart for it
     ("a photo of a penguin", "a photo of an owl"),
     ("a photo of an old man", "a photo of a nerd face"),
     ("a photo of an evergreen tree", "a photo of a tent"),
@@ -38,7 +38,7 @@ TINY_PAIRS = [  # of scripts/evaluate/tiny_if.py's, alike when blurred: the assi
 
 def main():
     options = parser(__doc__)
-    prompts = "one for each component; more make more images (default: the assignment's, after three for tiny-if)"
+    prompts = "one for each component; more make more images (default: the assignment's; with tiny-if, pairs alike)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--components", choices=DECOMPOSITIONS, default="low_high_pass", help="default: low_high_pass")
     sigmas = f"{SIGMA:g}; 3 with {MODEL}"
@@ -55,7 +55,7 @@ def main():
         args.sigma = 3.0 if args.sigma is None else args.sigma  # its best
     components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
     needed = 1 if args.keep else len(components)
-    pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS
+    pairs = TINY_PAIRS if args.model == MODEL else PAIRS
     groups = grouped(args.prompt, needed) if args.prompt else pairs
     if any(len(group) != needed for group in groups):
         names = ", ".join(component.name for component in components)

@@ -24,8 +24,7 @@ PAIRS = [  # the assignment's
     ("an oil painting of a snowy mountain village", "a photo of a hipster barista"),
     ("a photo of the amalfi coast", "an oil painting of a snowy mountain village"),
 ]
-# Of scripts/evaluate/tiny_if.py's, alike when one is flipped: the assignment's are too far apart for tiny-if
-TINY_PAIRS = [
+TINY_PAIRS = [  # alike when one is flipped, see scripts/evaluate/tiny_if.py: the assignment's are too far apart for it
     ("a photo of a light bulb", "a photo of a pear"),
     ("a photo of an ear", "a photo of a thumbs up"),
     ("a photo of a mouse", "a photo of a shark"),
@@ -34,7 +33,7 @@ TINY_PAIRS = [
 
 def main():
     options = parser(__doc__)
-    prompts = "one for each view; more make more images (default: the assignment's, after three for tiny-if)"
+    prompts = "one for each view; more make more images (default: the assignment's; with tiny-if, pairs of like shape)"
     options.add_argument("--prompt", action="append", metavar="TEXT", help=prompts)
     options.add_argument("--view", action="append", choices=VIEWS, help="(default: identity, vertical_flip)")
     options.add_argument("--weight", type=number, action="append", metavar="W", help="one for each view (default: 1)")
@@ -46,7 +45,7 @@ def main():
     names = args.view or ["identity", "vertical_flip"]
     if len(names) < 2:
         raise ValueError(f"{names[0]} alone makes no illusion: give another --view, such as identity or vertical_flip")
-    pairs = TINY_PAIRS + PAIRS if args.model == MODEL else PAIRS
+    pairs = TINY_PAIRS if args.model == MODEL else PAIRS
     groups = grouped(args.prompt, len(names)) if args.prompt else pairs
     if any(len(group) != len(names) for group in groups):
         count = len(args.prompt or groups[0])

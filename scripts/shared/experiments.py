@@ -238,14 +238,15 @@ EXPERIMENTS = [
         r"x_t \leftarrow m\, x_t + (1 - m) "
         r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
         (inpaint,),
-        f"inpaint {TWENTY} "
+        f"inpaint {TWENTY} --resamples 4 "
         f"{ROCKET} --prompt 'a photo of a rocket ship' --mask circle:0.5,0.5,0.25 "
         f"{DOG} --prompt 'a photo of a dog' --mask rectangle:0.25,0.45,0.8,0.95 "
         f"{PENGUIN} --prompt 'a photo of an owl' --mask rectangle:0.05,0.02,0.95,0.5 "
         "--image face --prompt 'a man wearing a hat' --mask rectangle:0.05,0.1,0.42,0.9",
         {
-            "inpainted.png": "White in the mask is the hole. The third drawing is filled with another thing; the last "
-            "is one of ours, which tiny-if has never seen.",
+            "inpainted.png": "White in the mask is the hole. Each step is taken four times, as RePaint does, so that "
+            "old and new agree. The third drawing is filled with another thing; the last is one of ours, which tiny-if "
+            "has never seen.",
         },
         fast=QUICK,
     ),
@@ -257,8 +258,8 @@ EXPERIMENTS = [
         (anagram,),
         f"visual_anagram {TWENTY} --num-images 2",
         {
-            "anagrams.png": "Each pair of rows is the same images, upright and flipped. With tiny-if three pairs come "
-            "first that are alike when one is flipped; the assignment's are too far apart for so small a model.",
+            "anagrams.png": "Each pair of rows: the same images upright and flipped. With tiny-if, pairs of like "
+            "shape; the assignment's own, such as an old man and people around a campfire, are too far apart for it.",
         },
         fast=f"{QUICK} --num-images 1",
         plays=(Play("turn", "anagrams", (0, 2, 4), "turned over"),),
@@ -271,8 +272,9 @@ EXPERIMENTS = [
         (hybrid,),
         f"hybrid_image {TWENTY} --num-images 2",
         {
-            "hybrids.png": "Of each pair: the images, what is seen of them from afar, and what only up close. With "
-            "tiny-if three pairs come first whose images are alike when blurred, and σ is 3 of 64 pixels; else 2.",
+            "hybrids.png": "For each pair: the images, what is seen of them from afar, and what only up close. With "
+            "tiny-if, pairs that are alike when blurred, and σ is 3 of 64 pixels, else 2; the assignment's own, such "
+            "as a skull and waterfalls, are too far apart for it.",
         },
         fast=f"{QUICK} --num-images 1",
         plays=(Play("away", "hybrids", (0, 3, 6), "from afar"),),
