@@ -39,7 +39,7 @@ from ddpm.devices import pick_device, pick_dtype
 from ddpm.figures import save_grid
 from ddpm.files import fingerprint, write_atomically
 from ddpm.memory import check_memory
-from ddpm.processes import num_processes
+from ddpm.processes import num_processes, rank
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages
@@ -47,7 +47,7 @@ from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.models import build_encoder, train_tokenizer
 from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_unet
-from ifmodel.tiny.training import Recipe, processes, rank, train_stage, train_text
+from ifmodel.tiny.training import Recipe, train_stage, train_text
 from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_config
 
@@ -194,7 +194,7 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
             write_atomically(folder / "spiece.model", vocabulary.read_bytes())
         else:
             train_tokenizer(data.all_captions(), folder)
-    if processes() > 1:
+    if num_processes() > 1:
         dist.barrier()
     return folder
 

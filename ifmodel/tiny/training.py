@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
+from ddpm.processes import num_processes, rank
 from ddpm.runs import EMA, Run, step_seed, stop_signal
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
@@ -153,7 +154,7 @@ def new_run(
     model, average = stage.model, EMA(stage.model)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(stage.parameters, weight_decay=0.01, fused=device.type != "mps")
-    if processes() > 1:  # each trained its own text encoder, and GPUs do not agree to the bit
+    if num_processes() > 1:  # each trained its own text encoder, and GPUs do not agree to the bit
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
@@ -183,7 +184,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
 
 def own_rows(batch_size: int) -> slice:
     """This process's share of a batch."""
-    share = batch_size // processes()
+    share = batch_size // num_processes()
     return slice(rank() * share, (rank() + 1) * share)
 
 
@@ -192,33 +193,23 @@ def descend(model: TextToImage, optimizer: torch.optim.Optimizer, loss: Tensor) 
     optimizer.zero_grad()
     loss.backward()
     loss = loss.detach()
-    if processes() > 1:
+    if num_processes() > 1:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= processes()
+                parameter.grad /= num_processes()
         dist.all_reduce(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss / processes()
+    return loss / num_processes()
 
 
 def any_process(device: torch.device, stop: bool) -> bool:
     """Whether any of the processes is to stop, so that all of them do after the same step."""
-    if processes() == 1:
+    if num_processes() == 1:
         return stop
     dist.all_reduce(stops := torch.tensor(float(stop), device=device))
     return stops.item() > 0
-
-
-def rank() -> int:
-    """This process's number, 0 for the one that writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes() -> int:
-    """How many processes share each batch."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def add_row(log: list[str], step: int, loss: float, seen: dict[str, float]):
