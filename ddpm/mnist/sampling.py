@@ -41,12 +41,14 @@ def sample_digits(
     callback(done, x_t): after each step: how many steps of how many digits are done, of N · num_steps in all, and
         the noisy digits of the batch before it
     Each image depends on its own seed and label alone, up to the rounding of another batch size.
-    Raises ValueError when num_steps is not from 1 to T, and for a sampler that there is not.
+    Raises ValueError when num_steps is not from 1 to T, for a sampler that there is not, and for labels that are not
+    one digit for each seed.
 
     Digits are in [0, 1] in training, too: after 300 linear steps ᾱ_T is still 0.048, so x_T keeps 22 % of the image. In
     [-1, 1], where digits have the mean -0.74, x_T would have the mean -0.16, 4.5 standard errors from the N(0, I) that
     sampling starts from; in [0, 1] it is 0.03, less than one.
     """
+    check_labels(labels, seeds)
     device = next(model.parameters()).device
     step = pick_step(SAMPLERS, sampler, eta)
     timesteps = visited_timesteps(schedule, num_steps, sampler, eta)
@@ -101,6 +103,7 @@ def sample_flow(
 
     sampler: "euler", or "heun" for two evaluations a step and second order
     """
+    check_labels(labels, seeds)
     step = pick_step(FLOW_SAMPLERS, sampler)
     device = next(model.parameters()).device
     model, images = folded(model), []
@@ -136,6 +139,17 @@ def pick_sampling(
     pick_step(SAMPLERS, sampler, eta)
     steps = len(visited_timesteps(schedule, num_steps, sampler, eta))
     return steps, partial(sample_digits, schedule=schedule, num_steps=num_steps, sampler=sampler, eta=eta)
+
+
+def check_labels(labels: Sequence[int] | None, seeds: Sequence[int]):
+    """Raises ValueError unless there are none, or a digit for each seed."""
+    if labels is None:
+        return
+    if len(labels) != len(seeds):
+        raise ValueError(f"give a label for each of the {len(seeds)} seeds, not {len(labels)}")
+    for label in labels:
+        if not 0 <= label < NUM_CLASSES:
+            raise ValueError(f"a label is a digit from 0 to {NUM_CLASSES - 1}, not {label}")
 
 
 def encoded_once(model: Model, count: int) -> Model:

@@ -1,5 +1,7 @@
 """Guidance, noise and the denoising loop."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -162,3 +164,15 @@ def test_samplers_that_do_not_go_with_a_model_are_refused(model):
         sample_flow(ClassFlow(4), [3], [1], sampler="dpm++")
     with pytest.raises(ValueError, match="eta is for ddim and dpm"):
         sample_digits(model, [3], [1], linear_schedule(), eta=1.0)
+
+
+def test_labels_are_a_digit_for_each_seed(model):
+    samplers = (lambda *asked: sample_digits(model, *asked, linear_schedule())), partial(sample_flow, ClassFlow(4))
+    for sampler in samplers:
+        for labels, seeds in ([3], [1, 2, 3, 4]), ([3, 4], [1]):
+            told = f"give a label for each of the {len(seeds)} seeds, not {len(labels)}"
+            with pytest.raises(ValueError, match=told):
+                sampler(labels, seeds)
+        for label in (-1, 10):
+            with pytest.raises(ValueError, match=f"a digit from 0 to 9, not {label}$"):
+                sampler([3, label], [1, 2])
