@@ -41,13 +41,15 @@ def sample_digits(
     callback(done, x_t): after each step: how many steps of how many digits are done, of N · num_steps in all, and
         the noisy digits of the batch before it
     Each image depends on its own seed and label alone, up to the rounding of another batch size.
-    Raises ValueError when num_steps is not from 1 to T, for a sampler that there is not, and for labels that are not
-    one digit for each seed.
+    Raises ValueError when num_steps is not from 1 to T, for a sampler that there is not, for labels that are not one
+    digit for each seed, and for a flow, which `sample_flow` draws with.
 
     Digits are in [0, 1] in training, too: after 300 linear steps ᾱ_T is still 0.048, so x_T keeps 22 % of the image. In
     [-1, 1], where digits have the mean -0.74, x_T would have the mean -0.16, 4.5 standard errors from the N(0, I) that
     sampling starts from; in [0, 1] it is 0.03, less than one.
     """
+    if isinstance(model, TimeFlow):
+        raise ValueError(f"a {type(model).__name__} is a flow: draw with sample_flow")
     check_labels(labels, seeds)
     device = next(model.parameters()).device
     step = pick_step(SAMPLERS, sampler, eta)
@@ -103,6 +105,8 @@ def sample_flow(
 
     sampler: "euler", or "heun" for two evaluations a step and second order
     """
+    if isinstance(model, TimeUNet):
+        raise ValueError(f"a {type(model).__name__} is a DDPM: draw with sample_digits")
     check_labels(labels, seeds)
     step = pick_step(FLOW_SAMPLERS, sampler)
     device = next(model.parameters()).device

@@ -166,6 +166,24 @@ def test_samplers_that_do_not_go_with_a_model_are_refused(model):
         sample_digits(model, [3], [1], linear_schedule(), eta=1.0)
 
 
+def test_a_model_of_the_other_kind_is_refused(model):
+    with pytest.raises(ValueError, match="a ClassFlow is a flow: draw with sample_flow"):
+        sample_digits(ClassFlow(4), [3], [1], linear_schedule())
+    with pytest.raises(ValueError, match="a ClassUNet is a DDPM: draw with sample_digits"):
+        sample_flow(model, [3], [1])
+
+
+class Own(torch.nn.Conv2d):
+    def forward(self, x_t, t):
+        return super().forward(x_t)
+
+
+def test_a_model_of_ones_own_is_neither():
+    own = Own(1, 1, 1)
+    assert sample_digits(own, None, [1], linear_schedule(), num_steps=2).shape == (1, 1, 28, 28)
+    assert sample_flow(own, None, [1], num_steps=2).shape == (1, 1, 28, 28)
+
+
 def test_labels_are_a_digit_for_each_seed(model):
     samplers = (lambda *asked: sample_digits(model, *asked, linear_schedule())), partial(sample_flow, ClassFlow(4))
     for sampler in samplers:
