@@ -7,6 +7,7 @@ new one of either needs no change here or in the cascade.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -84,6 +85,7 @@ class _Asked:
         return lambda x_t, t: (x_t, None)
 
 
+GIVEN = ("estimate", "timesteps", "schedule", "noise", "step", "threshold", "callback")  # by the cascade
 Recipe = str | Sequence[str] | Callable[[Stage], Estimate]
 
 
@@ -108,6 +110,9 @@ class Job:
     num_steps: int | None = None
 
     def __post_init__(self):
+        for algorithm in (self.algorithm, self.upscale):
+            if isinstance(algorithm, partial) and (bound := [name for name in GIVEN if name in algorithm.keywords]):
+                raise ValueError(f"the cascade gives {', '.join(bound)} to an algorithm itself: bind none of its own")
         if isinstance(self.seeds, int):
             raise ValueError(f"seeds must be a list, of one for each image, such as [{self.seeds}], not {self.seeds}")
         if not len(self.seeds):

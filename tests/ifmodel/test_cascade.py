@@ -184,6 +184,13 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
     ):
         with pytest.raises(ValueError, match=told):
             tiny.draw(**arguments)
+    for name in ("schedule", "step"):
+        for algorithms in (
+            {"algorithm": partial(sdedit, **{name: None})},
+            {"upscale": partial(sdedit, **{name: None})},
+        ):
+            with pytest.raises(ValueError, match=f"the cascade gives {name} to an algorithm itself"):
+                tiny.draw("a dog", seeds=[1], **algorithms)
     for name, told in (("steps", " (did you mean num_steps?): there are num_steps, sampler"), ("x", ": there are")):
         with pytest.raises(TypeError, match=re.escape(f"draw has no option {name}{told}")):
             tiny.draw("a dog", seeds=[1], **{name: 3})
