@@ -30,8 +30,14 @@ ALWAYS = (-math.inf, math.inf)  # the interval of t with guidance, unless it is 
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """A model's output [B, C or 2C, H, W] -> (eps [B, C, H, W], v of the same shape or None), in float32."""
+    """A model's output [B, C or 2C, H, W] -> (eps [B, C, H, W], v of the same shape or None), in float32.
+
+    Raises ValueError for another number of channels.
+    """
     output = output.float()
+    if output.shape[1] not in (channels, 2 * channels):
+        given = f"{channels} or {2 * channels} channels for images of {channels}"
+        raise ValueError(f"a model gives {given}, not {output.shape[1]}")
     return (output, None) if output.shape[1] == channels else tuple(output.split(channels, dim=1))
 
 

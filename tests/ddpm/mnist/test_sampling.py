@@ -58,6 +58,13 @@ def test_an_estimate_is_float32_whatever_the_model_computes_in():
     assert eps.dtype == v.dtype == torch.float32
 
 
+@pytest.mark.parametrize("channels", [1, 4, 9])
+def test_a_model_of_other_channels_is_refused(channels):
+    estimate = unguided(lambda x_t, t: torch.zeros(1, channels, 2, 2))
+    with pytest.raises(ValueError, match=f"a model gives 3 or 6 channels for images of 3, not {channels}"):
+        estimate(torch.ones(1, 3, 2, 2), 0)
+
+
 def test_the_loop_reports_each_step_and_ends_at_the_clean_image(model):
     x_T, c, null = inputs()
     seen = []
