@@ -6,6 +6,7 @@ call the clean image x_0: their t is ours plus one.)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,14 @@ class Schedule:
     alphas_cumprod: Tensor
 
     @classmethod
-    def from_betas(cls, betas: Tensor) -> "Schedule":
-        """The schedule of these variances [T] (DDPM §2). Source: arXiv 2006.11239."""
-        betas = betas.double()
+    def from_betas(cls, betas: Tensor | Sequence[float]) -> "Schedule":
+        """The schedule of these variances [T] (DDPM §2), on the CPU.
+
+        Raises ValueError unless all are in (0, 1). Source: arXiv 2006.11239.
+        """
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if outside := [beta for beta in betas.tolist() if not 0 < beta < 1]:
+            raise ValueError(f"betas must be above 0 and below 1, not {outside[0]:g}")
         return cls(betas, torch.cumprod(1 - betas, dim=0))
 
     @property

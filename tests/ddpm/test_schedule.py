@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm.schedule import cosine_schedule, leading_timesteps, linear_schedule, linspace_timesteps, strided_timesteps
+from ddpm.schedule import (
+    Schedule,
+    cosine_schedule,
+    leading_timesteps,
+    linear_schedule,
+    linspace_timesteps,
+    strided_timesteps,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +36,18 @@ def test_the_defaults_are_mnist_and_if():
     assert linear_schedule().betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
     assert cosine_schedule().num_timesteps == 1000
     assert cosine_schedule().betas.max() == 0.999
+
+
+def test_betas_are_a_tensor_an_array_or_a_list():
+    expected = linear_schedule(10).betas
+    for betas in (expected, expected.numpy(), expected.tolist()):
+        assert torch.equal(Schedule.from_betas(betas).betas, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1.5, -0.1, float("nan")])
+def test_betas_that_are_no_variances_are_refused(beta):
+    with pytest.raises(ValueError, match=f"must be above 0 and below 1, not {beta:g}"):
+        Schedule.from_betas([0.1, beta])
 
 
 def test_alpha_cumprod_is_one_at_the_clean_image_and_refused_outside():
