@@ -141,7 +141,9 @@ def iterative_denoise(
 
 
 def check_falling(timesteps: Sequence[int]):
-    """Raises ValueError unless they fall strictly: a rising path would silently noise the image."""
+    """Raises ValueError unless there are some, and they fall strictly: a rising path would silently noise the image."""
+    if not len(timesteps):
+        raise ValueError("there are no timesteps to visit")
     if any(t_prev >= t for t, t_prev in itertools.pairwise(timesteps)):
         raise ValueError("timesteps must fall strictly, from the noisiest on")
 
@@ -238,8 +240,6 @@ def resampling_path(timesteps: Sequence[int], jump_length: int, num_resamples: i
     """The steps (t, t') of `inpaint`: down the list and, num_resamples - 1 times for every jump_length, up again."""
     if jump_length < 1 or num_resamples < 1:
         raise ValueError(f"jump_length and num_resamples must be at least 1, not {jump_length} and {num_resamples}")
-    if not timesteps:
-        raise ValueError("there are no timesteps to visit")
     if len(timesteps) * num_resamples > MAX_STEPS:
         raise ValueError(f"{num_resamples} times {len(timesteps)} steps are too many, at most {MAX_STEPS}")
     check_falling(timesteps)

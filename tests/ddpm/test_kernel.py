@@ -79,11 +79,12 @@ def test_a_multistep_solver_does_not_extrapolate_across_alternating_views():
     assert histories[0] is None and all(history is not None for history in histories[1:])
 
 
-def test_rising_timesteps_are_refused_rather_than_noised():
+def test_rising_timesteps_and_none_are_refused_rather_than_noised():
     x_orig, mask, noise = torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8), noise_source([0], (3, 8, 8))
     estimate = lambda x_t, t: (x_t, None)  # noqa: E731
-    for timesteps in ([0, 30, 60], [60, 60, 0], [60, 30, 40]):
-        with pytest.raises(ValueError, match="must fall strictly"):
+    rising, none = "must fall strictly", "there are no timesteps to visit"
+    for timesteps, told in ([0, 30, 60], rising), ([60, 60, 0], rising), ([60, 30, 40], rising), ([], none):
+        with pytest.raises(ValueError, match=told):
             sample(estimate, timesteps, cosine_schedule(), noise=noise)
-        with pytest.raises(ValueError, match="must fall strictly"):
+        with pytest.raises(ValueError, match=told):
             inpaint(estimate, x_orig, mask, timesteps, cosine_schedule(), noise=noise)
