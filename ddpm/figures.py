@@ -44,7 +44,7 @@ def labelled_grid(
     zoom: how many pixels of the figure a pixel of an image gets, in width and height; by default as many as keep the
         image within 96 pixels
     Labels are wrapped, those of columns to the images' width; where one is larger still, the images move apart.
-    Raises ValueError when there are no images, or of several sizes.
+    Raises ValueError when there are no images, or of several sizes, or another number of labels than rows or columns.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -73,13 +73,16 @@ def grid_figure(rows: Rows, row_labels: Sequence[str], column_labels: Sequence[s
     from matplotlib.figure import Figure
 
     h, w = size_of_all(rows)
+    num_columns = max(len(row) for row in rows)
+    check_labels("row", row_labels, len(rows))
+    check_labels("column", column_labels, num_columns)
     zoom = max(1, 96 // w) if zoom is None else zoom
     h, w = h * zoom, w * zoom
     row_labels = [wrapped(label, LABEL_WIDTH) for label in row_labels]
     column_labels = [wrapped(label, w) for label in column_labels]
     (beside, tallest), (widest, above) = largest(row_labels), largest(column_labels)
     row_h, column_w = max(h, tallest) + GAP, max(w, widest) + GAP
-    grid_h, grid_w = row_h * len(rows), column_w * max(len(row) for row in rows)
+    grid_h, grid_w = row_h * len(rows), column_w * num_columns
     title = wrapped(title, max(grid_w, LABEL_WIDTH))
     title_w, title_h = text_size(title)
     top, left = MARGIN + title_h + (SPACE if title else 0) + above, MARGIN + beside
@@ -110,6 +113,12 @@ def size_of_all(rows: Rows) -> tuple[int, int]:
         found = ", ".join(str(list(shape)) for shape in shapes) or "none"
         raise ValueError(f"a grid has rows of images [1 or 3, H, W] of one size, not {found}")
     return shapes[0][-2:]
+
+
+def check_labels(kind: str, labels: Sequence[str], count: int):
+    """Raises ValueError unless there are none, or one for each row or column."""
+    if labels and len(labels) != count:
+        raise ValueError(f"give no {kind} labels, or one for each of the {count} {kind}s, not {len(labels)}")
 
 
 def save_table(

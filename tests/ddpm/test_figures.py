@@ -66,6 +66,12 @@ def test_what_is_no_grid_is_refused(rows, found):
         labelled_grid(rows)
 
 
+@pytest.mark.parametrize(("kind", "count", "given"), [("row", 2, 1), ("row", 2, 3), ("column", 3, 2), ("column", 3, 4)])
+def test_too_few_and_too_many_labels_are_refused(rows, kind, count, given):
+    with pytest.raises(ValueError, match=f"one for each of the {count} {kind}s, not {given}$"):
+        labelled_grid(rows, **{f"{kind}_labels": ["a"] * given})
+
+
 def test_matplotlib_waits_for_the_first_figure():
     imported = "import sys, ddpm.figures, ddpm.animation; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported]).returncode == 0
