@@ -123,7 +123,7 @@ class Cascade:
             "dpm++" or a step function), eta (0 to 1), negative_prompt, batch_size and progress
         Raises TypeError for an option that there is not, and as `draw_all` does.
         """
-        check_options(options)
+        check_options(options, algorithm)
         seeds = seeds if isinstance(seeds, int) else list(seeds)
         return self.draw_all([Job(recipe, seeds, algorithm, timesteps, upscale)], **options)[0]
 
@@ -337,14 +337,16 @@ class Cascade:
         return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
 
 
-def check_options(options: dict):
+def check_options(options: dict, algorithm: Callable):
     """Raises TypeError for an option of `Cascade.draw` that `Cascade.draw_all` has not."""
     known = [name for name in inspect.signature(Cascade.draw_all).parameters if name not in ("self", "jobs")]
     for name in options:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             meant = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise TypeError(f"draw has no option {name}{meant}: there are {', '.join(known)}")
+            own = name in inspect.signature(algorithm).parameters
+            hint = "; bind the algorithm's own arguments with functools.partial" if own else ""
+            raise TypeError(f"draw has no option {name}{meant}: there are {', '.join(known)}{hint}")
 
 
 def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[float, float], noise_level: int):
