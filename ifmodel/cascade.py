@@ -355,6 +355,8 @@ def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[flo
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a step function, not {sampler!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta:g}")
+    if eta and callable(sampler) and "eta" not in inspect.signature(sampler).parameters:
+        raise ValueError("this step function takes no eta: bind its own options with functools.partial")
     first, last = guidance_interval
     if first > last:
         raise ValueError(f"the guidance interval begins at the smaller t: {last} {first}, not {first} {last}")

@@ -180,6 +180,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
         ("seeds must hold", {"recipe": "a dog", "seeds": []}),
         ("sampler must be one of", {"recipe": "a dog", "seeds": [1], "sampler": "euler"}),
         ("steps must be from 1 to 1000", {"recipe": "a dog", "seeds": [1], "num_steps": 1001}),
+        ("takes no eta: bind", {"recipe": "a dog", "seeds": [1], "sampler": ddpm_step, "eta": 0.5}),
         (r"seeds must be a list, .* such as \[1\], not 1", {"recipe": "a dog", "seeds": 1}),
     ):
         with pytest.raises(ValueError, match=told):
