@@ -31,7 +31,7 @@ PAIRS = [  # the assignment's
 ]
 TINY_PAIRS = [  # alike when blurred, see scripts/evaluate/tiny_if.py: the assignment's are too far apart for it
     ("a photo of a penguin", "a photo of an owl"),
-    ("a photo of an old man", "a photo of a nerd face"),
+    ("a photo of a tropical fish", "a photo of a maple leaf"),
     ("a photo of an evergreen tree", "a photo of a tent"),
 ]
 

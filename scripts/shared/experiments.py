@@ -262,7 +262,7 @@ EXPERIMENTS = [
             "shape; the assignment's own, such as an old man and people around a campfire, are too far apart for it.",
         },
         fast=f"{QUICK} --num-images 1",
-        plays=(Play("turn", "anagrams", (0, 2, 4), "turned over"),),
+        plays=(Play("turn", "anagrams", (0, 2, 4, 6), "turned over"),),
     ),
     Experiment(
         "A11",
