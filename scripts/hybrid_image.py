@@ -31,8 +31,11 @@ PAIRS = [  # the assignment's
 ]
 TINY_PAIRS = [  # alike when blurred, see scripts/evaluate/tiny_if.py: the assignment's are too far apart for it
     ("a photo of a penguin", "a photo of an owl"),
+    ("a photo of a red heart", "a photo of a doughnut"),
+    ("a photo of a fire", "a photo of a crown"),
+    ("a photo of a lion", "a photo of a bear"),
+    ("a photo of a mushroom", "a photo of a birthday cake"),
     ("a photo of a tropical fish", "a photo of a maple leaf"),
-    ("a photo of an evergreen tree", "a photo of a tent"),
 ]
 
 

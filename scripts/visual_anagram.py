@@ -26,9 +26,11 @@ PAIRS = [  # the assignment's
 ]
 TINY_PAIRS = [  # alike when one is flipped, see scripts/evaluate/tiny_if.py: the assignment's are too far apart for it
     ("a photo of a light bulb", "a photo of a pear"),
+    ("a photo of a crab", "a photo of a shopping cart"),
+    ("a photo of a palm tree", "a photo of a christmas tree"),
     ("a photo of an ear", "a photo of a thumbs up"),
     ("a photo of an old man", "a photo of a nerd face"),
-    ("a photo of a mouse", "a photo of a shark"),
+    ("a photo of a deer", "a photo of a church"),
 ]
 
 

@@ -76,7 +76,7 @@ def test_an_anagram_with_any_unet_of_diffusers(printed):
 
 
 def test_the_view_is_one(printed):
-    check_view(printed["shift"](3), (3, 8, 8))
+    check_view(printed["shift"](0.25), (3, 8, 8))
 
 
 def test_the_sampler_draws(printed):

@@ -262,7 +262,7 @@ EXPERIMENTS = [
             "shape; the assignment's own, such as an old man and people around a campfire, are too far apart for it.",
         },
         fast=f"{QUICK} --num-images 1",
-        plays=(Play("turn", "anagrams", (0, 2, 4, 6), "turned over"),),
+        plays=(Play("turn", "anagrams", tuple(range(0, 12, 2)), "turned over"),),
     ),
     Experiment(
         "A11",
@@ -277,7 +277,7 @@ EXPERIMENTS = [
             "as a skull and waterfalls, are too far apart for it.",
         },
         fast=f"{QUICK} --num-images 1",
-        plays=(Play("away", "hybrids", (0, 3, 6), "from afar"),),
+        plays=(Play("away", "hybrids", tuple(range(0, 18, 3)), "from afar"),),
     ),
     Experiment(
         "B1, B3",
