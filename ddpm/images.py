@@ -36,6 +36,9 @@ def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
     else, and for a mask with no hole or nothing but one.
     """
     shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
+    if not shape and not Path(source).is_file():
+        forms = "a mask is a file, rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS"
+        raise FileNotFoundError(f"no image at {source}; {forms}")
     mask = mask_of_shape(*shape.groups(), size) if shape else mask_of_file(source, size, image)
     if mask.all() or not mask.any():
         raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")

@@ -58,6 +58,8 @@ def main():
         args.sigma = 3.0 if args.sigma is None else args.sigma  # its best
     components = low_high_pass(args.sigma) if args.sigma else DECOMPOSITIONS[args.components]()
     needed = 1 if args.keep else len(components)
+    if args.keep and not args.prompt:
+        raise ValueError("--keep takes one --prompt: what the rest shows")
     pairs = TINY_PAIRS if args.model == MODEL else PAIRS
     groups = grouped(args.prompt, needed) if args.prompt else pairs
     if any(len(group) != needed for group in groups):

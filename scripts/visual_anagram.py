@@ -48,6 +48,8 @@ def main():
     names = args.view or ["identity", "vertical_flip"]
     if len(names) < 2:
         raise ValueError(f"{names[0]} alone makes no illusion: give another --view, such as identity or vertical_flip")
+    if not args.prompt and len(names) > 2:
+        raise ValueError(f"give a --prompt for each of the {len(names)} views")
     pairs = TINY_PAIRS if args.model == MODEL else PAIRS
     groups = grouped(args.prompt, len(names)) if args.prompt else pairs
     if any(len(group) != len(names) for group in groups):

@@ -195,7 +195,9 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
     for name, told in (("steps", " (did you mean num_steps?): there are num_steps, sampler"), ("x", ": there are")):
         with pytest.raises(TypeError, match=re.escape(f"draw has no option {name}{told}")):
             tiny.draw("a dog", seeds=[1], **{name: 3})
-    with pytest.raises(TypeError, match=r"no option x_0: .*; bind the algorithm's own arguments with functools.partial"):
+    with pytest.raises(
+        TypeError, match=r"no option x_0: .*; bind the algorithm's own arguments with functools.partial"
+    ):
         tiny.draw("a dog", sdedit, seeds=[1], x_0=torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="is a stage-2 model, not a stage-1 one"):
         Cascade("tiny-if/II")

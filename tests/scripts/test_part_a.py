@@ -488,6 +488,11 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
     assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)
     assert "a circle is 3 numbers" in said("inpaint", *model, "--image", photo, "--mask", "circle:1,2")
+    forms = "no image at rectangel:0,0,1,1; a mask is a file, rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS"
+    assert forms in said("inpaint", *model, "--image", photo, "--mask", "rectangel:0,0,1,1")
+    assert "--keep takes one --prompt: what the rest shows" in said("hybrid_image", *model, "--keep", photo)
+    views = [option for name in ("identity", "negate", "rotate_90") for option in ("--view", name)]
+    assert "give a --prompt for each of the 3 views" in said("visual_anagram", *model, *views)
     assert "has no hole" in said("inpaint", *model, "--image", photo, "--mask", "rectangle:0,0,0,0")
     assert "one for each of the 1 images, not 2" in said(
         "inpaint", *model, "--image", photo, "--mask", "circle:0,0,1", "--mask", "circle:0,0,1"
