@@ -62,8 +62,8 @@ def guided(
 ) -> Estimate:
     """Classifier-free guidance, eps = eps_u + γ (eps_c - eps_u), both halves in one batched forward pass.
 
-    c, null: the conditioning of B images and that of the null (or a negative) prompt: tensors [B, …], or objects of
-        a class that has a `cat` of its own
+    c, null: the conditioning of B images and that of the null (or a negative) prompt, as many rows of each: tensors
+        [B, …], or objects of a class that has a `cat` of its own
     guidance_scale: γ, 0 is unconditional, 1 conditional; v comes from the conditional half
     interval: the first and last t with guidance; outside it the estimate is the conditional one, at half the cost
     guider: what combines the halves; `rescaled` and `projected` make others, which saturate less at large γ

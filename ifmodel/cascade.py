@@ -67,7 +67,8 @@ class Cascade:
     ):
         """model: a stage-1 folder or Hub id, or "tiny-if", both stages of the small model that comes with the package.
 
-        upscaler: a stage-2 folder or Hub id; None draws with stage 1 alone, "tiny-if" has its own
+        upscaler: a stage-2 folder or Hub id; None or "none" draws with stage 1 alone, but "tiny-if" has its own
+            unless this is "none"
         revision, upscaler_revision: branch, tag or commit of a Hub model
         embeds: a file of prompts with their embeddings, which spares T5, see `load_embeds`
         size: height and width of stage 1's images, the model's own when None
@@ -93,7 +94,7 @@ class Cascade:
         self._found: dict[str, Tensor] = {}  # by T5, for the last call
         self._embeds_file = embeds
         self.stages = [find_stage(str(model), 1, revision)]
-        if upscaler is not None:
+        if upscaler not in (None, "none"):
             self.stages.append(find_stage(str(upscaler), 2, upscaler_revision))
         self.loras = self._place_loras([lora] if isinstance(lora, str | Path) else lora, lora_scale)
         small = self.stages[0].config.sample_size

@@ -173,17 +173,20 @@ def fetch(source: str | Path, subfolder: str, patterns: Sequence[str], revision:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     wanted = [f"{subfolder}/{pattern}".lstrip("/") for pattern in patterns]  # "" is the repository's own folder
+    shipped = "" if "/" in str(source) else f" (shipped are tiny-if, {', '.join(SHIPPED)})"
     licence = f"accept its licence at https://huggingface.co/{source}, then run `hf auth login` or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted)) / subfolder
     except GatedRepoError:
         raise ValueError(f"{source} is gated: {licence}") from None
     except RepositoryNotFoundError:
-        raise ValueError(f"{source} is neither a folder nor a repository of the Hub that you can see") from None
+        unseen = f"{source} is neither a folder nor a repository of the Hub that you can see"
+        raise ValueError(f"{unseen}{shipped}") from None
     except Exception as error:  # whatever the network and its client may raise
         if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) == 401:
             raise ValueError(f"the Hub refuses your token for {source}, it may have expired: {licence}") from None
-        raise ValueError(f"{source} is no folder, and could not be downloaded: {first_line(error)}") from None
+        reason = first_line(error)
+        raise ValueError(f"{source} is no folder, and could not be downloaded: {reason}{shipped}") from None
     for path in sorted(folder.glob("*.safetensors")):
         _check_download(path)
     return folder

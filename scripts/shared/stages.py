@@ -119,7 +119,7 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
     device, dtype = pick(args, float16=True)
     return Cascade(
         args.model,
-        upscaler=None if single_stage or upscaler == "none" else upscaler,
+        upscaler=None if single_stage else upscaler,
         revision=args.revision,
         upscaler_revision=args.upscaler_revision,
         embeds=args.embeds,

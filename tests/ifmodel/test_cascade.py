@@ -170,6 +170,7 @@ def test_embeddings_do_not_gather_in_memory():
 
 def test_the_model_may_be_stage_1_alone():
     assert Cascade("tiny-if/I").draw("a photo of a dog", seeds=[1], num_steps=2).shape == (1, 3, 32, 32)
+    assert Cascade("tiny-if", upscaler="none").sizes == [(32, 32)]
 
 
 def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):

@@ -181,4 +181,6 @@ def test_a_file_with_one_other_byte_is_named(generate, tmp_path):
 
 def test_offline_without_a_cache_is_one_line(generate):
     line = error_line(*generate("--model", "DeepFloyd/IF-I-S-v1.0", HF_HUB_OFFLINE="1"))
-    assert "DeepFloyd/IF-I-S-v1.0 is no folder, and could not be downloaded" in line
+    assert "DeepFloyd/IF-I-S-v1.0 is no folder, and could not be downloaded" in line and "shipped" not in line
+    line = error_line(*generate("--model", "tinyif", HF_HUB_OFFLINE="1"))
+    assert "tinyif is no folder" in line and "(shipped are tiny-if, tiny-if/I, tiny-if/II)" in line
