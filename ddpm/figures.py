@@ -44,7 +44,8 @@ def labelled_grid(
     zoom: how many pixels of the figure a pixel of an image gets, in width and height; by default as many as keep the
         image within 96 pixels
     Labels are wrapped, those of columns to the images' width; where one is larger still, the images move apart.
-    Raises ValueError when there are no images, or of several sizes, or another number of labels than rows or columns.
+    Raises ValueError when there are no images, or of several sizes, or with values below -0.1, or another number
+        of labels than rows or columns.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -107,11 +108,13 @@ def grid_figure(rows: Rows, row_labels: Sequence[str], column_labels: Sequence[s
 
 
 def size_of_all(rows: Rows) -> tuple[int, int]:
-    """Of images [C, H, W] their H and W. Raises ValueError when these differ, or something else is there."""
+    """Of images [C, H, W] their H and W. Raises ValueError for what is no grid of images in [0, 1]."""
     shapes = sorted({tuple(image.shape) for row in rows for image in row})
     if len({shape[-2:] for shape in shapes}) != 1 or any(len(shape) != 3 or shape[0] not in (1, 3) for shape in shapes):
         found = ", ".join(str(list(shape)) for shape in shapes) or "none"
         raise ValueError(f"a grid has rows of images [1 or 3, H, W] of one size, not {found}")
+    if min(image.min().item() for row in rows for image in row) < -0.1:
+        raise ValueError("images are in [0, 1]: give x / 2 + 0.5, and clamp what is noisy")
     return shapes[0][-2:]
 
 
@@ -131,7 +134,7 @@ def save_table(
     seed: int | None = None,
 ):
     """Write images [3, H, W] in [-1, 1], on any device, as `save_grid` does, and each as `save_cells` does."""
-    rows = [[image.detach().float().cpu() / 2 + 0.5 for image in row] for row in rows]
+    rows = [[(image.detach().float().cpu() / 2 + 0.5).clamp(0, 1) for image in row] for row in rows]
     labels = {"row_labels": row_labels, "column_labels": column_labels, "seed": seed}
     save_cells(path, rows, **labels)
     save_grid(path, rows, **labels, title=title, zoom=max(1, 128 // rows[0][0].shape[-1]))

@@ -39,9 +39,10 @@ def main():
     with torch.no_grad():
         rows = [row for z in noisy.values() for row in (z, model(z))]
     check_finite("the denoised digits", *rows)
+    rows = [row.clamp(0, 1) for row in rows]
     names = [f"σ = {sigma}" for sigma in SIGMAS]
     b1, b3 = args.out / "b1_noising.png", args.out / "b3_denoised.png"
-    save_grid(b1, list(noisy.values()), row_labels=names, title="z = x + σ eps", seed=args.seed)
+    save_grid(b1, rows[::2], row_labels=names, title="z = x + σ eps", seed=args.seed)
     names = [label for name in names for label in (f"{name}, noisy", "denoised")]
     save_grid(b3, rows, row_labels=names, title="the denoiser, trained at σ = 0.5, at other σ", seed=args.seed)
     print(f"{b1}, {b3}")

@@ -50,7 +50,8 @@ def main():
         error = (predicted - u).abs()
         rows += [x_t, u / 4 + 0.5, predicted / 4 + 0.5, heat(error)]  # velocities from -2 to 2
         names += [f"t = {t:g}", "x_1 - x_0", "the model's u", f"error, mean square {error.square().mean():.3f}"]
-    save_grid(args.out, [row.cpu() for row in rows], row_labels=names, title="velocities, grey is 0", seed=args.seed)
+    rows = [row.clamp(0, 1).cpu() for row in rows]
+    save_grid(args.out, rows, row_labels=names, title="velocities, grey is 0", seed=args.seed)
     print(args.out)
 
 

@@ -48,7 +48,7 @@ def main():
             rms = (answers - mean_digit).square().mean().sqrt()
             title = f"pure noise, after epoch {epoch}: {rms:.4f} RMS from the mean digit"
         path = args.out / f"denoised_epoch{epoch:02d}.png"
-        save_grid(path, rows, row_labels=row_labels, title=title, seed=args.seed)
+        save_grid(path, [row.clamp(0, 1) for row in rows], row_labels=row_labels, title=title, seed=args.seed)
 
     title = "denoiser, pure noise" if args.pure_noise else "one-step denoiser, σ = 0.5"
     train_digits(args, DENOISER, partial(build, UNet, width=args.width), loss_of, title, draw)

@@ -89,7 +89,7 @@ class Exam:
         """Keep a figure: rows of images in [-1, 1], labels of rows and of columns."""
         if self.folder is not None and rank() == 0:
             options = {"row_labels": row_labels, "column_labels": labels, "zoom": max(1, 128 // rows[0].shape[-1])}
-            images = [[x / 2 + 0.5 for x in row] for row in rows]
+            images = [[(x / 2 + 0.5).clamp(0, 1) for x in row] for row in rows]
             save_grid(self.folder / f"{name.replace('+', 'p')}.png", images, **options, seed=self.seed)
 
     def things(self, x: Tensor) -> Tensor:

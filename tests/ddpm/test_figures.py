@@ -66,6 +66,12 @@ def test_what_is_no_grid_is_refused(rows, found):
         labelled_grid(rows)
 
 
+def test_images_from_minus_1_are_refused(rows):
+    with pytest.raises(ValueError, match=r"images are in \[0, 1\]: give x / 2 \+ 0.5"):
+        labelled_grid([2 * row - 1 for row in rows])
+    labelled_grid([row - 0.09 for row in rows])  # a little outside, as models draw
+
+
 @pytest.mark.parametrize(("kind", "count", "given"), [("row", 2, 1), ("row", 2, 3), ("column", 3, 2), ("column", 3, 4)])
 def test_too_few_and_too_many_labels_are_refused(rows, kind, count, given):
     with pytest.raises(ValueError, match=f"one for each of the {count} {kind}s, not {given}$"):
