@@ -338,7 +338,7 @@ class Cascade:
         return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
 
 
-def check_options(options: dict, algorithm: Callable):
+def check_options(options: dict, algorithm: Callable = sample):
     """Raises TypeError for an option of `Cascade.draw` that `Cascade.draw_all` has not."""
     known = [name for name in inspect.signature(Cascade.draw_all).parameters if name not in ("self", "jobs")]
     for name in options:
