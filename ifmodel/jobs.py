@@ -81,6 +81,7 @@ class _Asked:
     prompts: list[str] = field(default_factory=list)
 
     def estimate(self, prompt: str | Sequence[str], **_) -> Estimate:
+        """Notes the prompt; the estimate that it gives says that all of x_t is noise, and is never asked."""
         self.prompts += [prompt] if isinstance(prompt, str) else prompt
         return lambda x_t, t: (x_t, None)
 
