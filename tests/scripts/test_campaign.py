@@ -108,6 +108,7 @@ def bases(models: Path) -> dict[str, list]:
         "evaluate/solvers": [*stage_1[:2], "--prompt", "a dog", "--num-images", 1, "--steps", 4, "--eta", 0],
         "evaluate/tiny_if": ["--data", DATA / "emoji", *stage_1[:2], "--upscaler", "none", *cpu, *few_judged],
         "bench/mnist": ["--data", DATA, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--sample-digits", 1, *cpu],
+        "bench/page": ["HEAD", "--only", "B2", "--rounds", 1],
         "bench/training": ["--rounds", 1, *one_step],
         "bench/unet": ["--rounds", 1, "--size", 8, 8, *cpu],
     }

@@ -315,6 +315,19 @@ def test_bench_if_compares_with_diffusers(run_script, tmp_path, geometry):
         assert "from its start to the PNG" in told
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository's history")
+def test_bench_page_makes_the_page_of_both_commits(run_script):
+    status, out, err = run_script("bench/page", "HEAD", "--only", "A1,B2", "--avx2")
+    assert status == 0, err
+    rows = {line.split("  ")[0]: [float(cell) for cell in line.split()[-3:]] for line in out.splitlines()[2:]}
+    assert rows.keys() == {"A1", "first figure", "whole"}
+    for ours, earlier, ratio in rows.values():
+        assert ours > 0 and earlier > 0 and ratio == pytest.approx(ours / earlier, rel=0.1)
+    assert all(rows["A1"][side] < rows["whole"][side] for side in (0, 1))
+    status, _, err = run_script("bench/page", "no-such-commit")
+    assert status == 2 and "no commit 'no-such-commit'" in err
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
     options = ("--stage", stage, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--dtype", "float32")
