@@ -7,7 +7,6 @@ a time where both do not fit into the memory.
 import difflib
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,11 +20,12 @@ from ddpm.estimates import ALWAYS
 from ddpm.memory import check_memory, free_memory
 from ddpm.sampling import Callback, Step, noise_source, sample
 from ddpm.schedule import leading_timesteps
-from ifmodel.embeds import load_embeds, normalised
+from ifmodel.embeds import load_embeds
 from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.lora import merge_lora, place_lora
 from ifmodel.lora_files import read_lora
 from ifmodel.offload import check_accelerate
+from ifmodel.prompts import Prompts
 from ifmodel.stage import (
     SAMPLERS,
     SCHEDULE,
@@ -36,9 +36,7 @@ from ifmodel.stage import (
     seen_by_stage_2,
     spaced_timesteps,
 )
-from ifmodel.text import embed_each
 from ifmodel.unet import UNet
-from ifmodel.vocabulary import nearest_known
 from ifmodel.weights import find_weights, stored_dtypes
 
 
@@ -89,20 +87,21 @@ class Cascade:
             if compiled:
                 raise ValueError("what is read layer by layer cannot be compiled: leave --compile or --low-memory")
         self.dtype, self.device, self.compiled, self.low_memory = dtype, torch.device(device), compiled, low_memory
-        self.embeds = load_embeds(embeds) if embeds else {}  # first, since the next lines may download
+        known = load_embeds(embeds) if embeds else {}  # first, since the next lines may download
         self._unets: dict[int, UNet] = {}  # by the number of their stage
-        self._found: dict[str, Tensor] = {}  # by T5, for the last call
-        self._embeds_file = embeds
         self.stages = [find_stage(str(model), 1, revision)]
         if upscaler not in (None, "none"):
             self.stages.append(find_stage(str(upscaler), 2, upscaler_revision))
         self.loras = self._place_loras([lora] if isinstance(lora, str | Path) else lora, lora_scale)
+        if embeds and any(lora.text_encoder for lora, _, _ in self.loras):
+            raise ValueError(f"a LoRA changes T5, and {embeds} is of T5 without it: leave that out")
+        t5 = {"dtype": dtype, "device": self.device, "low_memory": low_memory}
+        t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras]
+        self.prompts = Prompts(self.stages, known, self._before_t5, **t5)
         small = self.stages[0].config.sample_size
         size = tuple(size or (small, small))
         self.sizes = [tuple(round(side * stage.config.sample_size / small) for side in size) for stage in self.stages]
         self._check_sizes(1)
-        for tensor in self.embeds.values():
-            self._check_width(tensor.shape[-1])
 
     def draw(
         self,
@@ -166,9 +165,9 @@ class Cascade:
             2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
         }
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
-        self._check_known(prompts)
+        self.prompts.check(prompts)
         batches = self._batches(jobs, batch_size)
-        self._embed(prompts)
+        self.prompts.embed(prompts)
 
         images: list[Tensor | None] = [None] * len(batches)
         for number, files in enumerate(self.stages, start=1):
@@ -207,7 +206,7 @@ class Cascade:
         drawn = []
         with progress_bar(total, f"stage {number}", progress) as callback:
             for batch, low, loop in zip(batches, small, own, strict=True):
-                stage = Stage(number, unet, self._embedded, len(batch.seeds), *asked)
+                stage = Stage(number, unet, self.prompts, len(batch.seeds), *asked)
                 drawn.append(self._draw(batch, stage, low, callback=callback, **loop))
         return drawn
 
@@ -246,60 +245,14 @@ class Cascade:
         for source, scale in zip(sources, scales, strict=True):
             lora = read_lora(source)
             number = place_lora(lora, [files.config for files in self.stages])
-            if lora.text_encoder and self._embeds_file:
-                raise ValueError(f"{source} changes T5, and {self._embeds_file} is of T5 without it: leave that out")
             self.stages[number - 1] = replace(self.stages[number - 1], variance="beta_tilde")
             placed.append((lora, scale, number))
         return placed
 
-    def _check_width(self, width: int):
-        """Refuse embeddings that one of the stages cannot take."""
-        for files in self.stages:
-            if width != files.config.encoder_hid_dim:
-                wanted = f"{files.source} takes those that are {files.config.encoder_hid_dim} wide"
-                raise ValueError(f"embeddings are {width} wide, of another text encoder: {wanted}")
-
-    def _check_known(self, prompts: Sequence[str]):
-        """Warn of prompts beyond the model's vocabulary; refuse those that a file of embeddings and no T5 knows."""
-        known, source = [*self.embeds], Path(self.stages[0].source)
-        missing = [prompt for prompt in prompts if normalised(prompt) not in known]
-        if self._embeds_file and missing and source.is_dir() and not (source / "tokenizer").is_dir():
-            there = f"it has {', '.join(map(repr, known[:5]))}{', …' if len(known) > 5 else ''}"
-            raise ValueError(f"{self._embeds_file} has no {missing[0]!r}, and {source} no T5: {there}")
-        vocabulary = None if self.loras else self.stages[0].vocabulary  # a LoRA may have taught it more
-        for prompt in dict.fromkeys(prompts) if vocabulary else ():
-            if nearest := nearest_known(prompt, vocabulary):
-                unknown = f"{source} does not know {prompt!r} and will draw something else; nearest to it are"
-                warnings.warn(f"{unknown} {', '.join(nearest)}", stacklevel=4)
-
-    def embed_each(self, prompts: Sequence[str]) -> Iterator[str]:
-        """Embed prompts into T5's cache, one at a time, so that drawing them needs no T5 and none stays in memory."""
-        for prompt, _ in self._embed_each([prompt for prompt in prompts if normalised(prompt) not in self.embeds]):
-            yield prompt
-
-    def _embed(self, prompts: Sequence[str]):
-        """Have these at hand, and of others those of the file alone: memory does not grow from call to call."""
-        unknown = [prompt for prompt in prompts if normalised(prompt) not in self.embeds]
-        found = {name: self._found[name] for name in map(normalised, unknown) if name in self._found}
-        more = self._embed_each([prompt for prompt in unknown if normalised(prompt) not in found])
-        self._found = found | {normalised(prompt): tensor for prompt, tensor in more}
-
-    def _embed_each(self, prompts: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """By T5, which is not in a GPU's memory together with a UNet."""
-        if not prompts:
-            return
+    def _before_t5(self):
+        """It is not in a GPU's memory together with a UNet."""
         if self.device.type != "cpu":
             self._unets.clear()
-        t5 = {"dtype": self.dtype, "device": self.device, "revision": self.stages[0].revision}
-        t5["low_memory"] = self.low_memory
-        t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras if lora.text_encoder]
-        for prompt, tensor in embed_each(self.stages[0].source, prompts, **t5):
-            self._check_width(tensor.shape[-1])
-            yield prompt, tensor
-
-    def _embedded(self, prompts: Sequence[str]) -> Tensor:
-        known = self.embeds | self._found
-        return torch.stack([known[normalised(prompt)].to(self.device, torch.float32) for prompt in prompts])
 
     def keeps_all(self) -> bool:
         """Whether all stages are in memory together, so that the next call loads none of them."""

@@ -57,7 +57,7 @@ def draw_folder(
     left = [(batch, jobs_of(batch, timesteps, null)) for batch in missing if batch]
     asked = dict.fromkeys(prompt for _, jobs in left for job in jobs for prompt in job.prompts())
     asked, hidden = [null, *asked] if left else [], rank() > 0 or not progress
-    for _ in tqdm(cascade.embed_each(asked), "prompts", len(asked), unit="prompt", disable=hidden or not left):
+    for _ in tqdm(cascade.prompts.cache(asked), "prompts", len(asked), unit="prompt", disable=hidden or not left):
         pass
     total, at_once, options = sum(map(len, mine)), 1, {**options, "batch_size": batch_size, "progress": False}
     with tqdm(total=total, initial=total - sum(map(len, missing)), unit="image", disable=hidden) as bar:

@@ -161,7 +161,7 @@ def settings_of(args: Namespace) -> dict:
 
 def prompts_of(args: Namespace, cascade: Cascade, default: Sequence[str]) -> list[str]:
     """Those of --prompt, or all of --embeds, or the script's own. Raises ValueError when there are none."""
-    own = [prompt for prompt in cascade.embeds if prompt not in ("", normalised(args.null_prompt))]
+    own = [prompt for prompt in cascade.prompts.embeds if prompt not in ("", normalised(args.null_prompt))]
     prompts = args.prompt or (own if args.embeds else list(default))
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt, or --embeds with some prompts in it")

@@ -161,11 +161,11 @@ def test_both_stages_stay_in_memory_where_they_fit(tiny, drawn, monkeypatch):
 
 def test_embeddings_do_not_gather_in_memory():
     small = Cascade("tiny-if/I", size=(16, 16))
-    assert list(small.embed_each(["a photo of a dog", "a hat"])) == ["a photo of a dog", "a hat"]
-    assert not small._found
+    assert list(small.prompts.cache(["a photo of a dog", "a hat"])) == ["a photo of a dog", "a hat"]
+    assert not small.prompts._found
     for prompt in ("a photo of a dog", "a hat"):
         small.draw(prompt, seeds=[1], num_steps=1, progress=False)
-        assert set(small._found) == {prompt, ""}
+        assert set(small.prompts._found) == {prompt, ""}
 
 
 def test_the_model_may_be_stage_1_alone():

@@ -287,7 +287,7 @@ def test_if_i_xl_and_if_ii_l_in_little_host_memory(large):
         (large / stage / "unet" / "config.json").write_text(json.dumps(config))
     do = """
 cascade = Cascade(f"{folder}/I", upscaler=f"{folder}/II", dtype=torch.float16, size=(16, 16), low_memory=True)
-for _ in cascade.embed_each(["a photo of a dog", ""]):
+for _ in cascade.prompts.cache(["a photo of a dog", ""]):
     pass
 measured()
 cascade.draw("a photo of a dog", seeds=[1], num_steps=1, upscaler_steps=1)

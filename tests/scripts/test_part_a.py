@@ -531,7 +531,7 @@ def test_images_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, mo
     def never(*_, **__):
         raise AssertionError("T5 was asked")
 
-    monkeypatch.setattr("ifmodel.cascade.embed_each", never)
+    monkeypatch.setattr("ifmodel.prompts.embed_each", never)
     out = ["--out", tmp_path / "new" / "out.png"]
     assert "no image at" in refused("sdedit", *model, "--image", tmp_path / "nowhere.png", *out)
     assert "no image at" in refused("inpaint", *model, "--mask", tmp_path / "nowhere.png", *out)
