@@ -1,12 +1,17 @@
-"""How much memory a device has free, so that what needs more is refused before it begins."""
+"""How much memory a device has free, so that what needs more is refused first; and memory that is not given away."""
 
+import ctypes
 import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def check_memory(needed: int, what: str, device: str | torch.device = "cpu"):
@@ -23,9 +28,44 @@ def free_memory(device: torch.device) -> int | None:
         torch.cuda.empty_cache()  # left behind by the previous model
         return torch.cuda.mem_get_info(device)[0]
     if MEMINFO.exists():
+        gc.collect()
+        return_freed()
         lines = MEMINFO.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
         if pages in getattr(os, "sysconf_names", ()):
             return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+@contextmanager
+def keep_freed() -> Iterator[None]:
+    """Within it, or in a function that has it as decorator, memory that is freed on the CPU stays with the process.
+
+    glibc gives large pieces back at once, so that every layer of a UNet would be handed its memory anew, page by page
+    and zeroed: a quarter of the time of tiny-if's stage 2 and of digits in float32. At the end it is given back.
+    Nothing changes elsewhere than on Linux with glibc. Source: mallopt(3).
+    """
+    malloc = glibc()
+    if malloc:
+        malloc.mallopt(M_MMAP_MAX, 0)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        if malloc:
+            malloc.mallopt(M_MMAP_MAX, 2**16)  # glibc's own
+            malloc.mallopt(M_TRIM_THRESHOLD, 2**26)
+        return_freed()
+
+
+def return_freed():
+    """Give back what was freed on the CPU and kept."""
+    if malloc := glibc():
+        malloc.malloc_trim(0)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it can be told so."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import ALWAYS
-from ddpm.memory import check_memory, free_memory
+from ddpm.memory import check_memory, free_memory, keep_freed
 from ddpm.sampling import Callback, Step, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ifmodel.embeds import load_embeds
@@ -204,7 +204,7 @@ class Cascade:
         steps = [batch.num_steps if number == 1 else None for batch in batches]
         total = sum(count or len(loop["timesteps"]) for count, loop in zip(steps, own, strict=True))
         drawn = []
-        with progress_bar(total, f"stage {number}", progress) as callback:
+        with keep_freed(), progress_bar(total, f"stage {number}", progress) as callback:
             for batch, low, loop in zip(batches, small, own, strict=True):
                 stage = Stage(number, unet, self.prompts, len(batch.seeds), *asked)
                 drawn.append(self._draw(batch, stage, low, callback=callback, **loop))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free, guided
+from ddpm.memory import keep_freed
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
 from ddpm.sampling import Callback, Noise, Step, noise_source, sample
 from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
@@ -129,6 +130,7 @@ def encode_texts(unet: UNet, prompt_embeds: Tensor, null_embeds: Tensor) -> tupl
     return text, null if len(null) == len(text) else null[[0] * len(text)]
 
 
+@keep_freed()
 def generate(
     unet: UNet,
     prompt_embeds: Tensor,
@@ -158,6 +160,7 @@ def generate(
     return sample(estimate, leading_timesteps(SCHEDULE.num_timesteps, num_steps), SCHEDULE, noise=noise, **loop)
 
 
+@keep_freed()
 def upscale(
     unet: UNet,
     small: Tensor,

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.cpu import GELU
 from ifmodel.config import UNetConfig
 from ifmodel.cpu import GroupNorm, attend
 
 KeysValues = tuple[Tensor, Tensor]
-ACTIVATION = {"gelu": nn.GELU, "silu": nn.SiLU, "swish": nn.SiLU}
+ACTIVATION = {"gelu": GELU, "silu": nn.SiLU, "swish": nn.SiLU}
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -128,8 +129,8 @@ class ResnetBlock(nn.Module):
             x, h = (F.avg_pool2d(y, 2) for y in (x, h))
         h = self.conv1(h)
         scale, shift = self.time_emb_proj(self.time_act(time))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(self.act(self.norm2(h) * (1 + scale) + shift))
-        return (self.conv_shortcut(x) + h) / self.out_scale_factor
+        h = self.conv2(self.act(torch.addcmul(shift, self.norm2(h), 1 + scale)))  # norm2(h) (1 + scale) + shift
+        return (self.conv_shortcut(x) + h).div_(self.out_scale_factor)
 
 
 class Attention(nn.Module):

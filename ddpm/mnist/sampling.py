@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm.estimates import Guider, Model, classifier_free, guided, unguided
 from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
+from ddpm.memory import keep_freed
 from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
@@ -18,6 +19,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 FLOW_SAMPLERS = {"euler": euler_step, "heun": heun_step}
 
 
+@keep_freed()
 def sample_digits(
     model: TimeUNet,
     labels: Sequence[int] | None,
@@ -90,6 +92,7 @@ def pick_step(samplers: dict[str, Callable], name: str, eta: float = 0.0) -> Cal
     return partial(samplers[name], eta=eta) if eta else samplers[name]
 
 
+@keep_freed()
 def sample_flow(
     model: TimeFlow,
     labels: Sequence[int] | None,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ddpm.cpu import GELU
 from ddpm.memory import check_memory
 from ddpm.schedule import check_num_timesteps
 
@@ -24,7 +25,7 @@ NUM_CLASSES = 10
 
 
 def _norm_act(channels: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(channels), nn.GELU()]
+    return [nn.BatchNorm2d(channels), GELU()]
 
 
 # Convolutions before a BatchNorm have no bias: the normalisation would subtract it again.
@@ -53,7 +54,7 @@ class Flatten(nn.Sequential):
     """7×7 average pool, GELU: [B, C, 7, 7] -> [B, C, 1, 1]."""
 
     def __init__(self):
-        super().__init__(nn.AvgPool2d(7), nn.GELU())
+        super().__init__(nn.AvgPool2d(7), GELU())
 
 
 class Unflatten(nn.Sequential):

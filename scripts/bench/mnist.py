@@ -10,8 +10,10 @@ with what `sample_digits` does (BatchNorm folded, the encoder once for both halv
 share of the time that is spent outside convolutions. --sampling: the latter alone.
 """
 
+import copy
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
 from ddpm.losses import ddpm_loss
+from ddpm.memory import keep_freed
 from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.sampling import encoded_once, one_hot
@@ -36,6 +39,7 @@ from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule
 
 SCHEDULE = linear_schedule()
+TURN = 4  # steps of sampling
 
 
 def loss_of(model, x_0, labels, generator):
@@ -67,7 +71,10 @@ def our_recipe(root: Path, device: torch.device, batch_size: int, dtype: torch.d
     optimizer = torch.optim.Adam(model.parameters(), lr=DDPM.learning_rate, fused=device.type != "mps")
     images, labels = (tensor.to(device) for tensor in load_mnist(root))
     recipe = replace(DDPM, batch_size=batch_size, seed=SEED)
-    for _, loss in train(model, optimizer, loss_of, images, labels, recipe, dtype=dtype):
+    steps = train(model, optimizer, loss_of, images, labels, recipe, dtype=dtype)
+    while True:
+        with keep_freed():  # as `Run.steps` does, but not in the other side's turn
+            _, loss = next(steps)
         yield loss.item()
 
 
@@ -104,21 +111,31 @@ def bench_training(args: Namespace, device: torch.device, dtype: torch.dtype):
     race(sides, args.rounds, args.steps, args.batch_size, device)
 
 
+def several(step: Callable):
+    for _ in range(TURN):
+        step()
+
+
 @torch.no_grad()
 def bench_sampling(device: torch.device, dtype: torch.dtype, count: int, rounds: int):
-    """A guided step of digits, as `sample_digits` does it and as the UNet is written, alternately."""
+    """Guided steps of digits, as `sample_digits` takes them and with the UNet as it is written, alternately."""
     model = load_model("ddpm_class", device=device)
     check_batch(model, 2 * count)
     c = one_hot([k % 10 for k in range(count)], device)
     x_t = noise_source(range(count), (1, IMAGE_SIZE, IMAGE_SIZE), device)()
-    models = {"ours": encoded_once(folded(model), count), "written": model}
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    models = {"ours": encoded_once(folded(model), count), "plain": plain, "plain, channels last": model}
     steps = {name: partial(guided(side, c, torch.zeros_like(c), 5.0), x_t, 150) for name, side in models.items()}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        ours, written = (step()[0] for step in steps.values())
-        difference = (ours - written).abs().max().item()
+        difference = (steps["ours"]()[0] - steps["plain"]()[0]).abs().max().item()
         print(f"sampling with a ClassUNet, {device.type}, {short(dtype)}; eps differ by {difference:.1e}")
-        compare(f"a guided step of {count} digits", steps, rounds, device)
-        outside = {name: share for name, share in operators(steps["ours"], device).items() if "conv" not in name}
+        turns = {name: partial(several, step) for name, step in steps.items()}
+        turns["ours"] = keep_freed()(turns["ours"])
+        compare(f"{TURN} guided steps of {count} digits", turns, rounds, device)
+        with keep_freed():
+            steps["ours"]()
+            shares = operators(steps["ours"], device)
+        outside = {name: share for name, share in shares.items() if "conv" not in name}
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(outside.items())[:5])
     print(f"  outside convolutions: {sum(outside.values()):.0%} of the time, most of it in {largest}")
 

@@ -1,0 +1,70 @@
+"""What CPUs compute faster: GELU of channels-last images, and memory that stays with the process."""
+
+import resource
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.cpu import GELU
+from ddpm.memory import glibc, keep_freed
+
+needs_glibc = pytest.mark.skipif(glibc() is None, reason="no glibc")
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 8, 6, 4), (1, 1, 1, 1), (2, 4, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gelu_is_torchs_in_value_layout_and_gradient(shape, layout):
+    layout = layout if len(shape) == 4 else torch.contiguous_format
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape, dtype=torch.float32)).to(memory_format=layout).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    ours, theirs = GELU()(x), nn.GELU()(other)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert ours.is_contiguous(memory_format=layout)
+    weights = torch.randn(shape)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+def faults() -> int:
+    """Pages that Linux hands out, zeroed, while some layers are computed that were computed before."""
+    for turn in range(4):
+        if turn == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x = torch.ones(2, 32, 512, 288)  # above 32 MB, which glibc gives back at once
+        for _ in range(3):
+            h = torch.cat([x, x * 2], dim=1)
+            x = torch.relu(h[:, 32:] + 1) + x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@needs_glibc
+def test_layers_use_memory_again_within_and_not_after():
+    with keep_freed():
+        within = faults()
+    after, decorated = faults(), keep_freed()(faults)()
+    assert after > 2**26 // resource.getpagesize()
+    assert max(within, decorated) < after / 3
+
+
+@needs_glibc
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_kept_memory_is_given_back(error):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    with pytest.raises(error) if error else nullcontext(), keep_freed():
+        several = [torch.ones(2**20) for _ in range(100)]  # 400 MB
+        last = torch.ones(10)  # above them
+        del several
+        within = resident() - before
+        if error:
+            raise error
+    assert within > 3e8
+    assert resident() - before < 1e8
+    assert last.sum() == 10
