@@ -5,6 +5,6 @@ Read in this order: `schedule` (how much noise at which timestep), `process` (on
 algorithms), `restoration` (one more of them), `losses`, `flow` (straight paths instead of a schedule), then `mnist`.
 `runs` saves and resumes trainings, `files` reads and writes, `images` reads images and masks, `figures` shows and saves
 labelled images (`labels`: their fonts), `animation` shows an illusion in motion, `devices` finds the fastest that there
-is, `processes` share work under torchrun, `memory` refuses what does not fit and keeps what is needed again, `cpu` has a
-layer that is faster there.
+is, `processes` share work under torchrun, `memory` refuses what does not fit and keeps what is needed again, `cpu` has
+a layer that is faster there.
 """
