@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm.files import check_tensors, load_tensors, save_tensors
-from ddpm.memory import check_memory, keep_freed
+from ddpm.memory import check_memory
 
 STATE = "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
@@ -79,7 +79,7 @@ class Run:
         """
         first, saved, stop, total = self.step, time.monotonic(), False, len(self.losses)
         shown = {"total": total * batch_size, "initial": first * batch_size, "disable": not self.leads}
-        with keep_freed(), stop_signal() as stopped, tqdm(**shown, unit="img", smoothing=0.05) as bar:
+        with stop_signal() as stopped, tqdm(**shown, unit="img", smoothing=0.05) as bar:
             while self.step < total and not stop:
                 yield self.step
                 self.step += 1

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.components import low_pass
-from ddpm.memory import keep_freed
 from ddpm.restoration import psnr
 from ddpm.views import View
 from ifmodel.tiny.data import CaptionedImages, draw_rows
@@ -58,7 +57,6 @@ def high_passed(x: Tensor, sigma: float = 2.0) -> Tensor:
     return x - low_pass(x, sigma, kernel_size=13)
 
 
-@keep_freed()
 def train_judge(
     data: CaptionedImages,
     *,

@@ -71,10 +71,7 @@ def our_recipe(root: Path, device: torch.device, batch_size: int, dtype: torch.d
     optimizer = torch.optim.Adam(model.parameters(), lr=DDPM.learning_rate, fused=device.type != "mps")
     images, labels = (tensor.to(device) for tensor in load_mnist(root))
     recipe = replace(DDPM, batch_size=batch_size, seed=SEED)
-    steps = train(model, optimizer, loss_of, images, labels, recipe, dtype=dtype)
-    while True:
-        with keep_freed():  # as `Run.steps` does, but not in the other side's turn
-            _, loss = next(steps)
+    for _, loss in train(model, optimizer, loss_of, images, labels, recipe, dtype=dtype):
         yield loss.item()
 
 
