@@ -74,8 +74,8 @@ def illusions(
 ) -> dict[str, float]:
     """Does an illusion show both of its things? Four images of each of `pairs_of`, judged in both ways of seeing them.
 
-    Returns the shares of first images in which one, the other and both are recognised, and of pairs of which one image
-    in four shows both.
+    Returns the shares of images in which one, the other and both are recognised, and of pairs of which one image in four
+    shows both.
     """
     pairs, name = pairs_of(exam, alike, kind.view, count), f"{kind.name}_{'alike' if alike else 'random'}"
     prompts = [tuple(prompt_for(exam.data, thing) for thing in pair) for pair in pairs]
@@ -88,8 +88,8 @@ def illusions(
     rows = [4 * k.item() + both[k].double().argmax().item() for k in best]
     titles = [" / ".join(prompt.removeprefix("a photo of ") for prompt in prompts[k]) for k in best.tolist()]
     exam.show(name, [images[rows], *(x[rows] for x in seen)], ["drawn", *kind.seen], titles)
-    shares = {way: share(right[:, 0]) for way, right in zip(kind.seen, each, strict=True)}
-    return {**shares, "both": share(both[:, 0]), "both, in one of 4": share(both.any(1))}
+    shares = {way: share(right.flatten()) for way, right in zip(kind.seen, each, strict=True)}
+    return {**shares, "both": share(both.flatten()), "both, in one of 4": share(both.any(1))}
 
 
 def holes(exam: Exam, guidance_scale: float, count: int = 50) -> dict[str, float]:
