@@ -37,6 +37,11 @@ def write_atomically(path: str | Path, content: bytes):
         raise
 
 
+def write_json(path: str | Path, content):
+    """Write what JSON can say, atomically."""
+    write_atomically(path, json.dumps(content, indent=2).encode())
+
+
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict):
     """Write tensors and a JSON-able description to a safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

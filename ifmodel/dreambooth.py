@@ -1,10 +1,16 @@
 """Teaching a model a new thing from a few images of it: DreamBooth, with a LoRA.
 
+    images = read_folder(Path("tests/data/boxing_glove"), 32)
+    teach(images, Recipe("a photo of a zwx glove"), Path("out/glove"))
+    Cascade("tiny-if", lora="out/glove").draw("a photo of a zwx glove", seeds=[1, 2, 3])
+
 Source: DreamBooth §3, arXiv 2208.12242; LoRA, arXiv 2106.09685.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +18,109 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.files import load_tensors, save_tensors
 from ddpm.images import read_image
 from ddpm.losses import ddpm_loss
-from ddpm.runs import Run, step_seed
-from ifmodel.lora import LoRALayer, save_lora
+from ddpm.memory import check_memory
+from ddpm.runs import STATE, Run, check_same, step_seed
+from ifmodel.cascade import Cascade
+from ifmodel.jobs import Job
+from ifmodel.lora import ATTENTION, RESNETS, LoRALayer, add_lora, save_lora
 from ifmodel.lora_files import FILES
-from ifmodel.stage import SCHEDULE, noised_upscaled
+from ifmodel.stage import SCHEDULE, find_variant, noised_upscaled
+from ifmodel.text import embed_prompts
 from ifmodel.unet import Text, UNet
+from ifmodel.weights import load_unet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WARMUP = 20  # steps in which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What, besides the images, decides the LoRA that `teach` trains.
+
+    prompt: what the images show, with a rare word, which becomes the thing's name
+    class_prompt: what must stay as it is; class_images: drawn of each of these; class_weight: of their loss
+    model, upscaler: the stage 1 that learns or, with an upscaler, the one whose text encoder that stage 2 has
+    max_noise_level: of the small images of stage 2; twice that of drawing when None
+    layers: which learn: those of "attention", or "all", of the ResNets as well
+    lr: falls to 0 in the end
+    """
+
+    prompt: str
+    class_prompt: Sequence[str] = ()
+    class_images: int = 16
+    class_weight: float = 1.0
+    model: str = "tiny-if/I"
+    upscaler: str | None = None
+    max_noise_level: int | None = None
+    rank: int = 8
+    layers: str = "all"
+    steps: int = 160
+    batch_size: int = 4
+    lr: float = 2e-3
+    seed: int = 20040805
+
+
+def teach(
+    images: Tensor,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+) -> bool:
+    """Teach one stage of a model, with a LoRA, what images [N, 3, S, S] in [-1, 1] of its own size show.
+
+    Writes pytorch_lora_weights.safetensors, state.safetensors and, with class prompts, class_images.safetensors to the
+    folder. Ctrl-C saves and stops; `resume` goes on, to the same weights.
+    Returns whether it is complete. Raises ValueError, before anything is drawn, for what does not fit, or for the state
+    of another run, and when the loss is not finite.
+    """
+    cascade = partial(Cascade, recipe.model, upscaler=recipe.upscaler or "none", dtype=dtype, device=device)
+    stages = cascade().stages
+    learning, upscaling = stages[-1], None
+    if recipe.upscaler:
+        highest = recipe.max_noise_level or 2 * int(learning.settings["noise_level"])
+        if highest > SCHEDULE.num_timesteps:
+            raise ValueError(f"max_noise_level must be at most {SCHEDULE.num_timesteps}, not {highest}")
+        upscaling = stages[0].config.sample_size, highest
+    needed = learning.config.activation_bytes(recipe.batch_size, *images.shape[-2:])
+    check_memory(needed, f"training with {recipe.batch_size} images at a time", device)
+    targets = ATTENTION if recipe.layers == "attention" else (*ATTENTION, *RESNETS)
+    with torch.device("meta"):
+        add_lora(UNet(learning.config), recipe.rank, targets)  # so that a rank is refused before anything is drawn
+    shown = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+    described = asdict(recipe) | {"class_prompt": list(recipe.class_prompt), "images": shown}
+    if resume:  # refuses another recipe now, not after drawing
+        check_same(folder / STATE, load_tensors(folder / STATE)[1], {"recipe": described})
+    embeds = embed_prompts(stages[0].source, [recipe.prompt, *recipe.class_prompt], dtype=dtype, device=device)
+    kept = class_images(cascade, recipe, folder / "class_images.safetensors", resume)
+    unet = load_unet(learning.source, dtype, device, find_variant(learning, dtype))
+    torch.manual_seed(recipe.seed)
+    layers = add_lora(unet, recipe.rank, targets)
+    sets = [(1.0, {recipe.prompt: images}), *([(recipe.class_weight, kept)] if kept else [])]
+    loss_of = partial(dreambooth_loss, unet, sets, embeds, recipe.batch_size, upscaling=upscaling)
+    return train_lora(layers, loss_of, folder, described, dtype=dtype, base=learning.source, resume=resume)
+
+
+def class_images(cascade: Callable[[], Cascade], recipe: Recipe, path: Path, resume: bool) -> dict[str, Tensor]:
+    """For each class prompt, images [K, 3, S, S] by the untrained model; kept in a file, for a run that is resumed.
+
+    cascade(): made and freed here, so that no other UNet stays in memory while one learns
+    """
+    if resume and path.exists():
+        found, _ = load_tensors(path, recipe.class_prompt)
+        return {prompt: found[prompt] for prompt in recipe.class_prompt}
+    if not recipe.class_prompt:
+        return {}
+    jobs = [Job(prompt, range(recipe.seed, recipe.seed + recipe.class_images)) for prompt in recipe.class_prompt]
+    drawn = cascade().draw_all(jobs, sampler="dpm++", eta=1.0, num_steps=20)
+    kept = dict(zip(recipe.class_prompt, drawn, strict=True))
+    save_tensors(path, kept, {})
+    return kept
 
 
 def read_folder(folder: Path, side: int) -> Tensor:

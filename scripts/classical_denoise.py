@@ -5,10 +5,10 @@
 Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise asks. Needs no model.
 """
 
+from shared.images import write_table
 from shared.noisy import add_noisy_options, noisy_images
 from shared.options import parser, positive, run
 
-from ddpm.figures import save_table
 from ddpm.sampling import classical_denoise
 from ifmodel.stage import SCHEDULE
 
@@ -21,8 +21,7 @@ def main():
     noisy, labels = noisy_images(args, (args.size, args.size))
     blurred = [classical_denoise(x_t[None], t, SCHEDULE)[0] for x_t, t in zip(noisy, args.timesteps, strict=True)]
     rows = {"noisy": noisy, "blurred": blurred}
-    save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)
-    print(args.out)
+    write_table(args, list(rows.values()), row_labels=list(rows), column_labels=labels)
 
 
 if __name__ == "__main__":

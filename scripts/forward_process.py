@@ -5,10 +5,9 @@
 x_t = √ᾱ_t x_0 + √(1-ᾱ_t) eps at t = 0, 125, …, 875 of IF's schedule. Needs no model.
 """
 
+from shared.images import write_table
 from shared.noisy import add_noisy_options, noisy_images
 from shared.options import parser, positive, run
-
-from ddpm.figures import save_table
 
 
 def main():
@@ -17,8 +16,7 @@ def main():
     options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
     x_t, labels = noisy_images(args, (args.size, args.size))
-    save_table(args.out, [x_t], column_labels=labels, seed=args.seed)
-    print(args.out)
+    write_table(args, [x_t], column_labels=labels)
 
 
 if __name__ == "__main__":

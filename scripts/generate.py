@@ -19,10 +19,11 @@ for each GPU, or several on the CPU, and each draws its share of the batches: th
 
 from pathlib import Path
 
+from shared.images import write_table
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, settings_of
 
-from ddpm.figures import save_image, save_table
+from ddpm.figures import save_image
 from ddpm.processes import rank
 from ddpm.schedule import leading_timesteps
 from ifmodel.embeds import read_prompts
@@ -58,10 +59,9 @@ def main():
     rows = draw(cascade, jobs, args)
     if len(rows) == len(seeds) == 1:
         save_image(args.out, rows[0][0] / 2 + 0.5, seed=args.seed)
+        print(args.out)
     else:
-        columns = [f"seed {seed}" for seed in seeds]
-        save_table(args.out, rows, row_labels=prompts, column_labels=columns, seed=args.seed)
-    print(args.out)
+        write_table(args, rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds])
 
 
 def draw_prompts(args):
@@ -93,8 +93,7 @@ def draw_steps_grid(args):
     ]
     rows = draw(cascade, jobs, args)
     labels = [f"{num_steps} steps" for num_steps in args.steps_grid]
-    save_table(args.out, rows, row_labels=labels, column_labels=prompts, seed=args.seed)
-    print(args.out)
+    write_table(args, rows, row_labels=labels, column_labels=prompts)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from shared.images import read_image
+from shared.images import read_image, write_animations, write_table
 from shared.options import parser, positive, positive_number, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
-from ddpm.animation import recede, save_gif
+from ddpm.animation import recede
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
-from ddpm.figures import save_table
 from ddpm.sampling import hybrid, inpaint_component
 from ifmodel.jobs import Job, Stage
 
@@ -85,14 +84,9 @@ def main():
     drawn = draw(cascade, [job(prompts) for prompts in groups], args)
     rows = [row for images in drawn for row in (images, *(component.of(images) for component in components))]
     labels = [label for prompts in groups for label in row_labels(args, components, prompts)]
-    columns = [f"seed {args.seed + k}" for k in range(args.num_images)]
-    save_table(args.out, rows, row_labels=labels, column_labels=columns, seed=args.seed)
-    print(args.out)
-    for i, images in enumerate(drawn if args.animate else []):
-        frames, times = recede(images[0] / 2 + 0.5)
-        gif = args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif")
-        save_gif(gif, frames, times)
-        print(gif)
+    write_table(args, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds])
+    if args.animate:
+        write_animations(args, drawn, recede)
 
 
 def row_labels(args: Namespace, components: list[Component], prompts: tuple[str, ...]) -> list[str]:

@@ -12,14 +12,13 @@ cut out; one for each image, or one for all.
 
 from functools import partial
 
-from shared.images import DRAWINGS, read_image, read_mask
+from shared.images import DRAWINGS, read_image, read_mask, write_table
 from shared.options import parser, run
 from shared.resampling import add_images_options, add_resampling_options, for_each, prompts_for, resampling_of
 from shared.stages import add_cascade_options, draw, open_cascade
 
 import torch
 
-from ddpm.figures import save_table
 from ddpm.sampling import inpaint
 from ifmodel.jobs import Job
 
@@ -57,8 +56,7 @@ def main():
     ]
     columns = ["original", "mask", "hole to fill", "result"]
     labels = {"title": prompts[0]} if len(set(prompts)) == 1 else {"row_labels": prompts}
-    save_table(args.out, rows, column_labels=columns, **labels, seed=args.seed)
-    print(args.out)
+    write_table(args, rows, column_labels=columns, **labels)
 
 
 if __name__ == "__main__":

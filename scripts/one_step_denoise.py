@@ -5,11 +5,11 @@
 Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate is the mean of many images.
 """
 
+from shared.images import write_table
 from shared.noisy import add_noisy_options, batch, noisy_images
 from shared.options import parser, run
 from shared.stages import add_cascade_options, open_cascade, settings_of
 
-from ddpm.figures import save_table
 from ddpm.sampling import one_step_denoise
 from ifmodel.jobs import Job
 
@@ -32,8 +32,7 @@ def main():
 
     cascade.draw_all([Job(args.prompt, [args.seed], each_once, num_steps=len(noisy))], **settings_of(args))
     rows = {"noisy": noisy, "one step": denoised}
-    save_table(args.out, list(rows.values()), row_labels=list(rows), column_labels=labels, seed=args.seed)
-    print(args.out)
+    write_table(args, list(rows.values()), row_labels=list(rows), column_labels=labels)
 
 
 if __name__ == "__main__":

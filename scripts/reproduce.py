@@ -11,7 +11,6 @@ experiments are skipped unless command, code or weights changed, so a stopped ru
 """
 
 import hashlib
-import json
 import os
 import runpy
 import shlex
@@ -29,7 +28,7 @@ from shared.stages import model_name
 
 import torch
 
-from ddpm.files import parse_json, read_small, write_atomically
+from ddpm.files import parse_json, read_small, write_atomically, write_json
 from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 
@@ -120,7 +119,7 @@ def make(experiment: Experiment, args: Namespace) -> Made:
         failure = f"exit status {status}" if status else f"no {', '.join(missing)}"
         return Made(experiment, command, seconds, failure=failure)
     described = {"inputs": inputs, "seconds": seconds, "command": command, "figures": digest_of(figures)}
-    write_atomically(note, json.dumps(described).encode())
+    write_json(note, described)
     return Made(experiment, command, seconds, inputs)
 
 

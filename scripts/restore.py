@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from shared.images import read_image, read_mask
+from shared.images import read_image, read_mask, write_table
 from shared.options import number, parser, positive, run
 from shared.resampling import add_images_options, add_resampling_options, prompts_for, resampling_of
 from shared.stages import add_cascade_options, open_cascade, settings_of
@@ -23,7 +23,6 @@ from shared.stages import add_cascade_options, open_cascade, settings_of
 import torch
 import torch.nn.functional as F
 
-from ddpm.figures import save_table
 from ddpm.restoration import Degradation, check_operator, psnr
 from ifmodel.jobs import Job
 
@@ -54,8 +53,7 @@ def main():
     _, without, result, x = (torch.stack(column) for column in zip(*rows, strict=True))
     for label, ours, theirs in zip(labels, psnr(result, x), psnr(without, x), strict=True):
         print(f"{' '.join(label.split())}: PSNR {ours:.1f} dB, without a model {theirs:.1f} dB")
-    save_table(args.out, rows, row_labels=labels, column_labels=COLUMNS, seed=args.seed)
-    print(args.out)
+    write_table(args, rows, row_labels=labels, column_labels=COLUMNS)
 
 
 def arguments() -> Namespace:

@@ -5,10 +5,10 @@
 Rows: γ = 1 and --guidance (default: 7, or 2 with tiny-if), for each prompt and the same noise; columns: seeds.
 """
 
+from shared.images import write_table
 from shared.options import parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, open_cascade
 
-from ddpm.figures import save_table
 from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
 
@@ -35,8 +35,7 @@ def main():
     labels = [f"γ = {scale:g}" + (f":\n{prompt}" if len(prompts) > 1 else "") for prompt, scale in lines]
     title = prompts[0] if len(prompts) == 1 else ""
     columns = [f"seed {seed}" for seed in seeds]
-    save_table(args.out, rows, row_labels=labels, column_labels=columns, title=title, seed=args.seed)
-    print(args.out)
+    write_table(args, rows, row_labels=labels, column_labels=columns, title=title)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ quality photo" unless said otherwise; with tiny-if our drawings come with prompt
 from functools import partial
 from pathlib import Path
 
-from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image
+from shared.images import DRAWING_PROMPTS, DRAWINGS, read_image, write_table
 from shared.options import parser, run
 from shared.stages import MODEL, add_cascade_options, draw, from_index, open_cascade
 
 import torch
 
-from ddpm.figures import save_table
 from ddpm.sampling import sdedit
 from ifmodel.jobs import Job
 from ifmodel.tiny.captions import ANYTHING
@@ -54,8 +53,7 @@ def main():
     rows = [[*row, original] for row, original in zip(columns.transpose(0, 1), originals, strict=True)]
     row_labels = [f"{Path(image).name}:\n{prompt}" if len(images) > 1 else prompt for image, prompt in lines]
     column_labels = [*(f"i_start = {i_start}" for i_start in args.i_start), "original"]
-    save_table(args.out, rows, row_labels=row_labels, column_labels=column_labels, seed=args.seed)
-    print(args.out)
+    write_table(args, rows, row_labels=row_labels, column_labels=column_labels)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ddpm.devices import pick_device, pick_dtype
 from ddpm.figures import save_grid
-from ddpm.files import fingerprint, write_atomically
+from ddpm.files import fingerprint
 from ddpm.memory import check_memory
 from ddpm.processes import num_processes, rank
 from ifmodel.text import Tokenizer
@@ -45,8 +45,8 @@ from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.loading import load_captioned
-from ifmodel.tiny.models import build_encoder, train_tokenizer
-from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_unet
+from ifmodel.tiny.models import build_encoder
+from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_tokenizer, start_unet
 from ifmodel.tiny.training import Recipe, train_stage, train_text
 from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_config
@@ -173,7 +173,9 @@ def main():
     vocabulary = [path for name in ("spiece.model", "tokenizer.json") if (path := tokenizer / name).is_file()]
     recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(*vocabulary))
     if args.stage_2_of:
-        stage = new_stage_2(args, tokenizer, device)
+        encoder, small = start_encoder(args.stage_2_of, tokenizer), load_config(args.stage_2_of).sample_size
+        unet = start_unet(unet_config(args), args.start)
+        stage = Stage2(unet_config(args), encoder, unet, tokenizer, device, small, args.crop)
     else:
         stage = new_stage_1(args, data, recipe, tokenizer, device)
     if args.compile:
@@ -189,11 +191,7 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
         return fetch(args.stage_2_of, "tokenizer", ["spiece.model"])
     folder = args.out / "tokenizer"
     if rank() == 0 and not args.resume:
-        if args.start and not args.new_text:
-            vocabulary = fetch(args.start, "tokenizer", ["spiece.model"]) / "spiece.model"
-            write_atomically(folder / "spiece.model", vocabulary.read_bytes())
-        else:
-            train_tokenizer(data.all_captions(), folder)
+        start_tokenizer(folder, None if args.new_text else args.start, data.all_captions())
     if num_processes() > 1:
         dist.barrier()
     return folder
@@ -211,15 +209,6 @@ def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: 
         print(f"{message} with the same command", file=sys.stderr)
         raise SystemExit(130)
     return stage
-
-
-def new_stage_2(args: Namespace, tokenizer: Path, device: torch.device) -> Stage2:
-    """Stage 2 before its first step, with the text encoder of its stage 1."""
-    unet = start_unet(unet_config(args), args.start)
-    small = load_config(args.stage_2_of).sample_size
-    return Stage2(
-        unet_config(args), start_encoder(args.stage_2_of, tokenizer), unet, tokenizer, device, small, args.crop
-    )
 
 
 def start_processes(args: Namespace) -> torch.device:

@@ -14,9 +14,10 @@ stops; --resume goes on and ends with the same weights.
 Source: DreamBooth §3, arXiv 2208.12242; LoRA, arXiv 2106.09685.
 """
 
-import hashlib
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -24,24 +25,14 @@ from shared.options import number, parser, pick, positive, positive_number, run
 from shared.stages import MODEL, UPSCALER, model_name
 from shared.training import add_run_options, check_run, end_training
 
-import torch
 from torch import Tensor
 
 from ddpm.figures import save_grid
-from ddpm.files import load_tensors, save_tensors
-from ddpm.memory import check_memory
-from ddpm.runs import STATE, check_same
-from ifmodel import Cascade, UNet, load_unet
-from ifmodel.dreambooth import dreambooth_loss, read_folder, train_lora
-from ifmodel.jobs import Job
-from ifmodel.lora import ATTENTION, RESNETS, add_lora
+from ifmodel import Cascade
+from ifmodel.dreambooth import Recipe, read_folder, teach
 from ifmodel.lora_files import FILES
-from ifmodel.stage import SCHEDULE, find_variant
-from ifmodel.text import embed_prompts
 
 SHOWN = 4  # images before, of training and after, in row.png
-RECIPE = ("prompt", "class_prompt", "class_images", "class_weight", "model", "upscaler", "max_noise_level", "rank")
-RECIPE += ("layers", "steps", "batch_size", "lr", "seed")
 
 
 def arguments() -> Namespace:
@@ -72,70 +63,22 @@ def arguments() -> Namespace:
 def main():
     args = arguments()
     check_run(args)
-    args.device, args.dtype = pick(args)
-    stages = cascade_of(args).stages
-    learning, upscaling = stages[-1], None
-    if args.upscaler:
-        highest = args.max_noise_level or 2 * int(learning.settings["noise_level"])
-        if highest > SCHEDULE.num_timesteps:
-            raise ValueError(f"--max-noise-level must be at most {SCHEDULE.num_timesteps}, not {highest}")
-        upscaling = stages[0].config.sample_size, highest
-    targets = ATTENTION if args.layers == "attention" else (*ATTENTION, *RESNETS)
-    config = learning.config
-    needed = config.activation_bytes(args.batch_size, config.sample_size, config.sample_size)
-    check_memory(needed, f"training with {args.batch_size} images at a time", args.device)
-    with torch.device("meta"):
-        add_lora(UNet(config), args.rank, targets)  # so that a rank is refused before anything is drawn
-    images = read_folder(args.images, config.sample_size)
-    args.fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
-    if args.resume:  # refuses another recipe now, not after drawing
-        check_same(args.out / STATE, load_tensors(args.out / STATE)[1], {"recipe": described(args)})
-    embeds = embed_prompts(args.model, [args.prompt, *args.class_prompt], dtype=args.dtype, device=args.device)
-    kept = class_images(args)
-    unet = load_unet(learning.source, args.dtype, args.device, find_variant(learning, args.dtype))
-    torch.manual_seed(args.seed)
-    layers = add_lora(unet, args.rank, targets)
-
-    sets = [(1.0, {args.prompt: images}), *([(args.class_weight, kept)] if kept else [])]
-    loss_of = partial(dreambooth_loss, unet, sets, embeds, args.batch_size, upscaling=upscaling)
-    options = {"dtype": args.dtype, "base": learning.source, "resume": args.resume}
-    end_training(args, train_lora(layers, loss_of, args.out, described(args), **options), FILES[0])
-    draw_row(args, images)
+    device, dtype = pick(args)
+    cascade = partial(Cascade, args.model, upscaler=args.upscaler, dtype=dtype, device=device)
+    images = read_folder(args.images, cascade().sizes[-1][0])
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    complete = teach(images, recipe, args.out, dtype=dtype, device=device, resume=args.resume)
+    end_training(args, complete, FILES[0])
+    draw_row(args, cascade, images)
 
 
-def cascade_of(args: Namespace, **options) -> Cascade:
-    """Both stages, or stage 1 alone; made for each use, so that no other UNet stays in memory while one learns."""
-    return Cascade(args.model, upscaler=args.upscaler, dtype=args.dtype, device=args.device, **options)
-
-
-def class_images(args: Namespace) -> dict[str, Tensor]:
-    """For each class prompt, images [K, 3, S, S] by the untrained model; kept in --out."""
-    path, count = args.out / "class_images.safetensors", args.class_images
-    if args.resume and path.exists():
-        found, _ = load_tensors(path, args.class_prompt)
-        return {prompt: found[prompt] for prompt in args.class_prompt}
-    if not args.class_prompt:
-        return {}
-    jobs = [Job(prompt, range(args.seed, args.seed + count)) for prompt in args.class_prompt]
-    drawn = cascade_of(args).draw_all(jobs, sampler="dpm++", eta=1.0, num_steps=20)
-    kept = dict(zip(args.class_prompt, drawn, strict=True))
-    save_tensors(path, kept, {})
-    return kept
-
-
-def described(args: Namespace) -> dict:
-    """What decides the weights."""
-    return {name: getattr(args, name) for name in RECIPE} | {"images": args.fingerprint}
-
-
-def draw_row(args: Namespace, images: Tensor):
+def draw_row(args: Namespace, cascade: Callable[..., Cascade], images: Tensor):
     """row.png: the prompt's images before, from the same seeds after, and between them what was learned from."""
     seeds = range(args.seed, args.seed + SHOWN)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* does not know")  # what it learned is new to the model before
         before, after = (
-            cascade_of(args, lora=lora).draw(args.prompt, seeds=seeds, num_steps=50)
-            for lora in ((), args.out / FILES[0])
+            cascade(lora=lora).draw(args.prompt, seeds=seeds, num_steps=50) for lora in ((), args.out / FILES[0])
         )
     shown = {"before": before, "training": images[:SHOWN], "after": after}
     labels = [label for label, part in shown.items() for _ in part]

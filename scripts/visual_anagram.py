@@ -10,12 +10,14 @@ vertical_flip, horizontal_flip, rotate_90, rotate_180, negate, pixels, patches, 
 skew.
 """
 
+from functools import partial
+
+from shared.images import write_animations, write_table
 from shared.options import number, parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
-from ddpm.animation import save_gif, turn
+from ddpm.animation import turn
 from ddpm.estimates import REDUCTIONS, anagram
-from ddpm.figures import save_table
 from ddpm.views import VIEWS, check_view, pixels
 from ifmodel.jobs import Job, Stage
 
@@ -74,13 +76,9 @@ def main():
     drawn = draw(cascade, [job(prompts) for prompts in groups], args)
     rows = [list(view.view(images)) for images in drawn for view in views]
     labels = [f"{name}:\n{prompt}" for prompts in groups for name, prompt in zip(names, prompts, strict=True)]
-    save_table(args.out, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds], seed=args.seed)
-    print(args.out)
-    for i, images in enumerate(drawn if args.animate else []):
-        frames, times = turn(images[0] / 2 + 0.5, views)
-        gif = args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif")
-        save_gif(gif, frames, times)
-        print(gif)
+    write_table(args, rows, row_labels=labels, column_labels=[f"seed {seed}" for seed in seeds])
+    if args.animate:
+        write_animations(args, drawn, partial(turn, views=views))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from ddpm.estimates import Guider, Model, classifier_free, guided, unguided
+from ddpm.estimates import Estimate, Guider, Model, classifier_free, guided, unguided
 from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
 from ddpm.memory import keep_freed
-from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, TimeFlow, TimeUNet, folded
+from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, ClassUNet, TimeFlow, TimeUNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
-from ddpm.sampling import iterative_denoise, noise_source
+from ddpm.sampling import iterative_denoise, noise_source, sample
 from ddpm.schedule import Schedule, linear_schedule, linspace_timesteps, log_snr_timesteps
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
@@ -72,6 +73,61 @@ def sample_digits(
         x_0 = iterative_denoise(estimate, noise(), timesteps, schedule, noise=noise, step=step, callback=report)
         images.append(x_0.clamp(0, 1).cpu())
     return torch.cat(images)
+
+
+class GuidedDigits:
+    """A `ClassUNet` for the algorithms of `ddpm.sampling`, which also run IF.
+
+    digits = GuidedDigits(load_model("ddpm_class"))
+    six, nine = digits.estimate([6] * 8), digits.estimate([9] * 8)
+    images = digits.draw(anagram([six, nine], [identity(), rotate_180()]), seeds=range(8))
+
+    num_steps: how many of the schedule's timesteps to visit, evenly; guidance_scale: γ of `guided`
+    dtype: in which the model computes; the sampler's arithmetic is in float32
+    Raises ValueError when num_steps is not from 1 to T.
+    """
+
+    def __init__(
+        self,
+        model: ClassUNet,
+        *,
+        num_steps: int = 100,
+        guidance_scale: float = 5.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.guidance_scale, self.dtype = model, guidance_scale, dtype
+        self.device = next(model.parameters()).device
+        self.schedule = linear_schedule(model.num_timesteps)
+        self.timesteps = linspace_timesteps(self.schedule.num_timesteps, num_steps)
+
+    def estimate(self, labels: Sequence[int]) -> Estimate:
+        """The guided estimate of these digits [N], one for each image."""
+
+        def model(x_t: Tensor, t: int, c: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.model(x_t, t, c)
+
+        c = one_hot(labels, self.device)
+        return guided(model, c, torch.zeros_like(c), self.guidance_scale)
+
+    def draw(
+        self,
+        estimate: Estimate,
+        seeds: Sequence[int],
+        algorithm: Callable[..., Tensor] = sample,
+        *,
+        num_steps: int | None = None,
+        description: str = "digits",
+    ) -> Tensor:
+        """Images [N, 1, 28, 28] in [0, 1], on the CPU, one for each seed, all at once, with a progress bar.
+
+        algorithm: bind its own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=50)
+        num_steps: how many it takes, if not one for each timestep; description: both for the progress bar
+        """
+        noise = noise_source(seeds, (1, IMAGE_SIZE, IMAGE_SIZE), self.device)
+        with tqdm(total=num_steps or len(self.timesteps), desc=description, unit="step") as bar:
+            loop = {"timesteps": self.timesteps, "schedule": self.schedule, "callback": lambda *_: bar.update()}
+            return algorithm(estimate=estimate, noise=noise, **loop).clamp(0, 1).cpu()
 
 
 def visited_timesteps(schedule: Schedule, num_steps: int | None, sampler: str, eta: float = 0.0) -> list[int]:

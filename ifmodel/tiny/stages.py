@@ -1,5 +1,6 @@
 """What differs between training stage 1 and stage 2: model, loss, what is measured, and the sheet of samples."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.files import write_atomically
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, upscale
@@ -21,7 +23,7 @@ from ifmodel.tiny.losses import (
     stage_2_loss,
     upscaling_error,
 )
-from ifmodel.tiny.models import TextToImage, zero_init
+from ifmodel.tiny.models import TextToImage, train_tokenizer, zero_init
 from ifmodel.tiny.styles import STYLES
 from ifmodel.unet import UNet, UNetConfig
 from ifmodel.weights import fetch, load_unet
@@ -96,6 +98,15 @@ def sheet_prompts(data: CaptionedImages) -> tuple[list[str], list[str]]:
     known = {phrase for phrases in data.phrases for phrase in phrases}
     first = [phrases[0] for phrases in data.phrases[: len(SHEET_THINGS)]]
     return styles, SHEET_THINGS if known.issuperset(SHEET_THINGS) else first
+
+
+def start_tokenizer(folder: Path, start: str | None, captions: Sequence[str]):
+    """Write folder/spiece.model: that of the stage 1 `start`, or a new one, see `train_tokenizer`."""
+    if start is None:
+        train_tokenizer(captions, folder)
+    else:
+        vocabulary = fetch(start, "tokenizer", ["spiece.model"]) / "spiece.model"
+        write_atomically(folder / "spiece.model", vocabulary.read_bytes())
 
 
 def start_encoder(source: str, tokenizer: Path):

@@ -16,7 +16,6 @@ as JSON; --growth draws, beside it, what time and memory an image takes as there
 pixels, and for tiny what 1 to 1,000 prompts take of one and of two processes.
 """
 
-import json
 import sys
 import tempfile
 from argparse import Namespace
@@ -33,7 +32,7 @@ from shared.timing import SCRIPTS, compare, in_turns, run_measured, short, where
 import torch
 from safetensors.torch import save_file
 
-from ddpm.files import write_atomically
+from ddpm.files import write_json
 from ddpm.memory import check_memory
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
@@ -95,7 +94,7 @@ def main():
         draw_growth(args.out.with_suffix(".png"), report["growth"])
     if device.type == "cuda":
         report["peak_memory"] = peak_memory(work)
-    write_atomically(args.out, json.dumps(report, indent=2).encode())
+    write_json(args.out, report)
     print(args.out)
 
 
@@ -147,8 +146,7 @@ def save_random(root: Path, config: dict, dtype: torch.dtype, device: torch.devi
     """A folder with random weights for a config, in the layout of the Hub."""
     with device:  # a GPU draws billions of random numbers in no time
         unet = UNet(UNetConfig.from_dict(config))
-    (root / "unet").mkdir()
-    (root / "unet" / "config.json").write_text(json.dumps(config))
+    write_json(root / "unet" / "config.json", config)
     weights = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
     save_file(weights, root / "unet" / "diffusion_pytorch_model.safetensors")
 

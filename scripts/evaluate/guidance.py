@@ -11,7 +11,6 @@ Writes report.json and guidance.png to --out; all images are kept there, and a s
 --skip-digits and --skip-images leave one of them out. torchrun shares the kinds of images among its processes.
 """
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
 from ddpm.figures import save_curves
-from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_json
 from ddpm.memory import check_memory
 from ddpm.mnist import sample_digits
 from ddpm.mnist.checkpoint import SHIPPED, load_model
@@ -60,7 +59,7 @@ def main():
         if not getattr(args, f"skip_{part}"):
             report[part] = measure(args)
             if rank() == 0:
-                write_atomically(path, json.dumps(report, indent=2).encode())
+                write_json(path, report)
     if rank() == 0:
         draw_figure(args.out / "guidance.png", report, args.seed)
 

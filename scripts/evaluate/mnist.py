@@ -14,7 +14,6 @@ Writes report.json, guidance.png and the misread samples to --out. All samples a
 a file: a stopped evaluation goes on where it was. torchrun shares these files among its processes.
 """
 
-import json
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.figures import save_curves, save_grid
-from ddpm.files import fingerprint, load_tensors, save_tensors, write_atomically
+from ddpm.files import fingerprint, load_tensors, save_tensors, write_json
 from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights, weights_file
@@ -87,7 +86,7 @@ def main():
     for sigma in tqdm(SIGMAS, desc="denoiser", unit="σ", leave=False):
         error = report["denoiser_mse"][str(sigma)] = denoiser_error(denoiser, x, sigma, args.seed)
         tqdm.write(f"σ = {sigma}: {error:.5f} ({sigma**2:.2f})")
-    write_atomically(args.out / "report.json", json.dumps(report, indent=2).encode())
+    write_json(args.out / "report.json", report)
     print(args.out / "report.json")
 
 
@@ -207,7 +206,7 @@ def compare_samplers(judge: Judge, real: Tensor, report: dict, args: Namespace):
         report["curves"][curve].append({"evaluations": evaluations, **measures})
         print(f"{curve}, {evaluations} evaluations: {told(measures)}", flush=True)
     draw_samplers(args.out / "samplers.png", report, args.seed)
-    write_atomically(args.out / "samplers.json", json.dumps(report, indent=2).encode())
+    write_json(args.out / "samplers.json", report)
     print(args.out / "samplers.json")
 
 

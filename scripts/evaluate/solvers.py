@@ -10,11 +10,9 @@ are diffusers' settings. Prints a table and writes it to --out as JSON; torchrun
 ".[test]"`.
 """
 
-import itertools
-import json
 import math
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
@@ -25,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import write_atomically
+from ddpm.convergence import NoisePath
+from ddpm.files import write_json
 from ddpm.memory import check_memory
-from ddpm.process import dpm_solver_step
 from ddpm.processes import gathered, rank, share
-from ddpm.sampling import Estimate, iterative_denoise, noise_source
+from ddpm.sampling import Estimate
 from ifmodel import load_unet
 from ifmodel.stage import SCHEDULE, check_stage, spaced_timesteps, stage_1, stage_threshold
 from ifmodel.text import embed_prompts
@@ -42,47 +40,11 @@ DIFFUSERS = {  # the settings that diffusers documents for this solver
     "lu lambdas": {"use_lu_lambdas": True},
     "karras": {"use_karras_sigmas": True},
 }
-LOG_SNR = 0.5 * torch.logit(SCHEDULE.alphas_cumprod)  # λ_t of the papers
-
-
-class NoisePath:
-    """One path of noise: x_T, and what is added from each timestep to the next, [N, 3, H, W] each."""
-
-    def __init__(self, seeds: list[int], size: int):
-        noise = noise_source(seeds, (3, size, size))
-        self.x_T, self.noise = noise(), [noise() for _ in range(SCHEDULE.num_timesteps)]
-
-    def between(self, t: int, t_prev: int) -> Tensor:
-        """The noise of a step of SDE-DPM-Solver++ from t to t_prev, of variance 1."""
-        parts = [math.exp(LOG_SNR[k] - LOG_SNR[t_prev]) * unit(k + 1, k) * self.noise[k] for k in range(t_prev, t)]
-        return sum(parts) / unit(t, t_prev)
-
-    def start(self, t: int, eta: float) -> Tensor:
-        """x_t where all is noise still."""
-        last = SCHEDULE.num_timesteps - 1
-        if not eta or t == last:
-            return self.x_T
-        return math.exp(LOG_SNR[last] - LOG_SNR[t]) * self.x_T + unit(last, t) * self.between(last, t)
-
-
-def unit(t: int, t_prev: int) -> float:
-    """The standard deviation of the noise of a step, as a share of that at t_prev."""
-    return math.sqrt(-math.expm1(2 * (LOG_SNR[t] - LOG_SNR[t_prev])))
 
 
 def converged_timesteps(eta: float) -> list[int]:
     """Those of 200 steps, and all of the last 20, down to t = 0: on exact mixtures 4e-5 from all 1000 at η = 0."""
     return sorted({*spaced_timesteps("dpm++", 200, eta), *range(20)}, reverse=True)
-
-
-def ours(estimate: Estimate, path: NoisePath, timesteps: list[int], threshold, eta: float) -> Tensor:
-    steps = itertools.pairwise(timesteps)  # the step to the clean image asks for no noise
-
-    def noise() -> Tensor:
-        return path.between(*next(steps)) if eta else path.x_T
-
-    loop = {"noise": noise, "step": partial(dpm_solver_step, eta=eta), "threshold": threshold}
-    return iterative_denoise(estimate, path.start(timesteps[0], eta), timesteps, SCHEDULE, **loop)
 
 
 @torch.no_grad()
@@ -102,7 +64,7 @@ def theirs(estimate: Estimate, path: NoisePath, num_steps: int, setting: dict, t
     scheduler.set_timesteps(num_steps)
     scheduler.set_begin_index(0)
     # the timestep of each σ of theirs, √((1-ᾱ) / ᾱ); the last is 0
-    visited = [int((LOG_SNR + math.log(sigma)).abs().argmin()) for sigma in scheduler.sigmas[:-1].tolist()]
+    visited = [int((path.log_snr + math.log(sigma)).abs().argmin()) for sigma in scheduler.sigmas[:-1].tolist()]
     x_t = path.start(visited[0], eta)
     for k, t in enumerate(scheduler.timesteps):
         last = k + 1 == len(visited) or visited[k] == visited[k + 1]
@@ -130,18 +92,19 @@ def main():
     embeds = embed_prompts(args.model, [*prompts, ""])
     estimate = stage_1(unet, torch.stack([embeds[prompt] for prompt in prompts]), embeds[""][None], args.guidance)
     seeds = [args.seed + k // len(args.prompt or PROMPTS) for k in range(len(prompts))]
-    path, threshold = NoisePath(seeds, side), stage_threshold(args.model, 1)
+    path, threshold = NoisePath(SCHEDULE, seeds, (3, side, side)), stage_threshold(args.model, 1)
 
     @cache
     def converged(eta: float) -> Tensor:
-        return ours(estimate, path, converged_timesteps(eta), threshold, eta)
+        return path.solve(estimate, converged_timesteps(eta), threshold=threshold, eta=eta)
 
     def distances(eta: float, name: str) -> Tensor:
         """From the converged image, for each of --steps."""
 
         def draw(num_steps: int) -> Tensor:
             if name == "ours":
-                return ours(estimate, path, spaced_timesteps("dpm++", num_steps, eta), threshold, eta)
+                timesteps = spaced_timesteps("dpm++", num_steps, eta)
+                return path.solve(estimate, timesteps, threshold=threshold, eta=eta)
             return theirs(estimate, path, num_steps, DIFFUSERS[name], threshold, eta)
 
         images = torch.stack([draw(n) for n in tqdm(args.steps, desc=f"{name}, η = {eta:g}", leave=False)])
@@ -156,7 +119,7 @@ def main():
     for (eta, name), row in zip(rows, found, strict=True):
         report[f"{name}, eta = {eta:g}"] = dict(zip(args.steps, row.tolist(), strict=True))
         print(f"{name:12} η = {eta:<4g}" + "".join(f"{distance:8.3f}" for distance in row.tolist()))
-    write_atomically(args.out, json.dumps(report, indent=1).encode())
+    write_json(args.out, report)
     print(args.out)
 
 

@@ -37,7 +37,7 @@ from shared.stages import MODEL, UPSCALER, model_name
 
 from ddpm.estimates import REDUCTIONS
 from ddpm.figures import save_curves
-from ddpm.files import fingerprint, write_atomically
+from ddpm.files import fingerprint, write_json
 from ddpm.memory import check_memory
 from ddpm.processes import check_shares, rank
 from ifmodel import Cascade, load_unet
@@ -97,7 +97,7 @@ def keep_section(path: Path, report: dict, section: str, measures):
     """Write the report each time, so that a late failure loses nothing."""
     report[section] = measures
     if rank() == 0:
-        write_atomically(path, json.dumps(report, indent=2).encode())
+        write_json(path, report)
         print(f"{section}: {json.dumps(measures)}", flush=True)
 
 

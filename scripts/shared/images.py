@@ -1,10 +1,13 @@
-"""The images that the scripts read: files, and three drawings of our own, which have names."""
+"""Images that the scripts read, from files or drawings of our own, which have names; and figures that they write."""
 
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ddpm import images
+from ddpm.figures import save_table
 
 # What tiny-if would call our drawings: "a high quality photo", of anything, is too little for it
 DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}
@@ -27,3 +30,20 @@ def find_image(source: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
     return path
+
+
+def write_table(args: Namespace, rows: Sequence[Sequence[Tensor]], **labels):
+    """The figure of a script, see `save_table`, as --out, and a line that says so."""
+    save_table(args.out, rows, **labels, seed=args.seed)
+    print(args.out)
+
+
+def write_animations(args: Namespace, drawn: Sequence[Tensor], move: Callable[[Tensor], tuple[list, list[int]]]):
+    """The first image of each batch in [-1, 1] as move(image in [0, 1]) -> frames, times: OUT_0.gif, OUT_1.gif, …"""
+    from ddpm.animation import save_gif  # here, since torchvision takes long to import
+
+    for i, batch in enumerate(drawn):
+        frames, times = move(batch[0] / 2 + 0.5)
+        gif = args.out.with_stem(f"{args.out.stem}_{i}").with_suffix(".gif")
+        save_gif(gif, frames, times)
+        print(gif)

@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from solvers import DIFFUSERS, NoisePath, converged_timesteps, ours, theirs
+from solvers import DIFFUSERS, converged_timesteps, theirs
 
+from ddpm.convergence import NoisePath
 from ddpm.process import dynamic_threshold
 from ddpm.schedule import cosine_schedule, linear_schedule, log_snr_timesteps
 from ifmodel.stage import SCHEDULE, spaced_timesteps
@@ -58,11 +59,11 @@ class Mixture:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_it_is_nearer_to_the_converged_image_than_diffusers_settings(eta, s):
     """Than each of them over several numbers of steps, on an exact model and along one path of noise."""
-    estimate, path = Mixture(s=s), NoisePath([1, 2, 3, 4], 8)
+    estimate, path = Mixture(s=s), NoisePath(SCHEDULE, [1, 2, 3, 4], (3, 8, 8))
     threshold = partial(dynamic_threshold, percentile=0.95, maximum=1.5)
 
     def image(timesteps: list[int]) -> torch.Tensor:
-        return ours(estimate, path, timesteps, threshold, eta)
+        return path.solve(estimate, timesteps, threshold=threshold, eta=eta)
 
     def log_distances(draw) -> torch.Tensor:
         images = torch.stack([draw(num_steps) for num_steps in (4, 5, 6, 8, 10, 15, 20)])

@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler
 
 from ddpm.flow import flow_times, heun_step, integrate, velocity_of
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, sample_digits, sample_flow
-from ddpm.mnist.sampling import visited_timesteps
+from ddpm.mnist.sampling import GuidedDigits, visited_timesteps
 from ddpm.process import ddim_step, dpm_solver_step
-from ddpm.sampling import guided, iterative_denoise, noise_source, unguided
+from ddpm.sampling import guided, iterative_denoise, noise_source, sdedit, unguided
 from ddpm.schedule import linear_schedule, log_snr_timesteps
 from tests.conftest import settled
 
@@ -151,6 +151,19 @@ def test_digits_by_another_sampler(model, sampler, step):
 
 
 @torch.no_grad()
+def test_any_algorithm_runs_on_digits(model):
+    """From noise they are those of `sample_digits`; from an image, those of the algorithm itself."""
+    digits = GuidedDigits(model, num_steps=4, guidance_scale=2.0)
+    labels, seeds = [3, 7], [1, 2]
+    drawn = digits.draw(digits.estimate(labels), seeds)
+    wanted = sample_digits(model, labels, seeds, linear_schedule(), num_steps=4, guidance_scale=2.0)
+    torch.testing.assert_close(drawn, wanted, atol=1e-3, rtol=0)  # whose BatchNorm is folded
+    edit = {"x_0": drawn.flip(0), "i_start": 2}
+    edited = digits.draw(digits.estimate(labels), seeds, partial(sdedit, **edit), num_steps=2)
+    loop = {"timesteps": digits.timesteps, "schedule": linear_schedule(), "noise": noise_source(seeds, (1, 28, 28))}
+    torch.testing.assert_close(edited, sdedit(digits.estimate(labels), **edit, **loop).clamp(0, 1))
+
+
 def test_digits_of_a_flow():
     torch.manual_seed(0)
     flow, c = settled(ClassFlow(4)), torch.eye(10)[[3, 7]]
