@@ -196,15 +196,19 @@ def save_curves(
     panels: Sequence[tuple[dict[str, dict | float], dict]],
     seed: int | None = None,
     title: str = "",
+    columns: int | None = None,
 ):
     """Write plots side by side; of each, its curves by label, and what matplotlib's axes.set takes, such as xlabel.
 
     A curve is {x: y}, or a number: a level.
+    columns: how many plots are in a row, all when None
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=DPI, layout="constrained")
-    for axes, (curves, options) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = columns or len(panels)
+    rows = len(panels) // columns
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), dpi=DPI, layout="constrained")
+    for axes, (curves, options) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         for label, curve in curves.items():
             if isinstance(curve, dict):
                 axes.plot(list(curve), list(curve.values()), "o-", label=label)

@@ -7,7 +7,7 @@ Rows: x_t at t = 0, 125, …, 875; x_t / √ᾱ_t, blurred as wide as its noise 
 
 from shared.images import write_table
 from shared.noisy import add_noisy_options, noisy_images
-from shared.options import parser, positive, run
+from shared.options import parser, run
 
 from ddpm.sampling import classical_denoise
 from ifmodel.stage import SCHEDULE
@@ -16,7 +16,6 @@ from ifmodel.stage import SCHEDULE
 def main():
     options = parser(__doc__)
     add_noisy_options(options, out="out/classical_denoise.png")
-    options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
     args = options.parse_args()
     noisy, labels = noisy_images(args, (args.size, args.size))
     blurred = [classical_denoise(x_t[None], t, SCHEDULE)[0] for x_t, t in zip(noisy, args.timesteps, strict=True)]

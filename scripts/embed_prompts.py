@@ -21,7 +21,7 @@ from ifmodel.text import embed_each, embed_prompts
 
 
 def main():
-    options = parser(__doc__)
+    options = parser(__doc__, "--model FOLDER_OR_HUB_ID ")
     help = "it holds tokenizer/ and text_encoder/"
     options.add_argument("--model", required=True, type=model_name, metavar="FOLDER_OR_HUB_ID", help=help)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")

@@ -6,7 +6,7 @@ Rows: x_t at t = 0, 125, …, 875; x̂_0. The more noise, the more the estimate 
 """
 
 from shared.images import write_table
-from shared.noisy import add_noisy_options, batch, noisy_images
+from shared.noisy import add_noisy_options, noisy_images
 from shared.options import parser, run
 from shared.stages import add_cascade_options, open_cascade, settings_of
 
@@ -25,8 +25,8 @@ def main():
     denoised = []
 
     def each_once(estimate, schedule, callback, **_):
-        for x_t, t in zip(batch(noisy, cascade.device), args.timesteps, strict=True):
-            denoised.append(one_step_denoise(estimate, x_t, t, schedule)[0].cpu())
+        for x_t, t in zip(noisy, args.timesteps, strict=True):
+            denoised.append(one_step_denoise(estimate, x_t[None].to(cascade.device), t, schedule)[0].cpu())
             callback()
         return denoised[-1][None]
 

@@ -27,7 +27,7 @@ from ifmodel.tiny.icons import find_renderer, read_package, read_words, svg, thi
 
 
 def main():
-    options = parser(__doc__)
+    options = parser(__doc__, "PACKAGE … ")
     options.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="a .tgz, or its unpacked folder")
     options.add_argument("--words", type=Path, metavar="PACKAGE", help="emojibase-data, for more tags")
     options.add_argument("--artists", type=positive, default=6, help="that draw a thing, at least (default: 6)")

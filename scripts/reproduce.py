@@ -24,16 +24,15 @@ from pathlib import Path
 from shared.experiments import EXPERIMENTS, Experiment, Made
 from shared.options import SEED, check_writable, parser, run, seed_number
 from shared.page import LivePage
-from shared.stages import model_name
+from shared.stages import add_model_options
 
 import torch
 
-from ddpm.files import parse_json, read_small, write_atomically, write_json
+from ddpm.files import fingerprint, parse_json, read_small, write_atomically, write_json
 from ddpm.mnist.checkpoint import SHIPPED
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 
 ROOT = Path(__file__).parent.parent
-FORWARDED = ("model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype")
 
 
 def main():
@@ -67,20 +66,17 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", metavar="A7,A10", help="some of the experiments (default: all)")
     options.add_argument("--fast", action="store_true", help="fewer images and steps")
-    options.add_argument(
-        "--model", type=model_name, metavar="FOLDER_OR_HUB_ID", help="a stage-1 model (default: tiny-if/I, shipped)"
-    )
-    options.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help="a stage-2 model, or none")
-    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
+    add_model_options(options)
+    options.set_defaults(model=None)  # and not forwarded: the scripts have their own
     options.add_argument("--data", type=Path, help="folder holding MNIST/raw (default: data, or 100 test digits)")
     options.add_argument("--device", help="as in the other scripts")
     options.add_argument("--dtype", help="as in the other scripts")
     options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
     options.add_argument("--again", action="store_true", help="make again what is there already")
     options.add_argument("--out", type=Path, default=Path("out"), help="folder of the page (default: out)")
-    return options.parse_args()
+    args = options.parse_args()
+    args.data = args.data or default_data()
+    return args
 
 
 def choose(only: Sequence[str] | None) -> list[Experiment]:
@@ -102,7 +98,7 @@ def make(experiment: Experiment, args: Namespace) -> Made:
     command = shlex.join(["python", f"scripts/{experiment.script}.py", *options])
     for figure in experiment.trained:
         write_atomically(folder / figure, (ROOT / ".github" / "figures" / figure).read_bytes())
-    note, inputs = folder / "made.json", fingerprint(experiment, command, args)
+    note, inputs = folder / "made.json", inputs_of(experiment, command, args)
     before = None if args.again else made_before(experiment, args.out)
     if before and before.inputs == inputs:
         if experiment.figures:
@@ -118,7 +114,7 @@ def make(experiment: Experiment, args: Namespace) -> Made:
     if status or missing:
         failure = f"exit status {status}" if status else f"no {', '.join(missing)}"
         return Made(experiment, command, seconds, failure=failure)
-    described = {"inputs": inputs, "seconds": seconds, "command": command, "figures": digest_of(figures)}
+    described = {"inputs": inputs, "seconds": seconds, "command": command, "figures": fingerprint(*figures)}
     write_json(note, described)
     return Made(experiment, command, seconds, inputs)
 
@@ -130,27 +126,20 @@ def made_before(experiment: Experiment, out: Path) -> Made | None:
     try:
         note = parse_json(read_small(folder / "made.json"), "made.json")
         before = Made(experiment, note["command"], note["seconds"], note["inputs"])
-        if note["figures"] != digest_of(figures) or (type(before.command), type(before.seconds)) != (str, float):
+        if note["figures"] != fingerprint(*figures) or (type(before.command), type(before.seconds)) != (str, float):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return before if all((folder / figure).is_file() for figure in experiment.trained) else None
 
 
-def digest_of(figures: Sequence[Path]) -> str:
-    """What tells figures from others that were put in their place."""
-    return hashlib.sha256(b"".join(hashlib.sha256(figure.read_bytes()).digest() for figure in figures)).hexdigest()
-
-
 def command_options(experiment: Experiment, args: Namespace) -> list[str]:
     """The options with which an experiment's script is called."""
     options = experiment.options(args.fast)
-    for name in FORWARDED:
+    for name in experiment.takes:
         value = getattr(args, name)
-        if value is not None and name in experiment.takes:
+        if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
-    if "data" in experiment.takes:
-        options += ["--data", str(args.data or default_data())]
     return [*options, "--seed", str(args.seed), "--out", str(experiment.out(args.out))]
 
 
@@ -178,14 +167,14 @@ def run_script(name: str, options: Sequence[str]) -> int:
     return 0
 
 
-def fingerprint(experiment: Experiment, command: str, args: Namespace) -> str:
+def inputs_of(experiment: Experiment, command: str, args: Namespace) -> str:
     """What decides the figures: the command, the code, torch's version, the weights, and files that it reads."""
     digest = hashlib.sha256(f"{command} {torch.__version__}".encode())
     apart = {"reproduce.py", "page.py", "experiments.py"}
     for path in sorted(path for part in ("ddpm", "ifmodel", "scripts") for path in (ROOT / part).rglob("*.py")):
         digest.update(b"" if path.name in apart else path.read_bytes())
     read = [args.embeds] if args.embeds and "embeds" in experiment.takes else []
-    read += [args.data or default_data()] if "data" in experiment.takes else []
+    read += [args.data] if "data" in experiment.takes else []
     for source in [*weight_folders(experiment, args), *read]:
         for path in sorted(path for path in [source, *source.rglob("*")] if path.is_file()):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())

@@ -20,7 +20,7 @@ from ddpm.schedule import linear_schedule, linspace_timesteps
 
 
 def main():
-    options = parser(__doc__)
+    options = parser(__doc__, "--condition time|class ")
     help = "what it sees besides x_t: t, or t and the digit"
     options.add_argument("--condition", required=True, choices=["time", "class"], help=help)
     options.add_argument("--sample-steps", type=int, help="timesteps that the samples visit (default: all 300)")

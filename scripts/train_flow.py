@@ -20,7 +20,7 @@ from ddpm.mnist.training import FLOW, FLOW_FROM_DDPM, drop_classes, flow_from_dd
 
 
 def main():
-    options = parser(__doc__)
+    options = parser(__doc__, "--condition time|class ")
     help = "what the model is told: t, or t and the digit"
     options.add_argument("--condition", required=True, choices=["time", "class"], help=help)
     options.add_argument("--sample-steps", type=positive, default=50, help="Euler steps of the samples (default: 50)")

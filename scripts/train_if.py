@@ -53,7 +53,7 @@ from ifmodel.weights import fetch, load_config
 
 
 def arguments() -> Namespace:
-    options = parser(__doc__)
+    options = parser(__doc__, "--data FOLDER ")
     options.add_argument("--data", type=Path, required=True, help="folder with images and metadata.jsonl")
     options.add_argument("--curated", action="store_true", help="take our list of names out of the emoji folder")
     help = "keep one artist's drawings of a third of the things, and 5 %% of all, out: the log measures on them"

@@ -36,7 +36,7 @@ SHOWN = 4  # images before, of training and after, in row.png
 
 
 def arguments() -> Namespace:
-    options = parser(__doc__)
+    options = parser(__doc__, "--images FOLDER --prompt TEXT ")
     options.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="images of the new thing")
     options.add_argument("--prompt", required=True, metavar="TEXT", help="what they show, with a rare word")
     help = "what must stay as it is; may be given several times"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.options import SEED, add_data_option, add_device_options, parser, pick, positive, run
-from shared.timing import compare, operators, race, short, where
+from shared.timing import compare, race, short, where
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,6 +37,7 @@ from ddpm.mnist.unet import IMAGE_SIZE, check_batch, folded
 from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule
+from ddpm.timing import operators
 
 SCHEDULE = linear_schedule()
 TURN = 4  # steps of sampling

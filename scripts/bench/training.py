@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.options import SEED, add_device_options, parser, pick, positive, run
-from shared.timing import operators, race, short, where
+from shared.timing import race, short, where
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.memory import check_memory
+from ddpm.timing import operators
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
 from ifmodel.tiny.models import TextToImage, build_encoder, zero_init

@@ -25,15 +25,16 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
-from shared.costs import draw_growth, floor_of, growth, layers_alone, peak_memory
+from shared.costs import draw_growth, floor_of, growth, layers_of, memory_of
 from shared.options import SEED, add_device_options, check_writable, parser, pick, positive, run
-from shared.timing import SCRIPTS, compare, in_turns, run_measured, short, where
+from shared.timing import SCRIPTS, compare, run_measured, short, where
 
 import torch
 from safetensors.torch import save_file
 
 from ddpm.files import write_json
 from ddpm.memory import check_memory
+from ddpm.timing import in_turns
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.embeds import load_embeds, save_embeds
@@ -80,7 +81,7 @@ def main():
     report["agreement"] = agreement(sides, dtype)
     report["floor"] = floor_of(work)
     floor, few = report["floor"]["seconds"], max(1, args.rounds // 3)
-    report["layers"] = layers_alone(work, args.rounds, floor)
+    report["layers"] = layers_of(work, args.rounds, floor)
     steps, samples = ({name: side[k] for name, side in sides.items()} for k in range(2))
     report["step"] = compare("a step of the UNet", steps, args.rounds, device, floor)
     encode = {"ours": lambda: work.ours.encode_text(work.embeds)}
@@ -93,7 +94,7 @@ def main():
         report["growth"] = growth(work, args.rounds)
         draw_growth(args.out.with_suffix(".png"), report["growth"])
     if device.type == "cuda":
-        report["peak_memory"] = peak_memory(work)
+        report["peak_memory"] = memory_of(work)
     write_json(args.out, report)
     print(args.out)
 

@@ -121,7 +121,7 @@ def begin(args: Namespace) -> Exam:
 
 
 def arguments() -> Namespace:
-    options = parser(__doc__)
+    options = parser(__doc__, "--data FOLDER ")
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
     options.add_argument("--curated", action="store_true", help="as in train_if.py")
     options.add_argument("--hold-out", action="store_true", help="as in train_if.py: measure on what was held out")

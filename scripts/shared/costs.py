@@ -3,25 +3,22 @@
 `work` is that script's: a model, its inputs and a folder.
 """
 
-import gc
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 from shared.options import SEED
-from shared.timing import SCRIPTS, in_turns, run_measured, short
+from shared.timing import SCRIPTS, run_measured, short
 
 import torch
-from matplotlib.figure import Figure
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.figures import save_figure
-from ifmodel.cpu import PackedConv2d
+from ddpm.figures import save_curves
+from ddpm.timing import in_turns
+from ifmodel import UNet
+from ifmodel.costs import layers_alone, least_time, peak_memory, weight_bytes
 from ifmodel.stage import generate
 from ifmodel.tiny.captions import curated, with_article
 
@@ -29,67 +26,36 @@ Lines = dict[str, dict[int, tuple[float, float]]]  # of a column of the figure, 
 
 
 def floor_of(work) -> dict[str, float]:
-    """The least time that a step could take on this machine, from what it reaches in the two simplest tasks."""
-    plain = work.load()  # the counter does not know packed ones
-    step = work.step(plain)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        step()
-    a, b = (torch.randn(2048, 2048, device=work.device, dtype=work.dtype) for _ in range(2))
-    source = torch.randn(2**26, device=work.device)
-    target = torch.empty_like(source)
-    sides = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    matmul, copy = (min(times) for times in in_turns(sides, 20, work.device).values())
-    flops, rate, bandwidth = counter.get_total_flops(), 2 * 2048**3 / matmul, 2 * source.nbytes / copy  # read, written
-    size = bytes_of(plain)
-    floor = {"gflop": flops / 1e9, "gflops": rate / 1e9, "gigabytes": size / 1e9, "gigabytes_per_s": bandwidth / 1e9}
-    floor["seconds"] = max(flops / rate, size / bandwidth)
+    """The least time that a step could take on this machine, see `least_time`."""
+    plain = work.load()
+    floor = least_time(plain, work.step(plain), work.dtype)
     compute = f"{floor['gflop']:.1f} GFLOP at {floor['gflops']:.0f} GFLOP/s"
     memory = f"{floor['gigabytes']:.3f} GB of weights at {floor['gigabytes_per_s']:.1f} GB/s"
     print(f"floor of a step: {1000 * floor['seconds']:.1f} ms ({compute}, {memory})")
     return floor
 
 
-def bytes_of(unet: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in unet.parameters())
-
-
-@torch.no_grad()
-def layers_alone(work, rounds: int, floor: float) -> dict[str, float]:
-    """Seconds of a step's convolutions and linear layers, one after another with nothing between them."""
-    kinds = {"convolutions": (PackedConv2d, nn.Conv2d), "linear layers": (nn.Linear,)}
-    calls = {name: [] for name in kinds}
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, inputs, name=name: calls[name].append((layer, inputs[0])))
-        for name, kind in kinds.items()
-        for module in work.ours.modules()
-        if isinstance(module, kind)
-    ]
-    work.step(work.ours)()
-    for hook in hooks:
-        hook.remove()
-    sides = {name: lambda name=name: [layer(x) for layer, x in calls[name]] for name in kinds}
-    seconds = {name: median(times) for name, times in in_turns(sides, rounds, work.device).items()}
+def layers_of(work, rounds: int, floor: float) -> dict[str, float]:
+    """Seconds of a step's layers alone, see `layers_alone`."""
+    seconds = layers_alone(work.ours, work.step(work.ours), rounds)
     each = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
     print(f"of a step, alone: {each}, together {sum(seconds.values()) / floor:.2f} × the floor")
     return seconds
 
 
-@torch.no_grad()
-def peak_memory(work, batches: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[str, float]:
-    """Bytes of a step with guidance on the GPU, beside the weights, for so many images at a time."""
-    found = {"weights": bytes_of(work.ours)}
-    for batch in batches:
-        x_t = work.x_t[:1].expand(2 * batch, -1, -1, -1)
-        text = work.ours.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(work.device)
-        torch.cuda.reset_peak_memory_stats(work.device)
-        work.ours(x_t, 500, text, work.noise_level)
-        found[str(batch)] = torch.cuda.max_memory_allocated(work.device) - before
+def memory_of(work, batches: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[str, float]:
+    """Bytes of the weights and, beside them, of a step with guidance on the GPU, see `peak_memory`."""
+    found = {"weights": weight_bytes(work.ours)} | peak_memory(partial(step_of, work, work.ours), batches, work.device)
     each = ", ".join(f"{found[str(batch)] / 1e9:.2f} GB for {batch}" for batch in batches)
     print(f"peak memory of a step: weights {found['weights'] / 1e9:.2f} GB, and more for images at a time: {each}")
     return found
+
+
+def step_of(work, unet: UNet, batch: int, size: tuple[int, int] | None = None) -> Callable:
+    """A step with guidance of so many images."""
+    x_t = torch.randn(2 * batch, unet.config.in_channels, *(size or work.size), device=work.device)
+    text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
+    return partial(unet, x_t, 500, text, work.noise_level)
 
 
 @torch.no_grad()
@@ -103,10 +69,8 @@ def growth(work, rounds: int) -> dict[str, Lines]:
     clock = time.process_time if work.device.type == "cpu" else time.perf_counter
 
     def step(batch: int, size: int) -> Callable:
-        x_t = torch.randn(2 * batch, work.ours.config.in_channels, size, size, device=work.device)
         unet = work.load(pack=True)  # again: it is packed for the first size it sees
-        text = unet.encode_text(work.embeds[:1].expand(2 * batch, -1, -1))
-        return partial(unet, x_t, 500, text, work.noise_level)
+        return step_of(work, unet, batch, (size, size))
 
     def sample(steps: int) -> Callable:
         options = {"seeds": [SEED], "num_steps": steps, "size": work.size}
@@ -172,24 +136,11 @@ def draw_growth(path: Path, grown: dict[str, Lines]):
         "size": ("height and width", "seconds of a step"),
         "prompts": ("prompts, 2 steps of 16 × 16", "seconds"),
     }
-    figure = Figure(figsize=(3.1 * len(grown), 5), dpi=150, layout="constrained")
-    for column, (axes, (name, lines)) in enumerate(zip(figure.subplots(2, len(grown)).T, grown.items(), strict=True)):
-        for row, panel in enumerate(axes):
-            for line, points in lines.items():
-                values = [point[row] for point in points.values()]
-                panel.plot(list(points), values, "s--" if line == "each of two" else "o-", label=line)
-            panel.set(xscale="log", yscale="log" if row == 0 else "linear")
-            if row == 1:
-                highest = max(point[1] for points in lines.values() for point in points.values())
-                panel.set_ylim(0, None if math.isnan(highest) else 1.2 * highest)
-            else:
-                panel.yaxis.set_minor_formatter("")
-            ticks = sorted({value for points in lines.values() for value in points})
-            panel.set_xticks(ticks, [str(value) for value in ticks])
-            panel.xaxis.minorticks_off()
-            panel.grid(alpha=0.3)
-        axes[0].set_ylabel(labels[name][1])
-        axes[1].set(xlabel=labels[name][0], ylabel="" if column else "GB of a process at most")
-        if len(lines) > 1:
-            axes[0].legend(fontsize=8)
-    save_figure(path, figure, SEED)
+    panels = []
+    for row, other in enumerate(({"yscale": "log"}, {"ylabel": "GB of a process at most", "ylim": (0, None)})):
+        for name, lines in grown.items():
+            curves = {line: {x: point[row] for x, point in points.items()} for line, points in lines.items()}
+            ticks = sorted({x for points in lines.values() for x in points})
+            options = {"xscale": "log", "xticks": ticks, "xticklabels": [str(tick) for tick in ticks]}
+            panels.append((curves, {**options, "xlabel": labels[name][0], "ylabel": labels[name][1], **other}))
+    save_curves(path, panels, SEED, columns=len(grown))

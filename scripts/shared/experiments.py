@@ -26,12 +26,13 @@ from ddpm.sampling import (
 )
 
 # Which of reproduce.py's own options each script takes
-CASCADE = frozenset({"model", "revision", "upscaler", "upscaler_revision", "embeds", "device", "dtype"})
+STAGE_1 = ("model", "revision", "embeds", "device", "dtype")
+CASCADE = (*STAGE_1, "upscaler", "upscaler_revision")
 TAKES = {
     **dict.fromkeys(("generate", "sample", "sdedit", "inpaint", "visual_anagram", "hybrid_image"), CASCADE),
-    **dict.fromkeys(("one_step_denoise", "iterative_denoise", "restore"), CASCADE - {"upscaler", "upscaler_revision"}),
-    **dict.fromkeys(("denoise_mnist", "flow_velocity"), frozenset({"data", "device"})),
-    "sample_mnist": frozenset({"device", "dtype"}),
+    **dict.fromkeys(("one_step_denoise", "iterative_denoise", "restore"), STAGE_1),
+    **dict.fromkeys(("denoise_mnist", "flow_velocity"), ("device", "data")),
+    "sample_mnist": ("device", "dtype"),
 }
 FILL_A_FOLDER = ("denoise_mnist", "train_denoiser")  # their --out is one; that of the others is a figure
 
@@ -88,9 +89,9 @@ class Experiment:
         return self.command.split()[0]
 
     @property
-    def takes(self) -> frozenset[str]:
+    def takes(self) -> tuple[str, ...]:
         """Which of reproduce.py's own options the script is given."""
-        return TAKES.get(self.script, frozenset())
+        return TAKES.get(self.script, ())
 
     def options(self, fast: bool = False) -> list[str]:
         return shlex.split(f"{self.command} {self.fast if fast else ''}")[1:]
@@ -106,7 +107,7 @@ class Made:
     """An experiment after its run.
 
     command: the command line to repeat it; seconds: how long it took
-    inputs: a `fingerprint` of all that decided its figures; failure: what went wrong, if something did
+    inputs: a hash of all that decided its figures; failure: what went wrong, if something did
     """
 
     experiment: Experiment

@@ -3,9 +3,8 @@
 from argparse import ArgumentParser, Namespace
 
 from shared.images import DRAWINGS, read_image
-from shared.options import add_output_options, check_not_overwritten, check_writable
+from shared.options import add_output_options, check_not_overwritten, check_writable, positive
 
-import torch
 from torch import Tensor
 
 from ddpm.memory import check_memory
@@ -21,11 +20,12 @@ def add_image_option(options: ArgumentParser):
 
 
 def add_noisy_options(options: ArgumentParser, out: str | None = None):
-    """--image and --timesteps; with `out`, for scripts without a model, also --seed and --out."""
+    """--image and --timesteps; with `out`, for scripts without a model, also --size, --seed and --out."""
     add_image_option(options)
     listed = ", ".join(map(str, TIMESTEPS))
     options.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T", help=f"default: {listed}")
     if out is not None:
+        options.add_argument("--size", type=positive, default=64, help="height and width (default: 64)")
         add_output_options(options, out)
 
 
@@ -44,8 +44,3 @@ def noisy_images(args: Namespace, size: tuple[int, int]) -> tuple[list[Tensor], 
         noise = noise_source([args.seed], x_0.shape[1:])
         noisy.append(add_noise(x_0, noise(), t, SCHEDULE)[0])
     return noisy, [f"t = {t}" for t in args.timesteps]
-
-
-def batch(images: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Each image as a batch of one, on the device."""
-    return [image[None].to(device) for image in images]

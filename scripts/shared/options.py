@@ -37,9 +37,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help is the script's docstring."""
-    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(doc: str, needed: str = "") -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring; needed: what its usage names before "[options]"."""
+    usage, formatter = f"%(prog)s {needed}[options]", argparse.RawDescriptionHelpFormatter
+    return OneLineParser(description=doc, usage=usage, formatter_class=formatter)
 
 
 def add_common_options(options: argparse.ArgumentParser, out: str, *, float16: bool = False, dtype: str = "auto"):

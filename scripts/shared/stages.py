@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.options import (
-    add_common_options,
+    add_device_options,
     add_low_memory_option,
+    add_output_options,
     check_not_overwritten,
     check_writable,
     number,
@@ -50,8 +51,19 @@ def grouped(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(prompts[k : k + size]) for k in range(0, len(prompts), size)]
 
 
+def add_model_options(options: ArgumentParser):
+    """Which models draw, and what spares T5."""
+    stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
+    options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER_OR_HUB_ID", help=stage_1)
+    stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
+    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
+    options.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
+    options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
+
+
 def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
-    """The options of every script that runs IF.
+    """The options of every script that runs IF, in groups below the script's own.
 
     stride: visit every stride-th timestep unless --steps is given
     guidance: the default of --guidance, the model's when None
@@ -61,38 +73,35 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
         theirs, own = SETTINGS[stage][name], stage_settings((MODEL, UPSCALER)[stage - 1], stage)[name]
         return f"default: {theirs:g}; {own:g} with tiny-if"
 
-    stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
-    options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER_OR_HUB_ID", help=stage_1)
-    options.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
-    options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
-    visited = options.add_mutually_exclusive_group()
+    titles = ("how it is drawn", "output", "model", "device and memory")
+    how, output, model, device = (options.add_argument_group(title) for title in titles)
+    default = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
+    how.add_argument("--guidance", type=number, default=guidance, help=f"γ ({default})")
+    visited = how.add_mutually_exclusive_group()
     default = "default: 100" if stride is None else "instead of --stride"
     visited.add_argument("--steps", type=steps_or_name, help=f"a number, or smart50 and its like ({default})")
     default = "instead of --steps" if stride is None else f"default: {stride}"
     visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
     options.set_defaults(default_stride=stride)
-    options.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
-    options.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
-    default = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
-    options.add_argument("--guidance", type=number, default=guidance, help=f"γ ({default})")
+    how.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
+    how.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
+    how.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}
-    options.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
-    options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
-    stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
-    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
-    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
-    options.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
-    options.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
+    how.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
+    how.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
+    how.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
+    how.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
+    how.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
+    add_output_options(output, out)
+    add_model_options(model)
     lora = "a LoRA: a file, a folder or a Hub id; may be given several times"
-    options.add_argument("--lora", action="append", default=[], metavar="FILE_OR_HUB_ID", help=lora)
+    model.add_argument("--lora", action="append", default=[], metavar="FILE_OR_HUB_ID", help=lora)
     scale = "how strong it is, for all of --lora or given once for each (default: 1)"
-    options.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
-    options.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
-    add_low_memory_option(options)
-    options.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
-    add_common_options(options, out, float16=True)
+    model.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
+    add_device_options(device, float16=True)
+    device.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
+    device.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
+    add_low_memory_option(device)
 
 
 def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None = None) -> Cascade:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides that take turns, their table, what a step spends its time on, and processes."""
+"""What the benchmarks share: tables of sides that take turns, and processes."""
 
 import gc
 import os
@@ -6,19 +6,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
+
+from ddpm.timing import in_turns
 
 SCRIPTS = Path(__file__).parents[1]
-Side = TypeVar("Side", bound=Hashable)
 # Runs a script and then says how long its process computed and how much memory it had at most, of a GPU where it used
 # one; rusage would count its parent's memory too.
 MEASURED = """
@@ -43,27 +39,6 @@ def where(device: torch.device) -> str:
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def in_turns(
-    sides: dict[Side, Callable], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> dict[Side, list[float]]:
-    """Seconds of each side in each round by a clock; the first round warms up and does not count."""
-
-    def synchronize():
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    times = {name: [] for name in sides}
-    for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up", leave=False):
-        for name, side in sides.items():
-            synchronize()
-            started = clock()
-            side()
-            synchronize()
-            if turn > 0:
-                times[name].append(clock() - started)
-    return times
 
 
 @torch.no_grad()
@@ -99,22 +74,6 @@ def race(trainings: dict[str, Iterator[float]], rounds: int, steps: int, batch_s
         ratio = "" if name == "ours" else f", ours is {median(pairs):.2f} × ({min(pairs):.2f} to {max(pairs):.2f})"
         loss = f"loss {sum(losses[name][-steps:]) / steps:.5f} at step {len(losses[name])}"
         print(f"  {name:5} {median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), {loss}{ratio}")
-
-
-def operators(step: Callable, device: torch.device) -> dict[str, float]:
-    """The share of a step's time that each operator takes, largest first; none on MPS, which the profiler lacks."""
-    if device.type == "mps":
-        return {}
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
-        step()
-    times = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
-        for event in profiled.key_averages()
-        if event.device_type == DeviceType.CPU  # operators; kernels are listed a second time
-    }
-    total = sum(times.values())
-    return {name: times[name] / total for name in sorted(times, key=times.get, reverse=True)}
 
 
 def run_measured(script: Path, *options, processes: int | None = None, home: Path | None = None) -> tuple[float, int]:
