@@ -1,29 +1,13 @@
-"""The assignment's experiments: for each, the script with its options, its figures, its equation and its function."""
+"""The assignment's experiments, as experiments.ini describes them: scripts, figures, equations and functions."""
 
 import os
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from configparser import ConfigParser, ExtendedInterpolation
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-
-from ddpm.estimates import compose
-from ddpm.flow import as_estimate, as_velocity, euler_step, flow_loss, integrate, interpolate, velocity_of
-from ddpm.losses import ddpm_loss
-from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
-from ddpm.mnist.training import denoiser_loss, noisy_digits
-from ddpm.process import add_noise, ddpm_step
-from ddpm.restoration import restore
-from ddpm.sampling import (
-    anagram,
-    classical_denoise,
-    denoise_along,
-    guided,
-    hybrid,
-    inpaint,
-    one_step_denoise,
-    sample,
-    sdedit,
-)
 
 # Which of reproduce.py's own options each script takes
 STAGE_1 = ("model", "revision", "embeds", "device", "dtype")
@@ -117,286 +101,54 @@ class Made:
     failure: str = ""
 
 
-NOISED = r"x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon"
-ESTIMATE = r"\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\; \epsilon_\theta(x_t, t)}{\sqrt{\bar\alpha_t}}"
-STEP = (
-    r"x_{t'} = \frac{\sqrt{\bar\alpha_{t'}}\, \beta}{1 - \bar\alpha_t}\, \hat x_0 + "
-    r"\frac{\sqrt{\alpha}\, (1 - \bar\alpha_{t'})}{1 - \bar\alpha_t}\, x_t + \sigma z, "
-    r"\quad \alpha = \frac{\bar\alpha_t}{\bar\alpha_{t'}}, \; \beta = 1 - \alpha"
-)
-GUIDED = r"\epsilon = \epsilon_u + \gamma\, (\epsilon_c - \epsilon_u)"
-TWENTY = "--sampler dpm++ --eta 1 --steps 20"  # see weights.md
-QUICK = "--upscaler none --steps 10"
-STARTS = "--i-start 4 7 8 9 10 12"  # of twenty, as noisy as 1 3 5 7 10 20 of the assignment's 34
+def read_experiments(path: Path) -> list[Experiment]:
+    """All sections of such a file, in its order."""
+    names = {"dog": "1F436", "rocket": "1F680", "sunflower": "1F33B", "penguin": "1F427"}
+    file = ConfigParser({name: known(image) for name, image in names.items()}, interpolation=ExtendedInterpolation())
+    file.read(path, encoding="utf-8")
+    return [experiment_of(key, file[key]) for key in file.sections()]
 
 
 def known(name: str) -> str:
     """--image with a drawing that tiny-if has learned from."""
     path = Path(__file__).parents[2] / "tests" / "data" / "emoji" / f"{name}.png"
-    return f"--image {shlex.quote(os.path.relpath(path))}"
+    return f"--image {shlex.quote(os.path.relpath(path))}".replace("$", "$$")
 
 
-DOG, ROCKET, SUNFLOWER, PENGUIN = (known(name) for name in ("1F436", "1F680", "1F33B", "1F427"))
+def experiment_of(key: str, section: Mapping[str, str]) -> Experiment:
+    """An experiment of a section, whose values may go over several lines."""
+    texts = {name: " ".join(text.split()) for name, text in section.items()}
+    return Experiment(
+        key,
+        texts["title"],
+        texts["says"],
+        texts["equation"],
+        tuple(function_of(name) for name in texts["functions"].split()),
+        texts["command"],
+        captions(section.get("figures", "")),
+        texts.get("fast", ""),
+        captions(section.get("trained", "")),
+        tuple(play_of(line) for line in section.get("plays", "").splitlines() if line),
+    )
 
-EXPERIMENTS = [
-    Experiment(
-        "A0",
-        "Text to images",
-        "More and more steps. All images of a column start from the same noise.",
-        STEP,
-        (ddpm_step, denoise_along),
-        "generate --steps-grid 2 4 6 8 12 16",
-        {"steps.png": "Rows: numbers of steps. Columns: prompts."},
-        fast="--upscaler none",
-    ),
-    Experiment(
-        "A1",
-        "The forward process",
-        "An image disappears in noise as t grows.",
-        NOISED,
-        (add_noise,),
-        "forward_process",
-        {"forward.png": "One image at eight timesteps."},
-        plays=(Play("scrub", "forward", (0,), "Through t."),),
-    ),
-    Experiment(
-        "A2",
-        "Classical denoising",
-        "No model: a Gaussian blur, as wide as the noise asks. It cannot tell a line from noise.",
-        r"\hat x_0 = G_{\sigma(t)} * x_t / \sqrt{\bar\alpha_t}",
-        (classical_denoise,),
-        "classical_denoise",
-        {"blurred.png": "Noisy above, blurred below."},
-    ),
-    Experiment(
-        "A3",
-        "One-step denoising",
-        "The UNet estimates the noise once, and the clean image follows. The more noise, the more the answer is the "
-        "mean of all images that it may have been.",
-        ESTIMATE,
-        (one_step_denoise,),
-        f"one_step_denoise {DOG} --prompt 'a photo of a dog'",
-        {"one_step.png": "Noisy above, the estimate below."},
-        plays=(Play("scrub", "one_step", (0, 1), "Noisy, and the estimate."),),
-    ),
-    Experiment(
-        "A4",
-        "Iterative denoising",
-        "The same noisy image, step by step instead of at once.",
-        STEP,
-        (denoise_along, ddpm_step),
-        f"iterative_denoise {DOG} --prompt 'a photo of a dog'",
-        {
-            "iterative.png": "Every fifth step, and the result.",
-            "iterative_compared.png": "The blur, one step, and all steps, from the same noisy image.",
-        },
-        plays=(Play("scrub", "iterative_steps", (0, 1), "At each step: the noisy image, and the estimate."),),
-    ),
-    Experiment(
-        "A5, A6",
-        "Sampling from noise, without guidance and with it",
-        "Nothing but noise to begin with. Guidance goes further in the direction in which the prompt moves the "
-        "estimate.",
-        GUIDED,
-        (sample, guided),
-        f"sample {TWENTY}",
-        {
-            "samples.png": "For each prompt: γ = 1 above, with guidance below; columns share their noise. “A high "
-            "quality photo” names no thing, so some results are only nearly things.",
-        },
-        fast=QUICK,
-    ),
-    Experiment(
-        "A7",
-        "Image to image",
-        "SDEdit: noise a drawing, and denoise it from there. The later the start, the more of the drawing stays.",
-        r"x_t = \sqrt{\bar\alpha_t}\, x_{\mathrm{drawing}} + \sqrt{1 - \bar\alpha_t}\; \epsilon, "
-        r"\quad t = t_{i_{\mathrm{start}}}",
-        (sdedit,),
-        f"sdedit {TWENTY} {STARTS} 14 16 --prompt 'a high quality photo' {ROCKET} {DOG} {SUNFLOWER}",
-        {
-            "sdedit.png": "A row for each drawing; from the left, the start moves towards it. The prompt names no "
-            "thing: where noise prevails, it becomes another one.",
-        },
-        fast="--upscaler none",
-    ),
-    Experiment(
-        "A8",
-        "Image to image, with a prompt",
-        "The same, towards something else.",
-        GUIDED,
-        (sdedit, guided),
-        f"sdedit {TWENTY} {STARTS} --image rocket --prompt 'a rocket ship' --prompt 'a photo of a dog' "
-        "--prompt 'a man wearing a hat'",
-        {"prompted.png": "One drawing and three prompts."},
-        fast="--upscaler none",
-    ),
-    Experiment(
-        "A9",
-        "Inpainting",
-        "After every step the known pixels are put back, noised to the timestep just reached; at the end they are "
-        "exactly those of the image.",
-        r"x_t \leftarrow m\, x_t + (1 - m) "
-        r"(\sqrt{\bar\alpha_t}\, x_{\mathrm{orig}} + \sqrt{1 - \bar\alpha_t}\; \epsilon)",
-        (inpaint,),
-        f"inpaint {TWENTY} --resamples 4 "
-        f"{ROCKET} --prompt 'a photo of a rocket ship' --mask circle:0.5,0.5,0.25 "
-        f"{DOG} --prompt 'a photo of a dog' --mask rectangle:0.25,0.45,0.8,0.95 "
-        f"{PENGUIN} --prompt 'a photo of an owl' --mask rectangle:0.05,0.02,0.95,0.5 "
-        "--image face --prompt 'a man wearing a hat' --mask rectangle:0.05,0.1,0.42,0.9",
-        {
-            "inpainted.png": "White in the mask is the hole. Each step is taken four times, as RePaint does, so that "
-            "old and new agree. The third drawing is filled with another thing; the last is one of ours, which tiny-if "
-            "has never seen.",
-        },
-        fast=QUICK,
-    ),
-    Experiment(
-        "A10",
-        "Visual anagrams",
-        "One image, two prompts: each sees it in its own view, and the estimates are turned back and averaged.",
-        r"\epsilon = \frac{1}{2} (\epsilon_\theta(x_t, p_1) + \mathrm{flip}(\epsilon_\theta(\mathrm{flip}(x_t), p_2)))",
-        (anagram,),
-        f"visual_anagram {TWENTY} --num-images 2",
-        {
-            "anagrams.png": "Each pair of rows: the same images upright and flipped. With tiny-if, pairs of like "
-            "shape; the assignment's own, such as an old man and people around a campfire, are too far apart for it.",
-        },
-        fast=f"{QUICK} --num-images 1",
-        plays=(Play("turn", "anagrams", tuple(range(0, 12, 2)), "turned over"),),
-    ),
-    Experiment(
-        "A11",
-        "Hybrid images",
-        "One prompt for what is seen from afar, another for what is seen up close.",
-        r"\epsilon = \mathrm{lowpass}(\epsilon_\theta(x_t, p_1)) + \mathrm{highpass}(\epsilon_\theta(x_t, p_2))",
-        (hybrid,),
-        f"hybrid_image {TWENTY} --num-images 2",
-        {
-            "hybrids.png": "For each pair: the images, what is seen of them from afar, and what only up close. With "
-            "tiny-if, pairs that are alike when blurred, and σ is 3 of 64 pixels, else 2; the assignment's own, such "
-            "as a skull and waterfalls, are too far apart for it.",
-        },
-        fast=f"{QUICK} --num-images 1",
-        plays=(Play("away", "hybrids", tuple(range(0, 18, 3)), "from afar"),),
-    ),
-    Experiment(
-        "B1, B3",
-        "Noise on digits, and the one-step denoiser at every level",
-        "The denoiser was trained at σ = 0.5 alone; these are digits of the test set, at the other levels too.",
-        r"z = x + \sigma \epsilon",
-        (noisy_digits,),
-        "denoise_mnist",
-        {"b1_noising.png": "B1: the noise.", "b3_denoised.png": "B3: noisy and denoised."},
-    ),
-    Experiment(
-        "B2",
-        "Training the one-step denoiser",
-        "Five epochs of MNIST, not repeated here: this is the training of the shipped weights, see weights.md.",
-        r"L = \mathbb{E}\; || D_\theta(x + \sigma \epsilon) - x ||^2",
-        (denoiser_loss, UNet),
-        "train_denoiser",
-        {},
-        trained={
-            "loss_denoiser.png": "The loss of every step.",
-            "b2_epoch1.png": "Test digits after the first epoch.",
-            "b2_epoch5.png": "Test digits after the fifth.",
-            "b2_pure_noise.png": "Trained on noise alone, --pure-noise: the best answer to any is the mean digit.",
-        },
-    ),
-    Experiment(
-        "B4",
-        "A time-conditioned DDPM",
-        "Twenty epochs, conditioned on the timestep alone. The loss and the digits after epoch 5 are from the "
-        "training, the others were drawn now.",
-        r"L = \mathbb{E}\; || \epsilon - \epsilon_\theta(x_t, t) ||^2",
-        (ddpm_loss, TimeUNet),
-        "sample_mnist --weights ddpm_time --steps 100",
-        {"digits.png": "Drawn from noise, now."},
-        fast="--steps 25",
-        trained={"b4_epoch05.png": "After epoch 5 of the training.", "loss_ddpm_time.png": "The loss of every step."},
-    ),
-    Experiment(
-        "B5",
-        "A class-conditioned DDPM",
-        "The same, told which digit to draw, with guidance γ = 5. The loss and the digits after epoch 5 are from the "
-        "training, the others were drawn now.",
-        GUIDED,
-        (sample_digits, ClassUNet),
-        "sample_mnist --animate --steps 100",
-        {"digits.png": "Drawn from noise, now.", "digits.gif": "How they came to be."},
-        fast="--steps 25",
-        trained={"b5_epoch05.png": "After epoch 5 of the training.", "loss_ddpm_class.png": "The loss of every step."},
-        plays=(Play("scrub", "digits_steps", (0,), "How they came to be."),),
-    ),
-    Experiment(
-        "B6",
-        "Flow matching",
-        "The assignment's editions since 2025 train a velocity instead of an eps, on the straight path from noise, "
-        "t = 0, to a digit, t = 1; their B1 to B3 are the same. Conditioned on the time alone, as in B4.",
-        r"x_t = (1 - t)\, x_0 + t\, x_1, \quad L = \mathbb{E}\; || (x_1 - x_0) - u_\theta(x_t, t) ||^2",
-        (interpolate, flow_loss, TimeFlow),
-        "sample_mnist --weights flow_time",
-        {"digits.png": "Drawn from noise, now."},
-        fast="--steps 10",
-        trained={
-            "b6_epoch01.png": "After epoch 1.",
-            "b6_epoch05.png": "After epoch 5.",
-            "b6_epoch10.png": "After epoch 10.",
-            "loss_flow_time.png": "The loss of every step.",
-        },
-    ),
-    Experiment(
-        "B7",
-        "A class-conditioned flow",
-        "Euler steps along the velocity, with guidance γ = 5. Three figures are from the training, the "
-        "first was drawn now.",
-        r"x_{t'} = x_t + (t' - t)\, u, \quad u = u_u + \gamma\, (u_c - u_u)",
-        (integrate, euler_step, velocity_of, ClassFlow),
-        "sample_mnist --weights flow_class",
-        {"digits.png": "Drawn from noise, now."},
-        fast="--steps 10",
-        trained={
-            "b7_epoch01.png": "After 30,000 digits of the training.",
-            "b7_epoch04.png": "After 120,000, the last.",
-            "loss_flow_class.png": "The loss of every step.",
-        },
-    ),
-    Experiment(
-        "B8",
-        "A velocity and an eps",
-        "The velocity to one digit, and the model's: the mean over all digits that x_t may come from. It is the same "
-        "estimate as an eps, so that every algorithm above runs on a flow.",
-        r"\hat x_1 = x_t + (1 - t)\, u, \quad \hat\epsilon = x_t - t\, u, \quad "
-        r"\bar\alpha = \frac{t^2}{t^2 + (1 - t)^2}",
-        (as_estimate, as_velocity),
-        "flow_velocity",
-        {"velocity.png": "At four t: x_t, the velocity to this digit, the model's, and the error."},
-    ),
-    Experiment(
-        "C1",
-        "Several prompts at once",
-        "Several estimates, weighted, each relative to the empty prompt's. With one prompt this is guidance.",
-        r"\epsilon = \epsilon_u + \gamma \sum_i w_i\, (\epsilon_i - \epsilon_u)",
-        (compose,),
-        f"generate {TWENTY} --num-images 4 --prompt 'a photo of a lion' --prompt 'a photo of a sunflower' "
-        "--prompt 'a photo of a lion AND a photo of a sunflower' "
-        "--prompt 'a photo of a lion AND a photo of a sunflower :-0.5'",
-        {"composed.png": "Each alone, both, and the first without the second; the same noise in each column."},
-        fast=QUICK,
-    ),
-    Experiment(
-        "C2",
-        "Restoration",
-        "DDNM: a model that was never trained for it gives back colours, details and what a hole hid. At every step, "
-        "the estimate moves to the nearest image that fits what is seen.",
-        r"\hat x_0 \leftarrow \hat x_0 - A^{+} (A \hat x_0 - y)",
-        (restore,),
-        f"restore {ROCKET} --prompt 'a photo of a rocket ship' --upscaler none --steps 50",
-        {
-            "restored.png": "A row for each task: what is seen, what is done without a model, the result, and the "
-            "original, from which tiny-if has learned.",
-        },
-        fast="--steps 10",
-    ),
-]
+
+def function_of(name: str) -> Callable:
+    """A function or a class by the name of its module and its own."""
+    module, _, own = name.rpartition(".")
+    return getattr(import_module(module), own)
+
+
+def captions(text: str) -> dict[str, str]:
+    """Files and what they show, from lines "FILE: what it shows", which may go on in the next ones."""
+    entries = re.split(r"\n(?=\S+\.(?:png|gif): )", text.strip()) if text else []
+    return {name: " ".join(says.split()) for name, says in (entry.split(": ", 1) for entry in entries)}
+
+
+def play_of(line: str) -> Play:
+    """From "scrub table 0 1: what it shows"."""
+    images, says = line.split(": ", 1)
+    kind, table, *rows = images.split()
+    return Play(kind, table, tuple(map(int, rows)), says)
+
+
+EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
