@@ -38,17 +38,14 @@ from torch import Tensor
 from ddpm.devices import pick_device, pick_dtype
 from ddpm.figures import save_grid
 from ddpm.files import fingerprint
-from ddpm.memory import check_memory
 from ddpm.processes import num_processes, rank
-from ifmodel.text import Tokenizer
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.loading import load_captioned
-from ifmodel.tiny.models import build_encoder
-from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_tokenizer, start_unet
-from ifmodel.tiny.training import Recipe, train_stage, train_text
-from ifmodel.unet import UNet, UNetConfig
+from ifmodel.tiny.stages import Stage2, start_encoder, start_tokenizer, start_unet
+from ifmodel.tiny.training import Recipe, begin_stage_1, check_room, train_stage
+from ifmodel.unet import UNetConfig
 from ifmodel.weights import fetch, load_config
 
 
@@ -126,17 +123,6 @@ def check_shapes(args: Namespace):
             raise ValueError(f"--start {args.start} has {field.name} = {theirs}, the options of this run say {ours}")
 
 
-def check_room(args: Namespace, device: torch.device):
-    """Refuse a training that the memory cannot hold: weights, gradients, Adam's moments, EMA, and a batch."""
-    config, side = UNetConfig.from_dict(unet_config(args)), args.crop if args.stage_2_of else args.size
-    with torch.device("meta"):
-        parts = [UNet(config), *([] if args.stage_2_of else [build_encoder(1, args.text_dim)])]
-    weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    batch = args.batch_size // num_processes()
-    needed = 5 * 4 * weights + config.activation_bytes(batch, side, side)
-    check_memory(needed, f"training with {batch} images of {side} × {side} at a time", device)
-
-
 def unet_config(args: Namespace) -> dict:
     """The config.json of the UNet that the options ask for. Raises ValueError if --stage-2-of is no stage 1."""
     if args.stage_2_of:
@@ -160,7 +146,8 @@ def main():
     device = start_processes(args)
     dtype = pick_dtype(args.dtype, device)
     check_run(args)
-    check_room(args, device)
+    text_dim, side = (None, args.crop) if args.stage_2_of else (args.text_dim, args.size)
+    check_room(UNetConfig.from_dict(unet_config(args)), text_dim, args.batch_size // num_processes(), side, device)
     names, finer = curated() if args.curated else None, 1 if args.stage_2_of else 2
     load = partial(load_captioned, args.data, args.size, names, finer=finer, quiet=rank() > 0)
     data = load(part="train" if args.hold_out else "all")
@@ -173,11 +160,16 @@ def main():
     vocabulary = [path for name in ("spiece.model", "tokenizer.json") if (path := tokenizer / name).is_file()]
     recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(*vocabulary))
     if args.stage_2_of:
-        encoder, small = start_encoder(args.stage_2_of, tokenizer), load_config(args.stage_2_of).sample_size
-        unet = start_unet(unet_config(args), args.start)
+        unet, encoder = start_unet(unet_config(args), args.start), start_encoder(args.stage_2_of, tokenizer)
+        small = load_config(args.stage_2_of).sample_size
         stage = Stage2(unet_config(args), encoder, unet, tokenizer, device, small, args.crop)
     else:
-        stage = new_stage_1(args, data, recipe, tokenizer, device)
+        own = {"new_text": args.new_text, "resume": args.resume}
+        stage = begin_stage_1(unet_config(args), data, recipe, tokenizer, device, **own)
+    if stage is None:
+        message = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
+        print(f"{message} with the same command", file=sys.stderr)
+        sys.exit(130)
     if args.compile:
         stage.model.unet.compile()
     torch.backends.cudnn.benchmark = True  # all batches are of one size
@@ -195,20 +187,6 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
     if num_processes() > 1:
         dist.barrier()
     return folder
-
-
-def new_stage_1(args: Namespace, data: CaptionedImages, recipe: Recipe, folder: Path, device: torch.device) -> Stage1:
-    """Stage 1 before its first step, with a trained text encoder."""
-    tokenizer = Tokenizer(folder)
-    unet = start_unet(unet_config(args), args.start)
-    kept = args.start and not args.new_text
-    encoder = start_encoder(args.start, folder) if kept else build_encoder(tokenizer.vocab_size, args.text_dim)
-    stage = Stage1(unet_config(args), encoder, unet, folder, device)
-    if not (args.resume or kept or train_text(encoder, data, tokenizer, recipe, device)):
-        message = "stopped while the text encoder was trained, before the UNet: nothing is saved, start again"
-        print(f"{message} with the same command", file=sys.stderr)
-        raise SystemExit(130)
-    return stage
 
 
 def start_processes(args: Namespace) -> torch.device:

@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ddpm.files import write_atomically
+from ddpm.memory import check_memory
 from ddpm.processes import num_processes, rank
 from ddpm.runs import EMA, Run, step_seed, stop_signal
 from ifmodel.text import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.losses import Batch, draw_batch
-from ifmodel.tiny.models import ContrastiveText, TextToImage, contrastive_loss
-from ifmodel.tiny.stages import Stage1, Stage2
+from ifmodel.tiny.models import ContrastiveText, TextToImage, build_encoder, contrastive_loss
+from ifmodel.tiny.stages import Stage1, Stage2, start_encoder, start_unet
+from ifmodel.unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,44 @@ class Recipe:
     start: str | None = None
     crop: int | None = None
     seed: int = 20040805
+
+
+def check_room(config: UNetConfig, text_dim: int | None, batch_size: int, side: int, device: torch.device):
+    """Refuse a training that the memory cannot hold: weights, gradients, Adam's moments, their average, and a batch.
+
+    text_dim: the width of the text encoder, None where it is not trained; side: of the images. Raises ValueError.
+    """
+    with torch.device("meta"):
+        parts = [UNet(config), *([] if text_dim is None else [build_encoder(1, text_dim)])]
+    weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    needed = 5 * 4 * weights + config.activation_bytes(batch_size, side, side)
+    check_memory(needed, f"training with {batch_size} images of {side} × {side} at a time", device)
+
+
+def begin_stage_1(
+    config: dict,
+    data: CaptionedImages,
+    recipe: Recipe,
+    tokenizer: Path,
+    device: torch.device,
+    *,
+    new_text: bool = False,
+    resume: bool = False,
+) -> Stage1 | None:
+    """Stage 1 before its first step, with a trained text encoder: that of recipe.start, if there is one.
+
+    config: see `stage_1_config`; tokenizer: a folder with spiece.model
+    new_text: train a new text encoder, although there is a start; resume: none is trained, since `train_stage` restores
+    None when the training of the text encoder was stopped.
+    """
+    kept, unet = recipe.start and not new_text, start_unet(config, recipe.start)
+    if kept:
+        encoder = start_encoder(recipe.start, tokenizer)
+    else:
+        encoder = build_encoder(Tokenizer(tokenizer).vocab_size, config["encoder_hid_dim"])
+    stage = Stage1(config, encoder, unet, tokenizer, device)
+    complete = resume or kept or train_text(encoder, data, stage.tokenizer, recipe, device)
+    return stage if complete else None
 
 
 def train_text(encoder, data: CaptionedImages, tokenizer: Tokenizer, recipe: Recipe, device: torch.device) -> bool:
