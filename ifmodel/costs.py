@@ -7,15 +7,31 @@ least_time(unet, lambda: unet(x_t, 500, text))  # {"gflop": â€¦, "gigabytes": â€
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.files import write_json
 from ddpm.timing import in_turns
+from ifmodel.config import UNetConfig
 from ifmodel.cpu import PackedConv2d
 from ifmodel.unet import UNet
+
+
+def save_random(folder: Path, config: dict, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """A folder in the Hub's layout with random weights, to learn what a model costs that one does not have.
+
+    config: its config.json, see `published_config`; device: draws the numbers, of which a GPU makes billions in no time
+    """
+    with torch.device(device):
+        unet = UNet(UNetConfig.from_dict(config))
+    write_json(folder / "unet" / "config.json", config)
+    weights = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
+    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def weight_bytes(unet: nn.Module) -> int:

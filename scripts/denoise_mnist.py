@@ -14,8 +14,7 @@ import torch
 
 from ddpm.devices import pick_device
 from ddpm.figures import save_grid
-from ddpm.mnist import UNet
-from ddpm.mnist.checkpoint import load_model
+from ddpm.mnist import UNet, load_model
 from ddpm.mnist.data import load_mnist, one_of_each
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.sampling import check_finite

@@ -30,13 +30,13 @@ from shared.options import SEED, add_device_options, check_writable, parser, pic
 from shared.timing import SCRIPTS, compare, run_measured, short, where
 
 import torch
-from safetensors.torch import save_file
 
 from ddpm.files import write_json
 from ddpm.memory import check_memory
 from ddpm.timing import in_turns
-from ifmodel import UNet, UNetConfig, load_unet
+from ifmodel import UNet, load_unet
 from ifmodel.config import PUBLISHED, published_config
+from ifmodel.costs import save_random
 from ifmodel.embeds import load_embeds, save_embeds
 from ifmodel.stage import generate, upscale
 from ifmodel.weights import SHIPPED
@@ -141,15 +141,6 @@ class Work:
         """diffusers' UNet with the same weights."""
         unet = diffusers.UNet2DConditionModel.from_pretrained(self.root, subfolder="unet", torch_dtype=dtype)
         return unet.to(self.device).to(memory_format=memory_format).requires_grad_(False)
-
-
-def save_random(root: Path, config: dict, dtype: torch.dtype, device: torch.device):
-    """A folder with random weights for a config, in the layout of the Hub."""
-    with device:  # a GPU draws billions of random numbers in no time
-        unet = UNet(UNetConfig.from_dict(config))
-    write_json(root / "unet" / "config.json", config)
-    weights = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
-    save_file(weights, root / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def sides_of(work: Work) -> dict[str, tuple[Callable, Callable]]:

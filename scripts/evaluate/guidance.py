@@ -29,8 +29,7 @@ from ddpm.estimates import Guider, classifier_free, projected, rescaled
 from ddpm.figures import save_curves
 from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_json
 from ddpm.memory import check_memory
-from ddpm.mnist import sample_digits
-from ddpm.mnist.checkpoint import SHIPPED, load_model
+from ddpm.mnist import SHIPPED, load_model, sample_digits
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import examine, measure_samples
 from ddpm.processes import rank, share, wait
@@ -107,7 +106,7 @@ def drawn(args: Namespace, what: str, made: str, draw: Callable) -> Iterator[tup
 @torch.no_grad()
 def measure_digits(args: Namespace) -> dict:
     """For each guider and γ: FID, and the share that is read as asked."""
-    model, judge = (load_model(SHIPPED[name]) for name in ("ddpm_class", "judge"))
+    model, judge = (load_model(name) for name in ("ddpm_class", "judge"))
     _, real = examine(judge, load_mnist(args.data, "test")[0][: args.digits] / 255)
     schedule, labels = linear_schedule(), [k % 10 for k in range(args.digits)]
     made = f"{args.digits}_{args.digit_steps}_{fingerprint(SHIPPED['ddpm_class'])}"
