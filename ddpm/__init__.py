@@ -6,5 +6,5 @@ algorithms), `restoration` (one more of them), `losses`, `flow` (straight paths 
 `runs` saves and resumes trainings, `files` reads and writes, `images` reads images and masks, `figures` shows and saves
 labelled images (`labels`: their fonts), `animation` shows an illusion in motion, `devices` finds the fastest that there
 is, `processes` share work under torchrun, `memory` refuses what does not fit and keeps what is needed again, `cpu` has
-a layer that is faster there, `timing` compares how long things take, and `convergence` how far few steps lead from many.
+a layer that is faster there, `timing` compares how long things take, `convergence` how far few steps lead from many.
 """

@@ -110,6 +110,7 @@ class GuidedDigits:
         c = one_hot(labels, self.device)
         return guided(model, c, torch.zeros_like(c), self.guidance_scale)
 
+    @keep_freed()
     def draw(
         self,
         estimate: Estimate,
