@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parser(doc: str, needed: str = "") -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring; needed: what its usage names before "[options]"."""
-    usage, formatter = f"%(prog)s {needed}[options]", argparse.RawDescriptionHelpFormatter
-    return OneLineParser(description=doc, usage=usage, formatter_class=formatter)
+    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36)
+    return OneLineParser(description=doc, usage=f"%(prog)s {needed}[options]", formatter_class=formatter)
 
 
 def add_common_options(options: argparse.ArgumentParser, out: str, *, float16: bool = False, dtype: str = "auto"):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image
 
-from ddpm.figures import labelled_grid, save_cells, save_grid
+from ddpm.figures import labelled_grid, save_cells, save_curves, save_grid
 from ddpm.labels import characters, readable, text_size, warn_of_missing, wrapped
 
 LABELS = {"row_labels": ["a light bulb", "a pear"], "column_labels": ["seed 1", "seed 2", "seed 3"], "title": "two"}
@@ -70,6 +70,18 @@ def test_images_from_minus_1_are_refused(rows):
     with pytest.raises(ValueError, match=r"images are in \[0, 1\]: give x / 2 \+ 0.5"):
         labelled_grid([2 * row - 1 for row in rows])
     labelled_grid([row - 0.09 for row in rows])  # a little outside, as models draw
+
+
+def size_of_curves(path, count: int, columns: int | None) -> tuple[int, int]:
+    save_curves(path, [({"a line": {1: 2.0, 10: 3.0}, "a level": 2.5}, {"xscale": "log"})] * count, columns=columns)
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_plots_lie_side_by_side_or_in_rows(tmp_path):
+    w, h = size_of_curves(tmp_path / "one.png", 1, None)
+    assert size_of_curves(tmp_path / "row.png", 4, None) == pytest.approx((4 * w, h), abs=4)
+    assert size_of_curves(tmp_path / "rows.png", 4, 2) == pytest.approx((2 * w, 2 * h), abs=4)
 
 
 @pytest.mark.parametrize(("kind", "count", "given"), [("row", 2, 1), ("row", 2, 3), ("column", 3, 2), ("column", 3, 4)])

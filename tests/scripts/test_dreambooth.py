@@ -65,6 +65,17 @@ def test_it_writes_a_lora_that_generate_draws_with(run_script, options, tmp_path
     assert Image.open(tmp_path / "plain.png").tobytes() != Image.open(tmp_path / "lora.png").tobytes()
 
 
+def test_a_notebook_teaches_what_the_script_does(run_script, options, images, tmp_path):
+    status, _, err = run_script("train_lora", *options)
+    assert status == 0, err
+    model = str(options[1])
+    recipe = dreambooth.Recipe("a photo of a zwx dog", model=model, steps=4, batch_size=2, rank=2, seed=SEED)
+    shown, own = dreambooth.read_folder(images, Cascade(model).sizes[0][0]), tmp_path / "own"
+    assert dreambooth.teach(shown, recipe, own) and dreambooth.teach(shown, recipe, own, resume=True)
+    script, notebook = (load_file(folder / WEIGHTS) for folder in (tmp_path / "lora", own))
+    assert script.keys() == notebook.keys() and all(torch.equal(script[name], notebook[name]) for name in script)
+
+
 def test_no_warning_says_that_what_it_learned_is_unknown(run_script, options, tmp_path, recwarn):
     model = shutil.copytree(options[1], tmp_path / "model")
     (model / "vocabulary.json").write_text('{"things": {"a hat": {"aliases": [], "tags": []}}, "anything": []}')
