@@ -9,10 +9,10 @@
 
 Read in this order: `config` (which shapes a model has), `unet` (its layers, and how they are put together), `scheduler`
 and `stage` (what each stage gives the algorithms), `jobs` (what can be drawn), `cascade` (both stages). `weights` and
-`text` bring the UNets and the prompts there (`prompts`: those of a cascade, `embeds`: files of them), `lora` changes
-them (`lora_files`: what it reads), `dreambooth` trains a LoRA, `folder` fills a folder with images of many prompts,
-`cpu` makes the UNets faster on CPUs, `offload` runs them where they do not fit, `costs` says what a step takes,
-`vocabulary` warns of what a small model does not know, and `tiny` is how that model was made.
+`t5` bring the UNets and the prompts there (`prompts`: those of a cascade, `embeds`: files of them), `lora` changes them
+(`lora_files`: what it reads), `dreambooth` trains a LoRA, `folder` fills a folder with images of many prompts,
+`offload` runs UNets and T5 where they do not fit, `costs` says what a step takes, `vocabulary` warns of what a small
+model does not know, and `tiny` is how that model was made.
 """
 
 from ifmodel.cascade import Cascade

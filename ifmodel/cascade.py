@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import ALWAYS
-from ddpm.memory import check_memory, free_memory, keep_freed
 from ddpm.sampling import Callback, Step, noise_source, sample
 from ddpm.schedule import leading_timesteps
+from ddpm.tools.memory import check_memory, free_memory, keep_freed
 from ifmodel.embeds import load_embeds
 from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.lora import merge_lora, place_lora

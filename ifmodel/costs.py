@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.files import write_json
-from ddpm.timing import in_turns
+from ddpm.tools.cpu import PackedConv2d
+from ddpm.tools.files import write_json
+from ddpm.tools.timing import in_turns
 from ifmodel.config import UNetConfig
-from ifmodel.cpu import PackedConv2d
 from ifmodel.unet import UNet
 
 

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.files import load_tensors, save_tensors
-from ddpm.images import read_image
 from ddpm.losses import ddpm_loss
-from ddpm.memory import check_memory
-from ddpm.runs import STATE, Run, check_same, step_seed
+from ddpm.tools.files import load_tensors, save_tensors
+from ddpm.tools.images import read_image
+from ddpm.tools.memory import check_memory
+from ddpm.tools.runs import STATE, Run, check_same, step_seed
 from ifmodel.cascade import Cascade
 from ifmodel.jobs import Job
 from ifmodel.lora import ATTENTION, RESNETS, LoRALayer, add_lora, save_lora
 from ifmodel.lora_files import FILES
 from ifmodel.stage import SCHEDULE, find_variant, noised_upscaled
-from ifmodel.text import embed_prompts
+from ifmodel.t5 import embed_prompts
 from ifmodel.unet import Text, UNet
 from ifmodel.weights import load_unet
 

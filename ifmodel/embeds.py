@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddpm.files import read_small, reading, write_atomically
+from ddpm.tools.files import read_small, reading, write_atomically
 
 NUM_TOKENS = 77
 EMBEDS_LAYOUT = "a dictionary {prompt: tensor [77, D] or [1, 77, D]}, as scripts/embed_prompts.py writes it"

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm.figures import save_image
-from ddpm.memory import check_memory
-from ddpm.processes import rank, share
+from ddpm.tools.distributed import rank, share
+from ddpm.tools.figures import save_image
+from ddpm.tools.memory import check_memory
 from ifmodel.cascade import Cascade, check_options
 from ifmodel.jobs import Job, parse_prompt
 

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm.files import write_atomically
+from ddpm.tools.cpu import PackedConv2d
+from ddpm.tools.files import write_atomically
 from ifmodel.config import UNetConfig
-from ifmodel.cpu import PackedConv2d
 from ifmodel.lora_files import LoRA, Update, read_lora
 from ifmodel.offload import change_weight
 from ifmodel.unet import UNet

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ddpm.files import parse_json, read_small, reading
+from ddpm.tools.files import parse_json, read_small, reading
 from ifmodel.weights import fetch
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's names

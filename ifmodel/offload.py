@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddpm.files import opened
+from ddpm.tools.files import opened
 
 
 def check_accelerate():

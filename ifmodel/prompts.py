@@ -10,7 +10,7 @@ from torch import Tensor
 from ifmodel.embeds import normalised
 from ifmodel.lora_files import LoRA
 from ifmodel.stage import StageFiles
-from ifmodel.text import embed_each
+from ifmodel.t5 import embed_each
 from ifmodel.vocabulary import nearest_known
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.estimates import ALWAYS, Estimate, Guider, classifier_free, guided
-from ddpm.memory import keep_freed
 from ddpm.process import Threshold, add_noise, ddim_step, ddpm_step, dpm_solver_step, dynamic_threshold
 from ddpm.sampling import Callback, Noise, Step, noise_source, sample
 from ddpm.schedule import cosine_schedule, leading_timesteps, log_snr_timesteps
+from ddpm.tools.memory import keep_freed
 from ifmodel.config import UNetConfig
 from ifmodel.scheduler import check_noising_scheduler, check_scheduler
 from ifmodel.unet import Text, UNet

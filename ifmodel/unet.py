@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.cpu import GELU
+from ddpm.tools.cpu import GELU, GroupNorm, attend
 from ifmodel.config import UNetConfig
-from ifmodel.cpu import GroupNorm, attend
 
 KeysValues = tuple[Tensor, Tensor]
 ACTIVATION = {"gelu": GELU, "silu": nn.SiLU, "swish": nn.SiLU}

@@ -1,4 +1,4 @@
-"""From a folder or a Hub repository to a UNet, without a second copy of the weights in memory."""
+"""UNets from a folder or the Hub: found, downloaded and memory-mapped, without a second copy in memory."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.files import (
+from ddpm.tools.cpu import can_pack, pack_convolutions, plain_convolutions
+from ddpm.tools.files import (
     FLOATS,
     check_tensors,
     first_line,
@@ -20,9 +21,8 @@ from ddpm.files import (
     read_small,
     write_atomically,
 )
-from ddpm.memory import check_memory
+from ddpm.tools.memory import check_memory
 from ifmodel.config import UNetConfig
-from ifmodel.cpu import can_pack, pack_convolutions, plain_convolutions
 from ifmodel.offload import offload
 from ifmodel.unet import UNet
 
@@ -52,8 +52,8 @@ def load_unet(
         SHIPPED, "tiny-if/I" (or "tiny-if") and "tiny-if/II", the small model that comes with this package
     variant: "fp16" or "bf16", as in diffusion_pytorch_model.fp16.safetensors; None for the full-precision file
     revision: the branch, tag or commit of a Hub repository
-    pack: on the CPU, reorder the weights of convolutions for oneDNN at the first step, see `ifmodel.cpu`: faster, but
-        a copy in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
+    pack: on the CPU, reorder the weights of convolutions for oneDNN at the first step, see `ddpm.tools.cpu`: faster,
+        but a copy in memory, without gradients, deepcopy or a whole state_dict(); ignored where `can_pack` is false
     room: the bytes of the device that its weights may take, the rest is read from the files at every step (`offload`);
         None for all that it needs, and nothing is read again
 

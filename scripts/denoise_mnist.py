@@ -12,12 +12,12 @@ from shared.options import add_data_option, add_output_options, check_writable, 
 
 import torch
 
-from ddpm.devices import pick_device
-from ddpm.figures import save_grid
 from ddpm.mnist import UNet, load_model
 from ddpm.mnist.data import load_mnist, one_of_each
 from ddpm.mnist.training import SIGMAS, noisy_digits
 from ddpm.sampling import check_finite
+from ddpm.tools.devices import pick_device
+from ddpm.tools.figures import save_grid
 
 
 def main():

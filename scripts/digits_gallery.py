@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from ddpm.components import low_high_pass, low_pass
-from ddpm.figures import save_grid
-from ddpm.files import write_json
 from ddpm.mnist import SHIPPED, ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine
 from ddpm.mnist.sampling import GuidedDigits
 from ddpm.mnist.unet import check_batch
 from ddpm.sampling import anagram, hybrid, inpaint, sdedit
+from ddpm.tools.figures import save_grid
+from ddpm.tools.files import write_json
 from ddpm.views import identity, rotate_180
 
 SHOWN = 10  # of each experiment's samples

@@ -14,10 +14,10 @@ from pathlib import Path
 from shared.options import add_device_options, add_low_memory_option, check_writable, parser, pick, run
 from shared.stages import model_name
 
-from ddpm.processes import num_processes, rank, share, wait
+from ddpm.tools.distributed import num_processes, rank, share, wait
 from ifmodel.embeds import load_embeds, normalised, read_prompts, save_embeds
 from ifmodel.offload import check_accelerate
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.t5 import embed_each, embed_prompts
 
 
 def main():

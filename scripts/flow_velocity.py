@@ -14,13 +14,13 @@ from shared.options import add_data_option, add_output_options, check_writable, 
 import torch
 from torch import Tensor
 
-from ddpm.devices import pick_device
-from ddpm.figures import save_grid
 from ddpm.flow import interpolate
 from ddpm.mnist import ClassFlow, TimeFlow, load_model
 from ddpm.mnist.data import load_mnist, one_of_each
 from ddpm.mnist.sampling import one_hot
 from ddpm.sampling import noise_source
+from ddpm.tools.devices import pick_device
+from ddpm.tools.figures import save_grid
 
 
 def main():

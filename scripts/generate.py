@@ -23,9 +23,9 @@ from shared.images import write_table
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, settings_of
 
-from ddpm.figures import save_image
-from ddpm.processes import rank
 from ddpm.schedule import leading_timesteps
+from ddpm.tools.distributed import rank
+from ddpm.tools.figures import save_image
 from ifmodel.embeds import read_prompts
 from ifmodel.folder import draw_folder
 from ifmodel.jobs import Job, parse_prompt

@@ -18,9 +18,9 @@ from shared.images import read_image, write_animations, write_table
 from shared.options import parser, positive, positive_number, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
-from ddpm.animation import recede
 from ddpm.components import DECOMPOSITIONS, SIGMA, Component, check_components, low_high_pass
 from ddpm.sampling import hybrid, inpaint_component
+from ddpm.tools.animation import recede
 from ifmodel.jobs import Job, Stage
 
 PAIRS = [  # the assignment's

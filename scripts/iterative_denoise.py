@@ -11,9 +11,9 @@ from shared.noisy import add_image_option
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, from_index, open_cascade, settings_of
 
-from ddpm.figures import save_cells, save_table
 from ddpm.process import add_noise
 from ddpm.sampling import Trajectory, classical_denoise, iterative_denoise, one_step_denoise
+from ddpm.tools.figures import save_cells, save_table
 
 
 def main():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from ifmodel import load_unet
-from ifmodel.text import embed_prompts
+from ifmodel.t5 import embed_prompts
 
 # ᾱ_t of the cosine schedule, with no β above 0.999 (Improved DDPM eq. 17)
 f = torch.cos((torch.linspace(0, 1, 1001, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2

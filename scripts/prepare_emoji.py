@@ -22,7 +22,7 @@ from shared.options import check_writable, parser, positive, run
 
 from tqdm import tqdm
 
-from ddpm.files import first_line, write_atomically
+from ddpm.tools.files import first_line, write_atomically
 from ifmodel.tiny.icons import find_renderer, read_package, read_words, svg, things
 
 

@@ -28,8 +28,8 @@ from shared.stages import add_model_options
 
 import torch
 
-from ddpm.files import fingerprint, parse_json, read_small, write_atomically, write_json
 from ddpm.mnist.checkpoint import SHIPPED
+from ddpm.tools.files import fingerprint, parse_json, read_small, write_atomically, write_json
 from ifmodel.weights import SHIPPED as SHIPPED_IF
 
 ROOT = Path(__file__).parent.parent

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.animation import save_gif
-from ddpm.figures import save_cells, save_grid
-from ddpm.files import save_tensors
-from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet
 from ddpm.mnist.checkpoint import load_model, weights_file
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
+from ddpm.tools.animation import save_gif
+from ddpm.tools.figures import save_cells, save_grid
+from ddpm.tools.files import save_tensors
+from ddpm.tools.memory import check_memory
 
 MAX_ROWS = 40  # more are sampled and saved, but not shown
 

@@ -16,11 +16,11 @@ from shared.training import add_digits_options, train_digits
 
 import torch
 
-from ddpm.figures import save_grid
 from ddpm.mnist import UNet
 from ddpm.mnist.checkpoint import build
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import DENOISER, denoiser_loss, noisy_digits, pure_noise_loss
+from ddpm.tools.figures import save_grid
 
 
 def main():

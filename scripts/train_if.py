@@ -35,10 +35,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm.devices import pick_device, pick_dtype
-from ddpm.figures import save_grid
-from ddpm.files import fingerprint
-from ddpm.processes import num_processes, rank
+from ddpm.tools.devices import pick_device, pick_dtype
+from ddpm.tools.distributed import num_processes, rank
+from ddpm.tools.figures import save_grid
+from ddpm.tools.files import fingerprint
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import stage_1_config, stage_2_config

@@ -27,7 +27,7 @@ from shared.training import add_run_options, check_run, end_training
 
 from torch import Tensor
 
-from ddpm.figures import save_grid
+from ddpm.tools.figures import save_grid
 from ifmodel import Cascade
 from ifmodel.dreambooth import Recipe, read_folder, teach
 from ifmodel.lora_files import FILES

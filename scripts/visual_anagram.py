@@ -16,8 +16,8 @@ from shared.images import write_animations, write_table
 from shared.options import number, parser, positive, run
 from shared.stages import MODEL, add_cascade_options, draw, grouped, open_cascade
 
-from ddpm.animation import turn
 from ddpm.estimates import REDUCTIONS, anagram
+from ddpm.tools.animation import turn
 from ddpm.views import VIEWS, check_view, pixels
 from ifmodel.jobs import Job, Stage
 

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 SECONDS, MEMORY = 180, 2e9  # that a run may take, on a busy core too
 PRELOADED = ["torch", "torchvision", "transformers.models.t5.modeling_t5", "sentencepiece", "tests.forked"]
-PRELOADED += ["ddpm.figures", "ddpm.animation", "shared.images", "shared.stages", "matplotlib.figure"]
+PRELOADED += ["ddpm.tools.figures", "ddpm.tools.animation", "shared.images", "shared.stages", "matplotlib.figure"]
 PRELOADED += ["ifmodel.dreambooth", "ifmodel.tiny.training", "ddpm.mnist", "torchvision.datasets", "diffusers"]
 SERVER = get_context("forkserver")
 
@@ -112,7 +112,7 @@ def _invoke(command: list[str], folder: Path):
     """
     from torchvision.datasets import MNIST
 
-    from ddpm import memory
+    from ddpm.tools import memory
     from ifmodel import cascade
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as shared/__init__.py does in a process of its own

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddpm.files import check_tensors, first_line, load_tensors, save_tensors
-from ddpm.memory import check_memory
 from ddpm.mnist.judge import Judge
 from ddpm.mnist.unet import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
+from ddpm.tools.files import check_tensors, first_line, load_tensors, save_tensors
+from ddpm.tools.memory import check_memory
 
 MODELS = {cls.__name__: cls for cls in (UNet, TimeUNet, ClassUNet, TimeFlow, ClassFlow, Judge)}
 SHIPPED = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ddpm.files import first_line
 from ddpm.mnist.unet import NUM_CLASSES
+from ddpm.tools.files import first_line
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

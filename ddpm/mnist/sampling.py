@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from ddpm.estimates import Estimate, Guider, Model, classifier_free, guided, unguided
 from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
-from ddpm.memory import keep_freed
 from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, ClassUNet, TimeFlow, TimeUNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source, sample
 from ddpm.schedule import Schedule, linear_schedule, linspace_timesteps, log_snr_timesteps
+from ddpm.tools.memory import keep_freed
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 FLOW_SAMPLERS = {"euler": euler_step, "heun": heun_step}

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.files import write_atomically
 from ddpm.mnist.checkpoint import load_start, save_weights
 from ddpm.mnist.unet import NUM_CLASSES, ClassFlow, ClassUNet, TimeFlow, TimeUNet, check_batch
-from ddpm.runs import EMA, Run, check_folder, step_seed
 from ddpm.sampling import noise_source
+from ddpm.tools.files import write_atomically
+from ddpm.tools.runs import EMA, Run, check_folder, step_seed
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ddpm.cpu import GELU
-from ddpm.memory import check_memory
 from ddpm.schedule import check_num_timesteps
+from ddpm.tools.cpu import GELU
+from ddpm.tools.memory import check_memory
 
 IMAGE_SIZE = 28
 NUM_CLASSES = 10

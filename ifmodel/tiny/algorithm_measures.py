@@ -74,8 +74,8 @@ def illusions(
 ) -> dict[str, float]:
     """Does an illusion show both of its things? Four images of each of `pairs_of`, judged in both ways of seeing them.
 
-    Returns the shares of images in which one, the other and both are recognised, and of pairs of which one image in four
-    shows both.
+    Returns the shares of images in which one, the other and both are recognised, and of pairs with one image in four
+    that shows both.
     """
     pairs, name = pairs_of(exam, alike, kind.view, count), f"{kind.name}_{'alike' if alike else 'random'}"
     prompts = [tuple(prompt_for(exam.data, thing) for thing in pair) for pair in pairs]

@@ -1,4 +1,4 @@
-"""Who is examined, who judges, and the drawings that both have learned from; images are drawn once, and kept."""
+"""An `Exam`: a cascade, its judge and held-out drawings. It draws the images that the measures need, and keeps them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.devices import pick_dtype
-from ddpm.figures import save_grid
-from ddpm.files import check_tensors, fingerprint, load_tensors, save_tensors
-from ddpm.processes import gathered, num_processes, rank, wait
+from ddpm.tools.devices import pick_dtype
+from ddpm.tools.distributed import gathered, num_processes, rank, wait
+from ddpm.tools.figures import save_grid
+from ddpm.tools.files import check_tensors, fingerprint, load_tensors, save_tensors
 from ifmodel.cascade import Cascade
 from ifmodel.jobs import Job
 from ifmodel.tiny import judge

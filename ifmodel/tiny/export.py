@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm.files import write_atomically
+from ddpm.tools.files import write_atomically
 from ifmodel.config import STAGE_1_CONFIG, STAGE_2_CONFIG
 
 SCHEDULER_CONFIG = {

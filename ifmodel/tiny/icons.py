@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpm.files import LARGEST_TEXT, parse_json, read_small, reading
+from ddpm.tools.files import LARGEST_TEXT, parse_json, read_small, reading
 
 # Names of what is left out: skin tones, flags, keycaps, clock faces, buttons and shapes
 SKIPPED = re.compile(

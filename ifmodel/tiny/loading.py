@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.files import parse_json, read_small
-from ddpm.images import eight_bits, open_image
+from ddpm.tools.files import parse_json, read_small
+from ddpm.tools.images import eight_bits, open_image
 from ifmodel.tiny.captions import ALIASES, plainly, with_article
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.styles import STYLES, Style

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddpm.losses import variational_bound
 from ddpm.process import add_noise, predict_x0
 from ifmodel.stage import SCHEDULE, noised_upscaled
-from ifmodel.text import Tokenizer
+from ifmodel.t5 import Tokenizer
 from ifmodel.tiny.data import CaptionedImages, draw_images
 
 

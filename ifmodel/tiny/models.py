@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.files import write_atomically
+from ddpm.tools.files import write_atomically
 from ifmodel.tiny.losses import Batch
 from ifmodel.unet import UNet
 

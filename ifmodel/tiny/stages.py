@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.files import write_atomically
 from ddpm.sampling import guided, noise_source, sample
 from ddpm.schedule import leading_timesteps
+from ddpm.tools.files import write_atomically
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, upscale
-from ifmodel.text import Tokenizer, load_encoder
+from ifmodel.t5 import Tokenizer, load_encoder
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.export import save_stage_1, save_stage_2
 from ifmodel.tiny.losses import (

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ddpm.files import write_atomically
-from ddpm.memory import check_memory
-from ddpm.processes import num_processes, rank
-from ddpm.runs import EMA, Run, step_seed, stop_signal
-from ifmodel.text import Tokenizer
+from ddpm.tools.distributed import num_processes, rank
+from ddpm.tools.files import write_atomically
+from ddpm.tools.memory import check_memory
+from ddpm.tools.runs import EMA, Run, step_seed, stop_signal
+from ifmodel.t5 import Tokenizer
 from ifmodel.tiny.data import CaptionedImages
 from ifmodel.tiny.losses import Batch, draw_batch
 from ifmodel.tiny.models import ContrastiveText, TextToImage, build_encoder, contrastive_loss

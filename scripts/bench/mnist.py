@@ -28,16 +28,16 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
 from ddpm.losses import ddpm_loss
-from ddpm.memory import keep_freed
 from ddpm.mnist import ClassUNet, load_model
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.sampling import encoded_once, one_hot
 from ddpm.mnist.training import DDPM, drop_classes, train
 from ddpm.mnist.unet import IMAGE_SIZE, check_batch, folded
-from ddpm.runs import step_seed
 from ddpm.sampling import guided, noise_source
 from ddpm.schedule import linear_schedule
-from ddpm.timing import operators
+from ddpm.tools.memory import keep_freed
+from ddpm.tools.runs import step_seed
+from ddpm.tools.timing import operators
 
 SCHEDULE = linear_schedule()
 TURN = 4  # steps of sampling

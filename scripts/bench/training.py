@@ -20,8 +20,8 @@ from shared.timing import race, short, where
 import torch
 from torch import Tensor, nn
 
-from ddpm.memory import check_memory
-from ddpm.timing import operators
+from ddpm.tools.memory import check_memory
+from ddpm.tools.timing import operators
 from ifmodel.tiny.export import stage_1_config, stage_2_config
 from ifmodel.tiny.losses import Batch, stage_1_loss, stage_2_loss
 from ifmodel.tiny.models import TextToImage, build_encoder, zero_init

@@ -31,9 +31,9 @@ from shared.timing import SCRIPTS, compare, run_measured, short, where
 
 import torch
 
-from ddpm.files import write_json
-from ddpm.memory import check_memory
-from ddpm.timing import in_turns
+from ddpm.tools.files import write_json
+from ddpm.tools.memory import check_memory
+from ddpm.tools.timing import in_turns
 from ifmodel import UNet, load_unet
 from ifmodel.config import PUBLISHED, published_config
 from ifmodel.costs import save_random

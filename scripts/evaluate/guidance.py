@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.estimates import Guider, classifier_free, projected, rescaled
-from ddpm.figures import save_curves
-from ddpm.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_json
-from ddpm.memory import check_memory
 from ddpm.mnist import SHIPPED, load_model, sample_digits
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import examine, measure_samples
-from ddpm.processes import rank, share, wait
 from ddpm.schedule import Schedule, linear_schedule
+from ddpm.tools.distributed import rank, share, wait
+from ddpm.tools.figures import save_curves
+from ddpm.tools.files import fingerprint, load_tensors, parse_json, read_small, save_tensors, write_json
+from ddpm.tools.memory import check_memory
 from ifmodel import Cascade
 from ifmodel.stage import SCHEDULE
 from ifmodel.tiny.captions import curated

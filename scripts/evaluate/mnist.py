@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.figures import save_curves, save_grid
-from ddpm.files import fingerprint, load_tensors, save_tensors, write_json
-from ddpm.memory import check_memory
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet
 from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights, weights_file
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.judge import Judge, examine, frechet_distance, measure_samples, train_judge
 from ddpm.mnist.sampling import FLOW_SAMPLERS, SAMPLERS, pick_sampling
 from ddpm.mnist.training import SIGMAS, denoiser_error
-from ddpm.processes import rank, share, wait
+from ddpm.tools.distributed import rank, share, wait
+from ddpm.tools.figures import save_curves, save_grid
+from ddpm.tools.files import fingerprint, load_tensors, save_tensors, write_json
+from ddpm.tools.memory import check_memory
 
 CHUNK = 100
 DRAWING = (ClassUNet, TimeUNet, ClassFlow, TimeFlow)

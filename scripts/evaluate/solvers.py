@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.convergence import NoisePath
-from ddpm.files import write_json
-from ddpm.memory import check_memory
-from ddpm.processes import gathered, rank, share
 from ddpm.sampling import Estimate
+from ddpm.tools.convergence import NoisePath
+from ddpm.tools.distributed import gathered, rank, share
+from ddpm.tools.files import write_json
+from ddpm.tools.memory import check_memory
 from ifmodel import load_unet
 from ifmodel.stage import SCHEDULE, check_stage, spaced_timesteps, stage_1, stage_threshold
-from ifmodel.text import embed_prompts
+from ifmodel.t5 import embed_prompts
 
 PROMPTS = ["a photo of a dog", "a rocket ship"]
 DIFFUSERS = {  # the settings that diffusers documents for this solver

@@ -36,14 +36,14 @@ from shared.options import add_common_options, check_writable, number, parser, p
 from shared.stages import MODEL, UPSCALER, model_name
 
 from ddpm.estimates import REDUCTIONS
-from ddpm.figures import save_curves
-from ddpm.files import fingerprint, write_json
-from ddpm.memory import check_memory
-from ddpm.processes import check_shares, rank
+from ddpm.tools.distributed import check_shares, rank
+from ddpm.tools.figures import save_curves
+from ddpm.tools.files import fingerprint, write_json
+from ddpm.tools.memory import check_memory
 from ifmodel import Cascade, load_unet
 from ifmodel.lora_files import find_lora
 from ifmodel.stage import check_stage
-from ifmodel.text import embed_prompts
+from ifmodel.t5 import embed_prompts
 from ifmodel.tiny.algorithm_measures import anagrams, holes, hybrids, illusions, sdedited, upscaled
 from ifmodel.tiny.captions import curated
 from ifmodel.tiny.exam import FAST, Exam, Sampler, identity_of, kept_judge

@@ -15,8 +15,8 @@ from shared.timing import SCRIPTS, run_measured, short
 
 import torch
 
-from ddpm.figures import save_curves
-from ddpm.timing import in_turns
+from ddpm.tools.figures import save_curves
+from ddpm.tools.timing import in_turns
 from ifmodel import UNet
 from ifmodel.costs import layers_alone, least_time, peak_memory, weight_bytes
 from ifmodel.stage import generate

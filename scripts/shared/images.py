@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ddpm import images
-from ddpm.figures import save_table
+from ddpm.tools import images
+from ddpm.tools.figures import save_table
 
 # What tiny-if would call our drawings: "a high quality photo", of anything, is too little for it
 DRAWING_PROMPTS = {"village": "a snowy mountain village", "rocket": "a rocket ship", "face": "a man wearing a hat"}
@@ -15,12 +15,12 @@ DRAWINGS = {name: Path(__file__).parent / "drawings" / f"{name}.png" for name in
 
 
 def read_image(source: str | Path, size: tuple[int, int]) -> Tensor:
-    """`ddpm.images.read_image` of a file, or of one of DRAWINGS by its name."""
+    """`ddpm.tools.images.read_image` of a file, or of one of DRAWINGS by its name."""
     return images.read_image(find_image(source), size)
 
 
 def read_mask(mask: str, size: tuple[int, int], image: str | Path) -> Tensor:
-    """`ddpm.images.read_mask` for such an image."""
+    """`ddpm.tools.images.read_mask` for such an image."""
     return images.read_mask(mask, size, find_image(image))
 
 
@@ -40,7 +40,7 @@ def write_table(args: Namespace, rows: Sequence[Sequence[Tensor]], **labels):
 
 def write_animations(args: Namespace, drawn: Sequence[Tensor], move: Callable[[Tensor], tuple[list, list[int]]]):
     """The first image of each batch in [-1, 1] as move(image in [0, 1]) -> frames, times: OUT_0.gif, OUT_1.gif, …"""
-    from ddpm.animation import save_gif  # here, since torchvision takes long to import
+    from ddpm.tools.animation import save_gif  # here, since torchvision takes long to import
 
     for i, batch in enumerate(drawn):
         frames, times = move(batch[0] / 2 + 0.5)

@@ -7,9 +7,9 @@ from shared.options import add_output_options, check_not_overwritten, check_writ
 
 from torch import Tensor
 
-from ddpm.memory import check_memory
 from ddpm.process import add_noise
 from ddpm.sampling import noise_source
+from ddpm.tools.memory import check_memory
 from ifmodel.stage import SCHEDULE
 
 TIMESTEPS = list(range(0, 1000, 125))

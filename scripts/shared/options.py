@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.devices import pick_device, pick_dtype
+from ddpm.tools.devices import pick_device, pick_dtype
 
 SEED = 20040805
 LARGEST = 1_000_000  # of anything that is counted

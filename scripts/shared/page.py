@@ -20,7 +20,7 @@ import torch
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-from ddpm.files import write_atomically
+from ddpm.tools.files import write_atomically
 
 BEAT = 2  # seconds
 SCRIPT, STYLE = (Path(__file__).with_suffix(kind).read_text() for kind in (".js", ".css"))

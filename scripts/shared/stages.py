@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ddpm.estimates import ALWAYS
-from ddpm.processes import gathered, num_processes, rank, share
 from ddpm.schedule import NAMED_SECTIONS, named_timesteps, strided_timesteps
+from ddpm.tools.distributed import gathered, num_processes, rank, share
 from ifmodel import Cascade
 from ifmodel.embeds import normalised
 from ifmodel.jobs import Job

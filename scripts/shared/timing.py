@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from ddpm.timing import in_turns
+from ddpm.tools.timing import in_turns
 
 SCRIPTS = Path(__file__).parents[1]
 # Runs a script and then says how long its process computed and how much memory it had at most, of a GPU where it used

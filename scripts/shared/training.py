@@ -11,10 +11,10 @@ from shared.options import add_common_options, add_data_option, check_writable, 
 import torch
 from torch import Tensor, nn
 
-from ddpm.figures import save_grid, save_loss_curve
 from ddpm.mnist.data import load_mnist
 from ddpm.mnist.training import Recipe, fit
-from ddpm.runs import STATE, check_folder
+from ddpm.tools.figures import save_grid, save_loss_curve
+from ddpm.tools.runs import STATE, check_folder
 
 
 def add_run_options(options: ArgumentParser, out: str):

@@ -7,9 +7,9 @@ import torch
 
 from ddpm.components import Component, low_pass
 from ddpm.process import dpm_solver_step
-from ddpm.runs import step_seed
 from ddpm.sampling import anagram, hybrid, inpaint, noise_source, sample
 from ddpm.schedule import cosine_schedule, linspace_timesteps
+from ddpm.tools.runs import step_seed
 from ddpm.views import identity, vertical_flip
 
 

@@ -1,4 +1,4 @@
-"""The schedules against diffusers, and the lists of timesteps against the spec's words."""
+"""The schedules against diffusers, and the lists of timesteps as they are documented."""
 
 from itertools import pairwise
 

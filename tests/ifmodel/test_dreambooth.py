@@ -10,7 +10,7 @@ from ifmodel.dreambooth import eps_loss
 from ifmodel.lora import ATTENTION, RESNETS, add_lora
 from ifmodel.stage import SCHEDULE
 from ifmodel.unet import Text
-from tests.ifmodel.test_ifmodel import STAGE_1, STAGE_2, pair
+from tests.ifmodel.test_unet import STAGE_1, STAGE_2, pair
 
 
 @pytest.mark.parametrize("config", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])

@@ -11,16 +11,16 @@ from reproduce import made_before
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
-from ddpm.files import load_tensors
+from ddpm.tools.files import load_tensors
 from ifmodel import load_unet
 from ifmodel.config import UNetConfig
 from ifmodel.stage import find_stage, find_variant, generate, stage_threshold, stage_variance
-from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.t5 import Tokenizer, embed_prompts
 from ifmodel.tiny.loading import read_metadata
 from ifmodel.weights import SHIPPED
 from shared.experiments import EXPERIMENTS
-from tests.ifmodel.test_ifmodel import SCHEDULER
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
+from tests.ifmodel.test_unet import SCHEDULER
 from tests.scripts.test_generate import PROMPT, cascade, own_cache, pixels  # noqa: F401
 
 

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from ifmodel import Cascade, cascade, load_unet, text
+from ifmodel import Cascade, cascade, load_unet, t5
 from ifmodel.lora import ATTENTION
-from ifmodel.text import embed_each
+from ifmodel.t5 import embed_each
 from tests.ifmodel.test_lora import diffusers_keys, layers_of, save_updates, updates_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -26,7 +26,7 @@ def drawn(device=DEVICE, **options) -> torch.Tensor:
 
 def short(monkeypatch, free: float):
     """A GPU that has so many bytes free."""
-    for module in (cascade, text):
+    for module in (cascade, t5):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
 
 

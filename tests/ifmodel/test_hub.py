@@ -12,7 +12,7 @@ from transformers import T5EncoderModel
 
 from tests.conftest import ROOT
 from tests.hub import Hub
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_generate import PROMPT, cascade  # noqa: F401
 
 TOKEN = "hf_a_secret_that_must_never_be_printed"

@@ -16,15 +16,15 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from ddpm.tools.cpu import can_pack, pack_convolutions
 from ifmodel import Cascade, UNet, UNetConfig, load_lora, load_unet
-from ifmodel.cpu import can_pack, pack_convolutions
 from ifmodel.lora import ATTENTION, RESNETS, LoRALayer, add_lora, merge_lora, place_lora, save_lora
 from ifmodel.lora_files import LoRA, Update, read_lora
 from ifmodel.stage import generate
-from ifmodel.text import Tokenizer, embed_each, embed_prompts
+from ifmodel.t5 import Tokenizer, embed_each, embed_prompts
 from ifmodel.weights import SHIPPED
 from tests.hub import Hub
-from tests.ifmodel.test_ifmodel import STAGE_1, STAGE_2, inputs, pair, relative_error
+from tests.ifmodel.test_unet import STAGE_1, STAGE_2, inputs, pair, relative_error
 
 CONFIGS = {"stage 1": STAGE_1, "stage 2": STAGE_2}
 

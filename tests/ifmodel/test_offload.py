@@ -19,10 +19,10 @@ from ifmodel.config import published_config
 from ifmodel.embeds import load_embeds
 from ifmodel.lora_files import read_lora
 from ifmodel.offload import offload
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.t5 import embed_each, embed_prompts
 from ifmodel.weights import SHIPPED
 from tests.ifmodel.test_lora import diffusers_keys, layers_of, peft_keys, save_updates, updates_of
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 
 PROMPTS = ["a photo of a dog", ""]
 
@@ -187,7 +187,7 @@ import sys, threading, time
 import torch
 from ifmodel import Cascade
 from ifmodel.embeds import load_embeds
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.t5 import embed_each, embed_prompts
 
 def anonymous():
     status = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())

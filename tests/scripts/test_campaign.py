@@ -19,7 +19,7 @@ from shared.options import OneLineParser, number, positive, positive_number, see
 from shared.stages import model_name, steps_or_name
 from tests.conftest import DATA, ROOT, settled
 from tests.forked import PRELOADED, SERVER, Run, run_all
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 from tests.scripts.test_prepare_emoji import RED, pack
 

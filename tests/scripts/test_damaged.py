@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from ddpm.files import load_tensors
+from ddpm.tools.files import load_tensors
 from tests.conftest import DATA
 from tests.forked import run_all
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_campaign import bases, check, models  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 

@@ -17,7 +17,7 @@ from ifmodel.lora import place_lora
 from ifmodel.lora_files import read_lora
 from ifmodel.weights import load_config
 from shared.options import SEED
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade, own_cache  # noqa: F401
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ifmodel.embeds import load_embeds, save_embeds
-from ifmodel.text import embed_each
-from tests.ifmodel.test_ifmodel import SCHEDULER, STAGE_1, STAGE_2, pair
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from ifmodel.t5 import embed_each
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
+from tests.ifmodel.test_unet import SCHEDULER, STAGE_1, STAGE_2, pair
 
 PROMPT = "an oil painting of a snowy mountain village"
 NEGATIVE = "a rocket ship"
@@ -173,7 +173,7 @@ def test_embeds_spare_t5(run_script, cascade, tmp_path, monkeypatch):
     assert set(load_embeds(embeds)) == {PROMPT, "a photo of a dog", "", "a hat"}
 
     run_script("generate", *common, "--steps", 2, "--prompt", PROMPT, "--out", tmp_path / "with_t5.png")
-    monkeypatch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr("ifmodel.t5.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
     common = (*common, "--steps", 2, "--embeds", embeds)
     status, _, err = run_script("generate", *common, "--prompt", PROMPT, "--out", tmp_path / "without.png")
     assert status == 0, err
@@ -191,7 +191,7 @@ def test_bad_input(refused, cascade, tmp_path, monkeypatch):
         return refused("generate", *options, *more)
 
     with monkeypatch.context() as patch:  # refused before anything is computed
-        patch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
+        patch.setattr("ifmodel.t5.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
         patch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
         assert "is a stage-2 model, not a stage-1 one: give it as --upscaler" in said("--model", two)
         assert "is a stage-1 model, not a stage-2 one: give it as --model" in said("--model", one, "--upscaler", one)
@@ -239,7 +239,7 @@ def test_what_guidance_makes_infinite_is_refused(refused, cascade, tmp_path, num
 
 def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade, tmp_path, monkeypatch):
     folder, out = cascade[0], tmp_path / "out.png"
-    monkeypatch.setattr("ifmodel.text.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr("ifmodel.t5.load_encoder", lambda *_: pytest.fail("T5 was loaded"))
     monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     two = shutil.copytree(folder / "stage_2", tmp_path / "two")
 
@@ -257,7 +257,7 @@ def test_what_stage_2_cannot_do_is_refused_before_anything_runs(refused, cascade
     assert "an image of 1000000 × 1000000 needs about" in said()
     change("unet/config.json", sample_size=256)
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm.memory.free_memory", lambda device: 10**9)
+        patch.setattr("ddpm.tools.memory.free_memory", lambda device: 10**9)
         assert "a batch of 8 images of 256 × 256 needs about" in said("--num-images", 20)
     change("unet/config.json", encoder_hid_dim=48)
     save_embeds(tmp_path / "e.safetensors", {prompt: torch.zeros(77, 24) for prompt in (PROMPT, "")})

@@ -11,7 +11,7 @@ from ddpm.sampling import inpaint, sdedit
 from ddpm.schedule import leading_timesteps
 from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, stage_1
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
 STEPS, GUIDANCE = 10, 6.0

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from ddpm.figures import save_cells
+from ddpm.tools.figures import save_cells
 from shared.experiments import EXPERIMENTS, Made
 from shared.page import LivePage, write_page
 

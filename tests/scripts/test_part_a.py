@@ -12,9 +12,9 @@ from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import iterative_denoise, noise_source
 from ifmodel import load_unet
 from ifmodel.stage import LEARNED, SCHEDULE, STAGE_1_THRESHOLD, spaced_timesteps, stage_1
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.t5 import embed_each, embed_prompts
 from shared.images import read_image, read_mask
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 
 PROMPTS = ["a rocket ship", "a photo of a dog"]
@@ -71,7 +71,8 @@ def labels(run_script, monkeypatch, tmp_path):
     def run(*arguments) -> list[str]:
         told = {}
         with monkeypatch.context() as patched:
-            patched.setattr("ddpm.figures.save_table", lambda path, rows, **options: told.update(options, rows=rows))
+            see = "ddpm.tools.figures.save_table"
+            patched.setattr(see, lambda path, rows, **options: told.update(options, rows=rows))
             status, _, err = run_script(*arguments, "--out", tmp_path / "out.png")
         assert status == 0, err
         assert len(told["rows"]) == len(told["row_labels"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ifmodel.text import embed_each
+from ifmodel.t5 import embed_each
 from tests.conftest import ROOT
 
 

@@ -18,13 +18,13 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import ddpm.losses
-from ddpm.files import load_tensors, save_tensors, write_atomically
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
 from ddpm.mnist.checkpoint import load_model, save_weights
 from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
 from ddpm.sampling import noise_source
 from ddpm.schedule import linear_schedule
+from ddpm.tools.files import load_tensors, save_tensors, write_atomically
 from shared.options import add_output_options, parser, run
 from tests.conftest import DATA, ROOT, settled
 

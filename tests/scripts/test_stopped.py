@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from ddpm.files import load_tensors
+from ddpm.tools.files import load_tensors
 from tests.conftest import ROOT
 from tests.forked import run_all, stopped_at
-from tests.ifmodel.test_text import model_folder  # noqa: F401
+from tests.ifmodel.test_t5 import model_folder  # noqa: F401
 from tests.scripts.test_campaign import bases, models  # noqa: F401
 from tests.scripts.test_generate import cascade  # noqa: F401
 

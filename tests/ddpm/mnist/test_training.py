@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ddpm.files import load_tensors, save_tensors
 from ddpm.losses import ddpm_loss
 from ddpm.mnist import ClassUNet, TimeUNet, UNet
 from ddpm.mnist.checkpoint import load_model, load_start
@@ -23,8 +22,9 @@ from ddpm.mnist.training import (
     pure_noise_loss,
     train,
 )
-from ddpm.runs import step_seed
 from ddpm.schedule import linear_schedule
+from ddpm.tools.files import load_tensors, save_tensors
+from ddpm.tools.runs import step_seed
 from tests.conftest import DATA
 
 SCHEDULE = linear_schedule()

@@ -1,4 +1,4 @@
-"""The MNIST UNets against the spec's table of operations."""
+"""The MNIST UNets against the assignment's table of operations."""
 
 import pytest
 import torch

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ddpm.files import load_tensors
 from ddpm.flow import as_estimate, straight_schedule, velocity_of
 from ddpm.mnist import sample_digits, sample_flow
 from ddpm.mnist.checkpoint import SHIPPED, load_model
@@ -14,6 +13,7 @@ from ddpm.mnist.training import noisy_digits
 from ddpm.process import ddim_step
 from ddpm.sampling import anagram, noise_source, sample
 from ddpm.schedule import linear_schedule
+from ddpm.tools.files import load_tensors
 from ddpm.views import identity, rotate_180
 from tests.conftest import DATA
 

@@ -1,4 +1,4 @@
-"""Training runs: saved as they go, stopped by Ctrl-C between two steps, and resumed; each step's seed; averages."""
+"""Training runs that save, stop on Ctrl-C and resume bit for bit; and the average of a model's weights."""
 
 import signal
 import time
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ddpm.files import check_tensors, load_tensors, save_tensors
-from ddpm.memory import check_memory
+from ddpm.tools.files import check_tensors, load_tensors, save_tensors
+from ddpm.tools.memory import check_memory
 
 STATE = "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter

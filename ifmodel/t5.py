@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ddpm.files import first_line, reading, write_atomically
-from ddpm.memory import check_memory, free_memory
+from ddpm.tools.files import first_line, reading, write_atomically
+from ddpm.tools.memory import check_memory, free_memory
 from ifmodel.config import MAX_LAYERS
 from ifmodel.embeds import NUM_TOKENS, normalised
 from ifmodel.lora import merge_lora

@@ -1,6 +1,6 @@
 """Figures: images with labels, shown in a notebook or saved.
 
-    from ddpm.figures import labelled_grid, save_grid
+    from ddpm.tools.figures import labelled_grid, save_grid
 
     rows = [images / 2 + 0.5, flip.view(images) / 2 + 0.5]  # two batches [3, 3, 128, 128]
     labels = {"row_labels": ["a light bulb", "a pear"], "column_labels": ["seed 1", "seed 2", "seed 3"]}
@@ -23,8 +23,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ddpm.files import write_atomically
-from ddpm.labels import DPI, FONT, SPACE, largest, readable, text_size, wrapped
+from ddpm.tools.files import write_atomically
+from ddpm.tools.labels import DPI, FONT, SPACE, largest, readable, text_size, wrapped
 
 MARGIN, GAP, LABEL_WIDTH = 15, 4, 300  # pixels: around a grid, between its images, of a row's label
 Rows = Sequence[Sequence[Tensor]]

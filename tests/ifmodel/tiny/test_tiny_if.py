@@ -15,7 +15,7 @@ from ddpm.views import vertical_flip
 from ifmodel import Cascade, UNet, UNetConfig, load_unet
 from ifmodel.lora import add_lora, save_lora
 from ifmodel.stage import generate, upscale
-from ifmodel.text import embed_each, embed_prompts
+from ifmodel.t5 import embed_each, embed_prompts
 from ifmodel.tiny import export, models
 from ifmodel.tiny.algorithm_measures import pairs_of
 from ifmodel.tiny.data import CaptionedImages, draw_rows, show

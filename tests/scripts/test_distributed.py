@@ -18,7 +18,7 @@ from PIL import Image
 from ifmodel import Cascade
 from ifmodel.embeds import load_embeds
 from tests.conftest import DATA, ROOT
-from tests.tiny.test_tiny_if import save_untrained
+from tests.ifmodel.tiny.test_tiny_if import save_untrained
 
 SMALL = ["--model", "tiny-if/I", "--upscaler", "none", "--size", 16, 16, "--dtype", "float32", "--device", "cpu"]
 PROMPTS = ["a photo of a dog", "a rocket ship", "an oil painting of a castle", "a photo of an owl"]

@@ -9,8 +9,8 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageOps
 from torch import Tensor
 
-from ddpm.files import reading
-from ddpm.memory import check_memory
+from ddpm.tools.files import reading
+from ddpm.tools.memory import check_memory
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:

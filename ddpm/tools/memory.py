@@ -1,4 +1,4 @@
-"""How much memory a device has free, so that what needs more is refused first; and memory that is not given away."""
+"""How much memory is free, so that what needs more is refused first; and freed memory that the process keeps."""
 
 import ctypes
 import gc

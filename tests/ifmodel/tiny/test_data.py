@@ -1,4 +1,4 @@
-"""The data of the next tiny-if: many drawings of a thing, each shown in another way every time."""
+"""The data of tiny-if: many drawings of a thing, each shown in another way every time."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Under torchrun, each of its processes draws its share, and the first has what all have drawn; else one draws all."""
+"""Work that is split across torchrun's processes, and gathered again; one process alone does all of it."""
 
 import os
 from collections.abc import Sequence

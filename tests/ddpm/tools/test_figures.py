@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image
 
-from ddpm.figures import labelled_grid, save_cells, save_curves, save_grid
-from ddpm.labels import characters, readable, text_size, warn_of_missing, wrapped
+from ddpm.tools.figures import labelled_grid, save_cells, save_curves, save_grid
+from ddpm.tools.labels import characters, readable, text_size, warn_of_missing, wrapped
 
 LABELS = {"row_labels": ["a light bulb", "a pear"], "column_labels": ["seed 1", "seed 2", "seed 3"], "title": "two"}
 
@@ -91,7 +91,7 @@ def test_too_few_and_too_many_labels_are_refused(rows, kind, count, given):
 
 
 def test_matplotlib_waits_for_the_first_figure():
-    imported = "import sys, ddpm.figures, ddpm.animation; sys.exit('matplotlib' in sys.modules)"
+    imported = "import sys, ddpm.tools.figures, ddpm.tools.animation; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported]).returncode == 0
 
 
@@ -150,7 +150,7 @@ def test_labels_take_a_font_that_has_the_character(unseen):
 
 
 def test_one_warning_for_all_that_no_font_has_and_the_metadata_has_them(unseen, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm.labels.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
+    monkeypatch.setattr("ddpm.tools.labels.characters", lambda font: frozenset(map(chr, range(32, 127))) | {"\ufffd"})
     prompts = ["a photo of 一只狗", "🚀 雪山村庄 " * 20]
     image = torch.zeros(3, 8, 8)
     with warnings.catch_warnings(record=True) as warned:

@@ -15,10 +15,10 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ddpm import memory
+from ddpm.tools import memory
+from ddpm.tools.cpu import PackedConv2d, can_pack, pack_convolutions
 from ifmodel import UNet, UNetConfig, load_unet
 from ifmodel.config import published_config
-from ifmodel.cpu import PackedConv2d, can_pack, pack_convolutions
 from ifmodel.stage import STAGE_1_THRESHOLD, STAGE_2_THRESHOLD, generate, stage_threshold, upscale
 from ifmodel.unet import GroupNorm, attend
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.cpu import GELU
-from ddpm.memory import glibc, keep_freed
+from ddpm.tools.cpu import GELU
+from ddpm.tools.memory import glibc, keep_freed
 
 needs_glibc = pytest.mark.skipif(glibc() is None, reason="no glibc")
 

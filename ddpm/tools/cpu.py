@@ -1,4 +1,4 @@
-"""Faster ways to compute attention, GroupNorm and convolutions on CPUs.
+"""Faster ways to compute attention, GELU, GroupNorm and convolutions on CPUs.
 
 Packing: oneDNN, which computes torch's convolutions on x86 CPUs, wants weights in an order of its own, and puts them in
 that order again at every call. On small images with many channels that takes longer than the convolution: laid out
@@ -22,6 +22,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = (k * q.shape[-1] ** -0.5).transpose(2, 3)
         return torch.cat([(part @ k).softmax(dim=-1) @ v for part in q.split(256, dim=2)], dim=2)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class GELU(nn.GELU):
+    """torch's, in half the time on CPUs: oneDNN takes what is contiguous, which channels-last images are once permuted.
+
+    x of any shape -> the same shape
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.device.type == "cpu" and not x.is_contiguous():
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -17,9 +17,9 @@ import train_if
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
-from ddpm.files import load_tensors, save_tensors
+from ddpm.tools.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
-from ifmodel.text import Tokenizer, embed_each
+from ifmodel.t5 import Tokenizer, embed_each
 from ifmodel.tiny import export, losses, models, stages, training
 from ifmodel.tiny.captions import ALIASES, curated, with_article
 from ifmodel.tiny.data import draw_images, show

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ddpm.files import load_tensors
-from ddpm.images import read_image, read_mask
+from ddpm.tools.files import load_tensors
+from ddpm.tools.images import read_image, read_mask
 from ifmodel.dreambooth import read_folder
 from ifmodel.tiny.loading import load_captioned
 
@@ -91,11 +91,11 @@ def test_pixels_are_bounded_by_memory(tmp_path, monkeypatch):
     """Of images that a script is given, and of those that a training reads."""
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "large.png", "text": "nothing"}')
-    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: 16 * 300 * 200 - 1)
+    monkeypatch.setattr("ddpm.tools.memory.free_memory", lambda device: 16 * 300 * 200 - 1)
     for read in (lambda: read_image(tmp_path / "large.png", (16, 16)), lambda: load_captioned(tmp_path, 16)):
         with pytest.raises(ValueError, match="reading 300 × 200 pixels needs about"):
             read()
-    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: 16 * 300 * 200)
+    monkeypatch.setattr("ddpm.tools.memory.free_memory", lambda device: 16 * 300 * 200)
     read_image(tmp_path / "large.png", (16, 16))
 
 

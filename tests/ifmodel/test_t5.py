@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, T5TokenizerFast
 
-from ifmodel import text
+from ifmodel import t5
 from ifmodel.embeds import load_embeds, save_embeds
-from ifmodel.text import Tokenizer, embed_prompts
+from ifmodel.t5 import Tokenizer, embed_prompts
 
 WORDS = [
     *("an", "oil", "painting", "of", "a", "snowy", "mountain", "village", "man", "wearing", "hat", "rocket", "ship"),
@@ -106,7 +106,7 @@ def test_embeddings_are_t5s_and_t5_is_needed_once(model_folder, tmp_path, monkey
     def refuse(*_):
         raise AssertionError("T5 was loaded for prompts that are known")
 
-    monkeypatch.setattr(text, "load_encoder", refuse)
+    monkeypatch.setattr(t5, "load_encoder", refuse)
     again = embed_prompts(model_folder, [*prompts, " A photo of a DOG "], cache=tmp_path)
     assert torch.equal(again["a photo of a dog"], found["a photo of a dog"])
     assert torch.equal(again[" A photo of a DOG "], found["a photo of a dog"])
@@ -141,7 +141,7 @@ def test_a_prompt_that_is_no_unicode_is_refused(model_folder, tmp_path):
 
 def test_a_t5_that_the_memory_cannot_hold_is_not_loaded(model_folder, monkeypatch):
     size = (model_folder / "text_encoder" / "model.safetensors").stat().st_size
-    monkeypatch.setattr("ddpm.memory.free_memory", lambda device: size // 2)
+    monkeypatch.setattr("ddpm.tools.memory.free_memory", lambda device: size // 2)
     embed_prompts(model_folder, ["a dog"], dtype=torch.bfloat16, cache=None)
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", lambda *_, **__: pytest.fail("T5 was loaded"))
     with pytest.raises(ValueError, match=r"T5 in float32 needs about 0\.0 GB of memory, and 0\.0 GB are free"):
@@ -151,7 +151,7 @@ def test_a_t5_that_the_memory_cannot_hold_is_not_loaded(model_folder, monkeypatc
 def test_another_model_has_another_cache(model_folder, tmp_path, monkeypatch):
     embed_prompts(model_folder, ["a dog"], cache=tmp_path / "cache")
     shutil.copytree(model_folder, tmp_path / "other")
-    monkeypatch.setattr(text, "_encode", lambda *_: torch.zeros(77, 24))
+    monkeypatch.setattr(t5, "_encode", lambda *_: torch.zeros(77, 24))
     assert embed_prompts(tmp_path / "other", ["a dog"], cache=tmp_path / "cache")["a dog"].abs().sum() == 0
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
-from ddpm.figures import to_bytes
-from ddpm.files import write_atomically
+from ddpm.tools.figures import to_bytes
+from ddpm.tools.files import write_atomically
 from ddpm.views import View
 
 FRAMES = 24

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm.devices import pick_device, pick_dtype
+from ddpm.tools.devices import pick_device, pick_dtype
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
