@@ -126,7 +126,7 @@ def test_scripts_with_low_memory_write_the_same(run_script, monkeypatch, tmp_pat
         models.append(type(model).__name__)
         return offload(model, *rest)
 
-    for module in ("text", "weights"):
+    for module in ("t5", "weights"):
         monkeypatch.setattr(f"ifmodel.{module}.offload", watched)
     monkeypatch.setattr("ifmodel.weights.can_pack", lambda dtype: False)
     monkeypatch.setattr(cascade, "free_memory", lambda device: 10_000_000)

@@ -133,7 +133,7 @@ def test_whole_unets_equal_diffusers(name, dtype, tolerance):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
-    """Both round at every layer, to about 1 %; over four inputs ours must not be further from float64 than diffusers.
+    """Both round at every layer, to about 1 %; over twelve inputs ours must not be further from float64 than diffusers.
 
     It is within 2e-2, but for three of stage 2's configs, where diffusers' too is up to 2.2e-2 off.
     Of one input the two errors differ by up to 1.3 times either way, even with attention in float32.
@@ -141,7 +141,7 @@ def test_in_bfloat16_the_truth_is_as_near_as_diffusers(name):
     ours, theirs = pair(CONFIGS[name])
     rough, their_rough = copy.deepcopy(ours).bfloat16(), copy.deepcopy(theirs).bfloat16()
     errors = []
-    for seed, t in enumerate(torch.tensor([[980, 3], [500, 700], [100, 850], [30, 300]])):
+    for seed, t in enumerate(torch.randint(1000, (12, 2), generator=torch.Generator().manual_seed(0))):
         x_t, _, prompt_embeds, noise_level = inputs(CONFIGS[name], torch.float64, seed=seed)
         truth = theirs(x_t, t, prompt_embeds, class_labels=noise_level).sample
         x_t, prompt_embeds = x_t.bfloat16(), prompt_embeds.bfloat16()
