@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm.convergence import NoisePath
 from ddpm.sampling import Estimate
-from ddpm.tools.convergence import NoisePath
 from ddpm.tools.distributed import gathered, rank, share
 from ddpm.tools.files import write_json
 from ddpm.tools.memory import check_memory

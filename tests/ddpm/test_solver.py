@@ -8,9 +8,9 @@ import pytest
 import torch
 from solvers import DIFFUSERS, converged_timesteps, theirs
 
+from ddpm.convergence import NoisePath
 from ddpm.process import dynamic_threshold
 from ddpm.schedule import cosine_schedule, linear_schedule, log_snr_timesteps
-from ddpm.tools.convergence import NoisePath
 from ifmodel.stage import SCHEDULE, spaced_timesteps
 from shared.images import read_image
 from tests.conftest import DATA
