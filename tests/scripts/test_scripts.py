@@ -322,7 +322,7 @@ def test_bench_page_makes_the_page_of_both_commits(run_script):
     rows = {line.split("  ")[0]: [float(cell) for cell in line.split()[-3:]] for line in out.splitlines()[2:]}
     assert rows.keys() == {"A1", "first figure", "whole"}
     for ours, earlier, ratio in rows.values():
-        assert ours > 0 and earlier > 0 and ratio == pytest.approx(ours / earlier, rel=0.1)
+        assert ours > 0 and earlier > 0 and ratio == pytest.approx(ours / earlier, rel=0.3)  # of rounded ones
     assert all(rows["A1"][side] < rows["whole"][side] for side in (0, 1))
     status, _, err = run_script("bench/page", "no-such-commit")
     assert status == 2 and "no commit 'no-such-commit'" in err
