@@ -48,7 +48,7 @@ class Run:
         left = [] if self.command[0].startswith("evaluate/") else files  # which keep what they made, to go on with
         if self.status == 2 and (len(lines) != 1 or left or not self.err.endswith(f"{lines[0]}\n")):
             return f"refused with {[path.name for path in files]} and {self.err[-1500:]!r}"
-        silent = self.command[0] in ("bench/mnist", "bench/training")  # which only print
+        silent = self.command[0] in ("bench/mnist", "bench/page", "bench/training")  # which only print
         silent = silent or self.command[-1].startswith(("--out=..", "--out=~"))
         if self.status == 0 and not ((files or silent) and all(map(is_whole, files))):
             return f"wrote {[path.name for path in files]}"
