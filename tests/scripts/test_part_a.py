@@ -71,7 +71,7 @@ def labels(run_script, monkeypatch, tmp_path):
     def run(*arguments) -> list[str]:
         told = {}
         with monkeypatch.context() as patched:
-            see = "ddpm.tools.figures.save_table"
+            see = "shared.images.save_table"
             patched.setattr(see, lambda path, rows, **options: told.update(options, rows=rows))
             status, _, err = run_script(*arguments, "--out", tmp_path / "out.png")
         assert status == 0, err
