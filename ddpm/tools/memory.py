@@ -28,7 +28,6 @@ def free_memory(device: torch.device) -> int | None:
         torch.cuda.empty_cache()  # left behind by the previous model
         return torch.cuda.mem_get_info(device)[0]
     if MEMINFO.exists():
-        gc.collect()
         return_freed()
         lines = MEMINFO.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
