@@ -41,9 +41,9 @@ def free_memory(device: torch.device) -> int | None:
 def keep_freed() -> Iterator[None]:
     """Within it, or in a function that has it as decorator, memory that is freed on the CPU stays with the process.
 
-    glibc gives large pieces back at once, so that every layer of a UNet would be handed its memory anew, page by page
-    and zeroed: a quarter of the time of tiny-if's stage 2 and of digits in float32. At the end it is given back.
-    Nothing changes elsewhere than on Linux with glibc. Source: mallopt(3).
+    glibc would give large pieces back at once, and Linux hand them out again for the next layer, page by page and
+    zeroed: a fifth of the time of large batches of digits, and of tiny-if's stage 2, in float32. At the end they are
+    given back. Nothing changes elsewhere than on Linux with glibc. Source: mallopt(3).
     """
     malloc = glibc()
     if malloc:
