@@ -32,11 +32,10 @@ from shared.stages import MODEL, UPSCALER
 from shared.training import add_run_options, check_run, end_training
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ddpm.tools.devices import pick_device, pick_dtype
-from ddpm.tools.distributed import num_processes, rank
+from ddpm.tools.distributed import num_processes, rank, start_group, wait
 from ddpm.tools.figures import save_grid
 from ddpm.tools.files import fingerprint
 from ifmodel.tiny.captions import curated
@@ -184,8 +183,7 @@ def get_tokenizer(args: Namespace, data: CaptionedImages) -> Path:
     folder = args.out / "tokenizer"
     if rank() == 0 and not args.resume:
         start_tokenizer(folder, None if args.new_text else args.start, data.all_captions())
-    if num_processes() > 1:
-        dist.barrier()
+    wait()
     return folder
 
 
@@ -197,7 +195,7 @@ def start_processes(args: Namespace) -> torch.device:
     if num_processes() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        start_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 

@@ -8,9 +8,9 @@ import runpy
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from PIL import Image
@@ -71,35 +71,46 @@ def run_all(commands: list[list[str]], folder: Path) -> list[Run]:
     """Run commands, [script, option, …] each, two at a time, each in a new folder below this one."""
     runs = [Run([str(part) for part in command], folder / f"{k}" / "run") for k, command in enumerate(commands)]
     SERVER.set_forkserver_preload(PRELOADED)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_run, runs))
+    waiting, begun = runs[::-1], []  # in one thread: two that ask for a process's status may take it from each other
+    while waiting or begun:
+        while waiting and len(begun) < 2:
+            run = waiting.pop()
+            begun.append((run, _start(run), time.monotonic()))
+        wait([process.sentinel for _, process, _ in begun], 1)
+        for run, process, since in [*begun]:
+            if not process.is_alive() or time.monotonic() - since > SECONDS:
+                _end(run, process)
+                begun.remove((run, process, since))
     return runs
 
 
 def stopped_at(command: list, folder: Path, number: int, seconds: float) -> Run:
     """A run in a folder, which is sent a signal so long after its script began."""
     run = Run([str(part) for part in command], folder)
-
-    def send(process):
-        while process.is_alive() and not (folder.parent / "begun").exists():
-            time.sleep(0.01)
-        process.join(seconds)
-        if process.is_alive():
-            os.kill(process.pid, number)
-
-    _run(run, send)
+    process = _start(run)
+    while process.is_alive() and not (folder.parent / "begun").exists():
+        time.sleep(0.01)
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join(SECONDS)
+    _end(run, process)
     return run
 
 
-def _run(run: Run, meanwhile=lambda process: None):
+def _start(run: Run):
+    """The process of a run."""
     run.folder.mkdir(parents=True, exist_ok=True)
     process = SERVER.Process(target=_invoke, args=(run.command, run.folder))
     process.start()
-    meanwhile(process)
-    process.join(SECONDS)
+    return process
+
+
+def _end(run: Run, process):
+    """Note what became of a run, and kill what still goes on."""
     if process.is_alive():
         process.kill()
-        process.join()
+    process.join()
     beside = run.folder.parent
     run.status, run.err = process.exitcode, (beside / "stderr").read_text(errors="replace")
     run.peak = float((beside / "peak").read_text()) if (beside / "peak").exists() else 0

@@ -1,5 +1,6 @@
 """Work that is split across torchrun's processes, and gathered again; one process alone does all of it."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -54,7 +55,9 @@ def wait():
         dist.barrier()
 
 
-def start_group():
-    """Connect the processes, through the CPU, over which the images go; the first to come waits for the last."""
+def start_group(backend: str = "gloo"):
+    """Connect the processes, through the CPU unless told otherwise; the first to come waits for the last."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+        # a thread of gloo's that is left when Python ends may take the whole process down with SIGABRT
+        atexit.register(dist.destroy_process_group)
