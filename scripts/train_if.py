@@ -56,6 +56,8 @@ def arguments() -> Namespace:
     options.add_argument("--hold-out", action="store_true", help=help)
     help = "how much place, size, turn, hue and background vary (default: 1)"
     options.add_argument("--variety", type=float, default=1.0, help=help)
+    help = 'share of captions that name no thing, such as "a photo"; A5 to A7 ask for these (default: 0.1)'
+    options.add_argument("--unnamed", type=float, default=0.1, help=help)
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"
     options.add_argument("--start", metavar="FOLDER", help=help)
@@ -84,8 +86,9 @@ def arguments() -> Namespace:
         raise ValueError(f"--text-steps must be from 0 to {LARGEST}")
     if args.workers > (os.cpu_count() or 1):
         raise ValueError(f"--workers {args.workers} are more than this machine's {os.cpu_count()} processors")
-    if not 0 <= args.variety <= 1:
-        raise ValueError(f"--variety must be from 0 to 1, but is {args.variety}")
+    for name in ("variety", "unnamed"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} must be from 0 to 1, but is {getattr(args, name)}")
     args.stage_2_of = MODEL if args.stage_2_of == "tiny-if" else args.stage_2_of
     if args.start == "tiny-if":
         args.start = UPSCALER if args.stage_2_of else MODEL
@@ -152,7 +155,9 @@ def main():
     data = load(part="train" if args.hold_out else "all")
     watched = load(part="held out") if args.hold_out else data
     torch.manual_seed(args.seed)
-    chosen = {name: getattr(args, name) for name in ("size", "steps", "batch_size", "seed", "start", "variety")}
+    chosen = {
+        name: getattr(args, name) for name in ("size", "steps", "batch_size", "seed", "start", "variety", "unnamed")
+    }
     chosen |= {"learning_rate": args.lr, "text_steps": args.text_steps, "text_batch": args.text_batch}
     chosen |= {"crop": args.crop if args.stage_2_of else None, "dtype": str(dtype).removeprefix("torch.")}
     tokenizer = get_tokenizer(args, data)

@@ -64,13 +64,13 @@ class CaptionedImages:
         things = {phrases[0]: {"aliases": phrases[1:], "tags": tags} for phrases, tags in named}
         return {"things": things, "anything": [phrase for style in STYLES.values() for phrase in style.anything]}
 
-    def caption(self, row: int, generator: torch.Generator, background: str = "") -> str:
-        """One of the captions that fit a drawing; in a tenth one that names no thing.
+    def caption(self, row: int, generator: torch.Generator, background: str = "", named: bool = True) -> str:
+        """One of the captions that fit a drawing; named: whether it names the thing.
 
-        background: of which colour it is, said in half of the captions
+        background: of which colour it is, said in half of those that do
         """
         style, thing = list(STYLES.values())[int(self.styles[row])], int(self.things[row])
-        if torch.rand(1, generator=generator) < 0.1:
+        if not named:
             return pick(style.anything, generator)
         phrases = self.phrases[thing]
         # an alias as often as the name
@@ -96,7 +96,7 @@ def pick(choices: Sequence, generator: torch.Generator):
 
 
 def draw_rows(
-    data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float = 1.0
+    data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float | Tensor = 1.0
 ) -> tuple[Tensor, list[int], list[str]]:
     """Images [count, 3, size, size] in [-1, 1] of different things if there are enough, their rows and backgrounds.
 
@@ -116,26 +116,39 @@ def draw_rows(
 
 
 def draw_images(
-    data: CaptionedImages, size: int, count: int, generator: torch.Generator, variety: float = 1.0
+    data: CaptionedImages,
+    size: int,
+    count: int,
+    generator: torch.Generator,
+    variety: float = 1.0,
+    unnamed: float = 0.1,
 ) -> tuple[Tensor, list[str]]:
-    """Images as of `draw_rows`, each with a caption."""
-    images, rows, backgrounds = draw_rows(data, size, count, generator, variety)
-    return images, [data.caption(row, generator, ground) for row, ground in zip(rows, backgrounds, strict=True)]
+    """Images as of `draw_rows`, each with a caption.
+
+    unnamed: the share of captions that name no thing, such as "a photo"; these drawings are shown without variety,
+        since what fits any of them is hard enough to learn
+    """
+    named = torch.rand(count, generator=generator) >= unnamed
+    images, rows, backgrounds = draw_rows(data, size, count, generator, variety * named)
+    described = zip(rows, backgrounds, named.tolist(), strict=True)
+    return images, [data.caption(row, generator, ground, named) for row, ground, named in described]
 
 
 def show(
-    data: CaptionedImages, rows: Sequence[int], size: int, generator: torch.Generator, variety: float = 1.0
+    data: CaptionedImages, rows: Sequence[int], size: int, generator: torch.Generator, variety: float | Tensor = 1.0
 ) -> tuple[Tensor, list[str]]:
     """Drawings as images [B, 3, size, size] in [-1, 1], placed, sized, turned, mirrored and coloured at random.
 
-    variety: 0 shows each as it is, on white; 1 scales down to 0.6, turns by up to 15° and puts half of them on colours
+    variety: 0 shows each as it is, on white; 1 scales down to 0.6, turns by up to 15° and puts half of them on colours;
+        a number for all, or one for each, [B]
     Also returns what the background of each is called, "" where it is white or has no name.
     """
     count, source = len(rows), data.images.shape[-1]
     uniform = torch.rand((10, count), generator=generator)
+    variety = torch.as_tensor(variety).expand(count)
     scale = 1 - 0.4 * variety * uniform[0]
     angle = math.radians(15) * variety * (uniform[1] + uniform[2] - 1)
-    mirrored = torch.where(uniform[3] < 0.5 * min(variety, 1), -1.0, 1.0)
+    mirrored = torch.where(uniform[3] < 0.5 * variety.clamp(max=1), -1.0, 1.0)
     shift = (1 - scale) * (2 * uniform[4:6] - 1)  # [2, B]; so the whole drawing stays inside
     cos, sin = angle.cos() / scale, angle.sin() / scale
     inverse = torch.stack([torch.stack([mirrored * cos, mirrored * sin]), torch.stack([-sin, cos])])  # [2, 2, B]
@@ -162,21 +175,21 @@ def turn_hue(colours: Tensor, angle: Tensor) -> Tensor:
 
 
 def backgrounds(
-    data: CaptionedImages, rows: Sequence[int], size: int, generator: torch.Generator, variety: float
+    data: CaptionedImages, rows: Sequence[int], size: int, generator: torch.Generator, variety: Tensor
 ) -> tuple[Tensor, list[str]]:
-    """[B, 3, size, size] in [0, 1], half of them white, the others tints or gradients."""
+    """[B, 3, size, size] in [0, 1], half of them white with a variety of 1, [B], the others tints or gradients."""
     styles, tints = list(STYLES.values()), torch.tensor(list(TINTS.values()))
     ramp = torch.linspace(0, 1, size).view(1, size, 1)
     grounds, names = [], []
-    for row in rows:
+    for row, variety_of_row in zip(rows, variety.tolist(), strict=True):
         kind, first, second = torch.rand(3, generator=generator).tolist()
         style, name, ground = styles[int(data.styles[row])], "", torch.ones(3, 1, 1)
         if style.ground is not None and style.filter is not None:
             ground = torch.tensor(style.ground).view(3, 1, 1)
-        elif kind < 0.35 * variety:
+        elif kind < 0.35 * variety_of_row:
             k = int(first * len(TINTS))
             ground, name = tints[k].view(3, 1, 1), list(TINTS)[k]
-        elif kind < 0.5 * variety:
+        elif kind < 0.5 * variety_of_row:
             top, bottom = (tints[int(part * len(TINTS))].view(3, 1, 1) for part in (first, second))
             ground = top + ramp * (bottom - top)
         grounds.append(ground.expand(3, size, size))

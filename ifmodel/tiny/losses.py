@@ -42,12 +42,13 @@ def draw_batch(
     *,
     drop: float = 0.1,
     variety: float = 1.0,
+    unnamed: float = 0.1,
 ) -> Batch:
     """`count` images of size × size with their captions, see `draw_images`.
 
-    drop: the share of captions that become "", for classifier-free guidance
+    drop: the share of captions that become "", for classifier-free guidance; unnamed: see `draw_images`
     """
-    x_0, captions = draw_images(data, size, count, generator, variety)
+    x_0, captions = draw_images(data, size, count, generator, variety, unnamed)
     dropped = (torch.rand(count, generator=generator) < drop).tolist()
     tokens, mask = tokenizer(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
     return Batch(x_0, tokens, mask)

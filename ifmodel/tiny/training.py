@@ -36,7 +36,7 @@ class Recipe:
 
     size: of the images; crop: stage 2 trains on parts of so many pixels
     text_steps, text_batch: of the text encoder, before the UNet
-    variety: how much drawings vary, see `ifmodel.tiny.data.show`
+    variety, unnamed: how much drawings vary, and how many captions name no thing, see `ifmodel.tiny.data`
     data, tokenizer: a hash of each
     """
 
@@ -52,6 +52,7 @@ class Recipe:
     dtype: str
     start: str | None = None
     crop: int | None = None
+    unnamed: float = 0.1
     seed: int = 20040805
 
 
@@ -61,7 +62,7 @@ def check_room(config: UNetConfig, text_dim: int | None, batch_size: int, side: 
     text_dim: the width of the text encoder, None where it is not trained; side: of the images. Raises ValueError.
     """
     with torch.device("meta"):
-        parts = [UNet(config), *([] if text_dim is None else [build_encoder(1, text_dim)])]
+        parts = [UNet(config), *([] if text_dim is None else [build_encoder(2, text_dim)])]
     weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
     needed = 5 * 4 * weights + config.activation_bytes(batch_size, side, side)
     check_memory(needed, f"training with {batch_size} images of {side} × {side} at a time", device)
@@ -131,8 +132,9 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         """The batch of this step, on the CPU; all processes draw the same."""
         generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, step))
-        count, size = self.recipe.batch_size, self.recipe.size
-        return draw_batch(self.data, self.tokenizer, count, size, generator, variety=self.recipe.variety)
+        recipe = self.recipe
+        shown = {"variety": recipe.variety, "unnamed": recipe.unnamed}
+        return draw_batch(self.data, self.tokenizer, recipe.batch_size, recipe.size, generator, **shown)
 
     def ahead(self, first: int, workers: int) -> Iterator[Batch]:
         """Those from step `first` on, drawn by so many processes; by this one if 0. Ctrl-C is this one's to handle."""

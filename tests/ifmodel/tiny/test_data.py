@@ -91,6 +91,16 @@ def test_captions_say_thing_and_style_or_nothing(folder):
     assert any(caption.endswith("background") for caption in captions)
 
 
+def test_what_names_no_thing_shows_drawings_as_they_are(folder):
+    data = load_captioned(folder, 32)
+    anything = {phrase for style in STYLES.values() for phrase in style.anything}
+    for unnamed in (1, 0):
+        x, captions = draw_images(data, 32, 60, torch.Generator().manual_seed(0), unnamed=unnamed)
+        assert all((caption in anything) == unnamed for caption in captions)
+        different = len({tuple(image.flatten()[::7].tolist()) for image in x})
+        assert different <= len(data.files) < 60 if unnamed else different == 60
+
+
 def test_held_out_drawings_are_never_trained_on(folder):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     held = {row["file_name"] for row, out in zip(rows, held_out(rows), strict=True) if out}
