@@ -8,8 +8,9 @@
 
 Stage 1: first a tokenizer is trained on the captions, and the text encoder against the images (--text-steps); then
 the encoder and the UNet together. Small images are cheap and teach which caption is of what: begin with --size 16, go
-on with --start. Stage 2 keeps the text encoder of its stage 1, and learns on crops, which are cheap; let it finish on
-whole images, which alone show where a pixel lies (--start out/stage-2/model --crop 128).
+on with --start. Stage 2 keeps the text encoder of its stage 1, which also draws half of the small images anew, so that
+it learns to enlarge those, too. It learns on crops, which are cheap; let it finish on whole images, which alone show
+where a pixel lies (--start out/stage-2/model --crop 128).
 Writes to --out: state.safetensors (for --resume); every --every steps and at the last a line of log.csv and
 samples.png; and model/, with the averaged weights, which scripts/generate.py and diffusers load. The log's columns are
 the loss and, for stage 1, what it is with the right captions, with others' and with none (right should become the
@@ -45,7 +46,7 @@ from ifmodel.tiny.loading import load_captioned
 from ifmodel.tiny.stages import Stage2, start_encoder, start_tokenizer, start_unet
 from ifmodel.tiny.training import Recipe, begin_stage_1, check_room, train_stage
 from ifmodel.unet import UNetConfig
-from ifmodel.weights import fetch, load_config
+from ifmodel.weights import fetch, load_config, load_unet
 
 
 def arguments() -> Namespace:
@@ -165,8 +166,8 @@ def main():
     recipe = Recipe(**chosen, data=data.fingerprint(), tokenizer=fingerprint(*vocabulary))
     if args.stage_2_of:
         unet, encoder = start_unet(unet_config(args), args.start), start_encoder(args.stage_2_of, tokenizer)
-        small = load_config(args.stage_2_of).sample_size
-        stage = Stage2(unet_config(args), encoder, unet, tokenizer, device, small, args.crop)
+        stage_1 = load_unet(args.stage_2_of, pack=False)
+        stage = Stage2(unet_config(args), encoder, unet, stage_1, tokenizer, device, args.crop)
     else:
         own = {"new_text": args.new_text, "resume": args.resume}
         stage = begin_stage_1(unet_config(args), data, recipe, tokenizer, device, **own)

@@ -144,16 +144,31 @@ def sdedited(exam: Exam, drawings: dict[str, tuple[str, Tensor]], guidance_scale
     return {"recognised": share(torch.cat(recognised)), "nearer to its own": share(torch.cat(nearer)), **shares}
 
 
-def upscaled(exam: Exam, name: str, data: CaptionedImages, unet: UNet, null_embeds: Tensor) -> dict[str, float]:
+def drawn_anew(exam: Exam, name: str, data: CaptionedImages, rows: Sequence[int], small: Tensor) -> Tensor:
+    """Small drawings of these rows as stage 1 would have drawn them: SDEdit from t = 300, asked for what they show."""
+    timesteps, size, jobs = strided_timesteps(SCHEDULE.num_timesteps, 30), exam.batch_size, []
+    prompts = [prompt_for(data, int(data.things[row]), int(data.styles[row])) for row in rows]
+    for k, part in enumerate(small.split(size)):
+        edit = partial(sdedit, x_0=part.to(exam.cascade.device), i_start=timesteps.index(300))
+        seeds = range(exam.seed + size * k, exam.seed + size * k + len(part))
+        jobs.append(Job(prompts[size * k : size * (k + 1)], seeds, edit, timesteps))
+    return exam.draw(name, jobs, 1.0, ("ddpm", 0.0, len(timesteps)))
+
+
+def upscaled(
+    exam: Exam, name: str, data: CaptionedImages, unet: UNet, null_embeds: Tensor, again: bool = False
+) -> dict[str, float]:
     """How near does stage 2 come to large drawings, from small ones alone, and how near bicubic upscaling?
 
     data: large drawings, S × S as `unet` draws them; null_embeds: [1, 77, D], of "", all that stage 2 is told
+    again: the small ones are `drawn_anew`
     Returns `fidelity` of both.
     """
     size, seed = unet.config.sample_size, exam.seed
     rows = shuffled(len(data.files), 5)[:64]
     large = show(data, rows, size, torch.Generator().manual_seed(5), exam.variety)[0]
     small = F.avg_pool2d(large, size // exam.side)
+    small = drawn_anew(exam, f"{name}_small", data, rows, small) if again else small
     bicubic = F.interpolate(small, large.shape[-2:], mode="bicubic").clamp(-1, 1)
     parts = small.split(8)
 

@@ -3,17 +3,21 @@
 The model is a `TextToImage` throughout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.estimates import unguided
 from ddpm.losses import variational_bound
-from ddpm.process import add_noise, predict_x0
-from ifmodel.stage import SCHEDULE, noised_upscaled
+from ddpm.process import add_noise, ddim_step, predict_x0
+from ddpm.sampling import noise_source, sdedit
+from ifmodel.stage import SCHEDULE, STAGE_1_THRESHOLD, noised_upscaled
 from ifmodel.t5 import Tokenizer
 from ifmodel.tiny.data import CaptionedImages, draw_images
+from ifmodel.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ def stage_2_loss(
     *,
     small: int,
     crop: int,
+    stage_1: UNet | None = None,
     max_noise_level: int = 100,
     offset: float = 0.1,
 ) -> Tensor:
     """As `stage_1_loss`, for crops of the images, concatenated with crops of what stage 2 sees of the small ones.
 
     small: the size of stage 1's images; crop: of the crops; offset: the standard deviation of the noise's brightness
+    stage_1: draws half of the small images anew, see `redrawn`
     The small images are noised to a random level, also passed to the model, which makes it robust to stage-1
     artefacts. They are cropped after upscaling: a crop upscaled alone would be slightly displaced.
     `noised_upscaled` aligns the corners, so near them it displaces the small image by 3/8 of a small pixel. A crop
@@ -105,7 +111,8 @@ def stage_2_loss(
     count = len(batch.x_0)
     t = torch.randint(SCHEDULE.num_timesteps, (count,), **given).to(device)[rows]
     noise_level = torch.randint(max_noise_level, (count,), **given).to(device)
-    low_res = small_noised(batch.x_0, small, noise_level, generator)
+    again = None if stage_1 is None else lambda x: redrawn(x, model, stage_1, batch, count // 2, generator)
+    low_res = small_noised(batch.x_0, small, noise_level, generator, again)
     both = cropped(torch.cat([batch.x_0, low_res], dim=1), crop, generator)[rows]
     x_0, low_res = both.chunk(2, dim=1)
     eps = torch.randn((count, 3, crop, crop), **given)
@@ -115,11 +122,38 @@ def stage_2_loss(
     return hybrid_loss(output, x_0, x_t, eps, t, most=5.0)
 
 
-def small_noised(x_0: Tensor, small: int, noise_level: int | Tensor, generator: torch.Generator) -> Tensor:
-    """What stage 2 would see of images [B, 3, S, S], if stage 1 had drawn them small × small pixels large."""
+def small_noised(
+    x_0: Tensor,
+    small: int,
+    noise_level: int | Tensor,
+    generator: torch.Generator,
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What stage 2 would see of images [B, 3, S, S], if stage 1 had drawn them small × small pixels large.
+
+    again: what is done with the small ones before
+    """
     size = x_0.shape[-1]
     noise = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0.device)
-    return noised_upscaled(F.avg_pool2d(x_0, size // small), (size, size), noise_level, lambda: noise)
+    x = F.avg_pool2d(x_0, size // small)
+    return noised_upscaled(x if again is None else again(x), (size, size), noise_level, lambda: noise)
+
+
+@torch.no_grad()
+def redrawn(
+    x: Tensor, model: nn.Module, stage_1: UNet, batch: Batch, count: int, generator: torch.Generator, num_steps: int = 4
+) -> Tensor:
+    """Small images [B, 3, S, S], of which stage 1 has drawn the first `count` anew: noised to a t, and denoised again.
+
+    So stage 2 sees how stage 1 draws, and still knows what the large image is. Source: SDEdit, arXiv 2108.01073.
+    model: whose text encoder is stage 1's, too; the first t is random, from 100 to 500
+    """
+    start = int(torch.randint(100, 501, (1,), generator=generator, device=generator.device))
+    seeds = torch.randint(2**31, (count,), generator=generator, device=generator.device).tolist()
+    text = stage_1.encode_text(model.embed(batch[:count]))
+    loop = {"noise": noise_source(seeds, x.shape[1:], x.device), "step": ddim_step, "threshold": STAGE_1_THRESHOLD}
+    timesteps = torch.linspace(start, 0, num_steps + 1).int().tolist()
+    return torch.cat([sdedit(unguided(stage_1, text), x[:count], 0, timesteps, SCHEDULE, **loop), x[count:]])
 
 
 def hybrid_loss(
@@ -160,8 +194,7 @@ def caption_loss_gap(model: nn.Module, batch: Batch, t: int = 800, seed: int = 0
     for name, other in given.items():
         eps_hat = model(x_t, times, other).float().chunk(2, dim=1)[0]
         losses[name] = F.mse_loss(eps_hat, eps).item()
-    embeds = model.encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state
-    pooled = F.normalize(model.unet.encode_text(embeds).pooled.float(), dim=1)
+    pooled = F.normalize(model.unet.encode_text(model.embed(batch)).pooled.float(), dim=1)
     count = len(pooled)
     alike = (pooled.sum(0).square().sum() - count) / max(count * (count - 1), 1)
     return {**losses, "alike": alike.item()}

@@ -84,8 +84,11 @@ class TextToImage(nn.Module):
 
         t, noise_level: [B]; of the batch only the captions are used
         """
-        embeds = self.encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state
-        return self.unet(x_t, t, self.unet.encode_text(embeds), noise_level)
+        return self.unet(x_t, t, self.unet.encode_text(self.embed(batch)), noise_level)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The captions' embeddings, [B, 77, D]."""
+        return self.encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state
 
 
 @torch.no_grad()

@@ -64,13 +64,15 @@ class Stage1:
 
 
 class Stage2:
-    """Stage 2 in training, with the text encoder of a stage 1, which stays as it is."""
+    """Stage 2 in training, for a stage 1, which stays as it is, with its text encoder."""
 
-    def __init__(self, config: dict, encoder, unet: UNet, tokenizer: Path, device: torch.device, small: int, crop: int):
-        self.config, self.tokenizer, self.small = config, Tokenizer(tokenizer), small
+    def __init__(
+        self, config: dict, encoder, unet: UNet, stage_1: UNet, tokenizer: Path, device: torch.device, crop: int
+    ):
+        self.config, self.tokenizer, self.small = config, Tokenizer(tokenizer), stage_1.config.sample_size
         self.model = TextToImage(encoder.requires_grad_(False), unet).to(device, memory_format=torch.channels_last)
         self.parameters = [{"params": unet.parameters()}]
-        self.loss = partial(stage_2_loss, small=small, crop=crop)
+        self.loss = partial(stage_2_loss, small=self.small, crop=crop, stage_1=stage_1.to(device))
 
     def watch(self, held: Batch) -> dict[str, float]:
         """What the log says of it, `upscaling_error` of a few images."""
@@ -79,7 +81,7 @@ class Stage2:
     def sheet(self, held: Batch, seed: int, data: CaptionedImages) -> tuple[list[Tensor], dict]:
         """Rows of images in [0, 1]: the small ones, stage 2's, and the originals; and their labels."""
         few, size = held[:6], held.x_0.shape[-1]
-        embeds = self.model.encoder(few.tokens, attention_mask=few.mask).last_hidden_state
+        embeds = self.model.embed(few)
         small = F.avg_pool2d(few.x_0, size // self.small)
         options = {"num_steps": 25, "guidance_scale": 1.0, "noise_level": 50, "size": (size, size)}
         images = upscale(self.model.unet, small, embeds, embeds, seeds=[seed] * len(small), **options)

@@ -193,7 +193,9 @@ def measure_stage_2(exam: Exam, args: Namespace) -> dict[str, dict[str, float]]:
     parts = {"trained on": "train", "held out": "held out"} if args.hold_out else {"trained on": "all"}
     load, measures = partial(load_captioned, args.data, unet.config.sample_size, exam.data.names), {}
     for kind, part in parts.items():
-        measures[kind] = upscaled(exam, f"stage_2_{kind.replace(' ', '_')}", load(part=part), unet, null)
+        data, name = load(part=part), f"stage_2_{kind.replace(' ', '_')}"
+        measures[kind] = upscaled(exam, name, data, unet, null)
+        measures[f"{kind}, drawn anew"] = upscaled(exam, f"{name}_anew", data, unet, null, again=True)
     return measures
 
 

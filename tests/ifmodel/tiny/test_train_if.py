@@ -13,12 +13,15 @@ from functools import partial
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 import train_if
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image, ImageDraw
 
+from ddpm.process import predict_eps
 from ddpm.tools.files import load_tensors, save_tensors
 from ifmodel import UNet, UNetConfig
+from ifmodel.stage import SCHEDULE
 from ifmodel.t5 import Tokenizer, embed_each
 from ifmodel.tiny import export, losses, models, stages, training
 from ifmodel.tiny.captions import ALIASES, curated, with_article
@@ -247,6 +250,25 @@ def test_a_crop_of_what_stage_2_sees_lies_where_its_image_does(data):
     crops = losses.cropped(torch.cat([x_0, low_res], 1), 8, torch.Generator().manual_seed(1))
     image, seen = crops.chunk(2, dim=1)
     assert (image - seen).square().mean() < 0.25 * (image - seen.roll(1, 0)).square().mean()
+
+
+def test_stage_2_sees_what_stage_1_draws(monkeypatch, data, tokenizer):
+    """The first of the small images are drawn by stage 1, the others are the drawings' own."""
+    model = small_model(tokenizer, export.stage_2_config(16, [32, 32], 1, 32))
+    stage_1 = small_model(tokenizer, export.stage_1_config(8, [32, 32], 1, 32)).unet
+    batch = losses.draw_batch(data, tokenizer, 6, 16, torch.Generator().manual_seed(0), drop=0)
+    x = F.avg_pool2d(batch.x_0, 2)
+    again = losses.redrawn(x, model, stage_1, batch, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(again[3:], x[3:])
+    assert again.shape == x.shape and again.isfinite().all()
+    assert (again[:3] - x[:3]).square().mean() > 0.01
+
+    def exact(x_t, t, text):
+        return torch.cat([predict_eps(x_t, x[:3], t, SCHEDULE), torch.zeros_like(x_t)], 1)
+
+    exact.encode_text = stage_1.encode_text
+    again = losses.redrawn(x, model, exact, batch, 3, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(again, x)  # a stage 1 that knows the image draws it again
 
 
 def test_the_gap_is_zero_for_a_model_that_does_not_listen(data, tokenizer):
