@@ -8,6 +8,7 @@ call the clean image x_0: their t is ours plus one.)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -167,7 +168,14 @@ def check_num_timesteps(num_timesteps: int, least: int = 1):
         raise ValueError(f"a schedule needs from {least} to {MAX_TIMESTEPS} timesteps, not {num_timesteps!r}")
 
 
+def check_whole(name: str, number: int):
+    """Raises ValueError for what is no whole number."""
+    if not isinstance(number, Integral):
+        raise ValueError(f"{name} must be a whole number, not {number!r}")
+
+
 def _check_steps(num_steps: int, num_timesteps: int):
     check_num_timesteps(num_timesteps)
+    check_whole("num_steps", num_steps)
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"steps must be from 1 to {num_timesteps}, the timesteps of the schedule, not {num_steps}")

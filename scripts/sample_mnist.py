@@ -42,7 +42,7 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--weights", type=Path, default=Path("ddpm_class"), help="default: ddpm_class, shipped")
     options.add_argument("--per-class", type=positive, default=4, metavar="N", help="of each digit (default: 4)")
-    options.add_argument("--guidance", type=number, default=5.0, metavar="G", help="γ, 1 for none (default: 5)")
+    options.add_argument("--guidance", type=number, metavar="G", help="γ, 1 for none (default: 5)")
     options.add_argument("--steps", type=int, metavar="N", help="default: all 300 timesteps; with a flow, 50")
     samplers = [*SAMPLERS, *FLOW_SAMPLERS]
     options.add_argument("--sampler", choices=samplers, help="default: ddpm; with a flow euler (or heun)")
@@ -65,6 +65,9 @@ def main():
     model = load_model(args.weights, (ClassUNet, TimeUNet, ClassFlow, TimeFlow), device)
     steps, draw = pick_sampling(model, args.steps, args.sampler, args.eta)
     by_class = isinstance(model, (ClassUNet, ClassFlow))
+    if args.guidance is not None and not by_class:
+        raise ValueError(f"--guidance needs a model with classes, and {args.weights} has none: leave it out")
+    args.guidance = 5.0 if args.guidance is None else args.guidance
     if args.animate and args.per_class > 10:
         raise ValueError("--animate shows at most 100 digits: --per-class 10 or less")
     check_memory(80 * 28**2 * args.per_class, f"ten times {args.per_class} digits")

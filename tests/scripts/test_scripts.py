@@ -202,6 +202,9 @@ def test_flows_and_ddpms_are_not_taken_for_one_another(refused, tmp_path, weight
     assert "for DDPMs" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--sampler", "ddim", *out)
     assert "for flows" in refused("sample_mnist", "--weights", weights["ClassUNet"], "--sampler", "heun", *out)
     assert "eta is for" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--eta", 1, *out)
+    for name in ("TimeUNet", "TimeFlow"):
+        told = refused("sample_mnist", "--weights", weights[name], "--guidance", 3, *out)
+        assert f"--guidance needs a model with classes, and {weights[name]} has none: leave it out" in told
     assert "at least 1 step" in refused("sample_mnist", "--weights", weights["ClassFlow"], "--steps", 0, *out)
     gallery = refused("digits_gallery", "--data", DATA, "--weights", weights["ClassFlow"], "--out", tmp_path / "g")
     assert "holds a ClassFlow (a flow), but a ClassUNet is needed here" in gallery
@@ -381,6 +384,7 @@ def test_impossible_steps(sample, steps):
         (["--per-class", "0"], "'0' is not a whole number from 1 to 1000000"),
         (["--guidance", "nan"], "'nan' is not a finite number"),
         (["--guidance", "high"], "'high' is not a finite number"),
+        (["--sampler", "ddim", "--eta", "2"], "eta must be from 0 to 1, not 2"),
         (["--device", "tpu"], "device 'tpu' is not on this machine: choose from auto"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--colour"], "unrecognized arguments: --colour"),

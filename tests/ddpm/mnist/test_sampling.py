@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -13,6 +14,8 @@ from ddpm.process import ddim_step, dpm_solver_step
 from ddpm.sampling import guided, iterative_denoise, noise_source, sdedit, unguided
 from ddpm.schedule import linear_schedule, log_snr_timesteps
 from tests.conftest import settled
+
+SCHEDULE = linear_schedule()
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,21 @@ def test_a_time_conditioned_model_samples_without_labels():
     assert images.min() >= 0 and images.max() <= 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, numpy.array])
+def test_labels_and_seeds_are_whole_numbers_of_any_kind(model, kind):
+    def drawn(labels, seeds):
+        digits = GuidedDigits(model, num_steps=2)
+        flow = sample_flow(ClassFlow(4).eval(), labels, seeds, num_steps=1)
+        others = digits.draw(digits.estimate(labels), seeds), sample_digits(model, labels, seeds, SCHEDULE, num_steps=2)
+        return torch.stack([flow, *others])
+
+    torch.manual_seed(0)
+    expected = drawn([3, 4], range(1, 3))
+    torch.manual_seed(0)
+    assert torch.equal(drawn(kind([3, 4]), kind([1, 2])), expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("sampler", "step"), [("ddim", ddim_step), ("dpm++", dpm_solver_step)])
 def test_digits_by_another_sampler(model, sampler, step):
@@ -191,6 +209,50 @@ def test_a_model_of_the_other_kind_is_refused(model):
         sample_digits(ClassFlow(4), [3], [1], linear_schedule())
     with pytest.raises(ValueError, match="a ClassUNet is a DDPM: draw with sample_digits"):
         sample_flow(model, [3], [1])
+
+
+ASKED = {"labels": [3, 4], "seeds": [1, 2]}
+WRONG = [  # what is asked for, what is said, and whether sample_flow says it, too
+    ({"labels": None}, "a Class(UNet|Flow) draws the digits that it is told: give labels", True),
+    ({"labels": 3}, r"labels must be a list of whole numbers, such as \[3, 7\], not 3$", True),
+    ({"labels": [3, 4.0]}, "labels must be a list of whole numbers", True),
+    ({"labels": torch.ones(2)}, r"labels must be .*, not tensor\(\[1., 1.\]\)", True),
+    ({"labels": [], "seeds": []}, "seeds must hold one for each digit that is drawn", True),
+    ({"seeds": 5}, r"seeds must be a list of whole numbers, such as \[3, 7\], not 5$", True),
+    ({"seeds": "12"}, "seeds must be a list of whole numbers.*, not '12'$", True),
+    ({"batch_size": 0}, "batch_size must be at least 1, not 0", True),
+    ({"batch_size": -1}, "batch_size must be at least 1, not -1", True),
+    ({"batch_size": 2.0}, "batch_size must be a whole number, not 2.0", True),
+    ({"num_steps": 2.5}, "num_steps must be a whole number, not 2.5", True),
+    ({"num_steps": "20"}, "num_steps must be a whole number, not '20'", True),
+    ({"sampler": "ddim", "eta": -1}, "eta must be from 0 to 1, not -1", False),
+    ({"sampler": "dpm++", "eta": 1.5}, "eta must be from 0 to 1, not 1.5", False),
+    ({"schedule": linear_schedule(1000)}, "trained with 300 timesteps: give a schedule of these, not of 1000", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "told", "of_flows"), WRONG)
+def test_what_a_model_cannot_draw_is_refused_before_it_is_asked(model, monkeypatch, asked, told, of_flows):
+    monkeypatch.setattr("ddpm.mnist.sampling.folded", lambda _: pytest.fail("the model was asked"))
+    with pytest.raises(ValueError, match=told):
+        sample_digits(model, **{**ASKED, "schedule": SCHEDULE, **asked})
+    if of_flows:
+        with pytest.raises(ValueError, match=told):
+            sample_flow(ClassFlow(4), **{**ASKED, **asked})
+
+
+def test_labels_for_a_model_without_classes_are_refused(model):
+    with pytest.raises(ValueError, match="a TimeUNet cannot be told which digit to draw"):
+        sample_digits(TimeUNet(4), [3], [1], SCHEDULE)
+    with pytest.raises(ValueError, match="a TimeFlow cannot be told which digit to draw"):
+        sample_flow(TimeFlow(4), [3], [1])
+    for other in (TimeUNet(4), ClassFlow(4)):
+        with pytest.raises(ValueError, match=f"draws with a ClassUNet, not with a {type(other).__name__}"):
+            GuidedDigits(other)
+    with pytest.raises(ValueError, match="labels must be a list of whole numbers"):
+        GuidedDigits(model).estimate(3)
+    with pytest.raises(ValueError, match="seeds must be a list of whole numbers"):
+        GuidedDigits(model).draw(None, seeds=5)
 
 
 class Own(torch.nn.Conv2d):
