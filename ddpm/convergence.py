@@ -25,11 +25,13 @@ class NoisePath:
     The noise of a long step is made of that of the short ones within it, so that all numbers of steps go the same way.
     The noise of all timesteps is in memory.
 
-    seeds: of the images; shape: of each, such as (3, 64, 64)
+    seeds: of the images; shape: of each, such as (3, 64, 64); device: on which they are drawn
     """
 
-    def __init__(self, schedule: Schedule, seeds: Sequence[int], shape: Sequence[int]):
-        noise = noise_source(seeds, shape)
+    def __init__(
+        self, schedule: Schedule, seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu"
+    ):
+        noise = noise_source(seeds, shape, device)
         self.schedule, self.x_T, self.noise = schedule, noise(), [noise() for _ in range(schedule.num_timesteps)]
         self.log_snr = 0.5 * torch.logit(schedule.alphas_cumprod)  # λ_t of the papers
 

@@ -64,7 +64,7 @@ def guided(
 
     c, null: the conditioning of B images and that of the null (or a negative) prompt, as many rows of each: tensors
         [B, …], or objects of a class that has a `cat` of its own
-    guidance_scale: γ, 0 is unconditional, 1 conditional; v comes from the conditional half
+    guidance_scale: γ, 0 is unconditional, 1 conditional; v is that of the conditional half, but for γ = 0
     interval: the first and last t with guidance; outside it the estimate is the conditional one, at half the cost
     guider: what combines the halves; `rescaled` and `projected` make others, which saturate less at large γ
     Source: classifier-free guidance, arXiv 2207.12598; the interval, arXiv 2404.07724.
@@ -169,6 +169,8 @@ def anagram(
     if len(weights) != len(views) or min(weights) <= 0:
         given = ", ".join(f"{weight:g}" for weight in weights)
         raise ValueError(f"give each of the {len(views)} views a weight above 0, not {given}")
+    if not all(isinstance(view, View) for view in views):
+        raise ValueError("views must be made first: vertical_flip(), not vertical_flip")
     seen = [turned_back(estimate, view) for estimate, view in zip(estimates, views, strict=True)]
     if reduction == "alternate":
         return alternating(seen)
@@ -233,9 +235,12 @@ def rectify(eps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def alternating(estimates: Sequence[Estimate]) -> Estimate:
     """One of the estimates after another, one a step, and marked: see the head of this file."""
-    turns = itertools.cycle(estimates)
+    turns, first = iter(()), -math.inf
 
     def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        nonlocal turns, first
+        if t >= first:  # another image begins, as the one before it did
+            turns, first = itertools.cycle(estimates), t
         return next(turns)(x_t, t)
 
     estimate.alternates = True

@@ -31,7 +31,7 @@ def flow_loss(model: nn.Module, x_1: Tensor, conditioning: tuple, generator: tor
     """‖(x_1 - x_0) - u_θ(x_t, t)‖² at t ~ U[0, 1], the mean over pixels, for data x_1 [B, C, H, W].
 
     conditioning: what the model takes after x_t and t, such as (c,) with c [B, 10].
-    Source: Flow Matching eq. 14 with σ_min = 0, arXiv 2210.02747; Rectified Flow eq. 1, arXiv 2209.03003.
+    Source: Flow Matching eq. 23 with σ_min = 0, arXiv 2210.02747; Rectified Flow eq. 1, arXiv 2209.03003.
     """
     t = torch.rand(len(x_1), generator=generator, device=x_1.device)
     x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device)

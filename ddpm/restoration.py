@@ -140,7 +140,7 @@ class Degradation:
     def degrade(self, x: Tensor, seed: int) -> Tensor:
         """What is seen of images x, y [B, 1 or 3, S/n, S/n]; of the hole nothing, not even noise."""
         y = self.operator().of(x)
-        y = y + self.noise_std * noise_source([seed], y.shape[1:])()
+        y = y + self.noise_std * noise_source(range(seed, seed + len(y)), y.shape[1:], y.device)()
         return y if self.mask is None else hole(self.mask).of(y)
 
     def restorer(self, y: Tensor, size: Sequence[int], **options) -> Callable[..., Tensor]:

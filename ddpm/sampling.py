@@ -8,6 +8,7 @@ model or from several, and all of its names may be imported from here. The loop,
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -43,15 +44,26 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: str | torch
     """Gaussian noise [len(seeds), *shape], fresh at each call, every image from a generator of its own.
 
     So an image depends on its own seed and not on the others of the batch. The generators live on the CPU:
-    the same seed gives the same noise on every device. Raises ValueError for a seed that they would cut to 32 bits.
+    the same seed gives the same noise on every device. Raises ValueError as `whole_seeds` does.
     """
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise ValueError(
-                f"a seed must be from 0 to 2^32 - 1, of which torch's generators keep all bits, not {seed}"
-            )
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in whole_seeds(seeds)]
     return lambda: torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]).to(device)
+
+
+def whole_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds as a list, of a range, a tensor or an array, too.
+
+    Raises ValueError for others than whole numbers from 0 to 2^32 - 1, of which torch's generators keep all bits.
+    """
+    try:
+        whole = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        wanted = "seeds must be a list of whole numbers, of one for each image, such as [1, 2]"
+        raise ValueError(f"{wanted}, not {seeds!r}") from None
+    for seed in whole:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"a seed must be from 0 to 2^32 - 1, not {seed}")
+    return whole
 
 
 def classical_denoise(x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
@@ -224,11 +236,17 @@ def inpaint(
 
 
 def check_sizes(x_t: Tensor, **images: Tensor):
-    """Raises ValueError for an image or a mask that is not of the height and width of what is sampled, x_t."""
+    """Raises ValueError for an image or a mask that does not fit what is sampled, x_t [B, C, H, W]."""
     for name, image in images.items():
+        if not isinstance(image, Tensor):
+            raise ValueError(f"{name} must be a tensor [B, C, H, W], not {type(image).__name__}")
         (h, w), wanted = image.shape[-2:], x_t.shape[-2:]
         if (h, w) != wanted:
             raise ValueError(f"{name} is {h} × {w} (height × width), but what is sampled {wanted[0]} × {wanted[1]}")
+        sides = (image.shape[-3::-1], x_t.shape[-3::-1])
+        for what, own, allowed in zip(("channels", "images"), *sides, strict=False):
+            if own != allowed and (own != 1 or (what == "channels" and name != "mask")):
+                raise ValueError(f"{name} has {own} {what}, but what is sampled {allowed}")
 
 
 def noised_to(x_orig: Tensor, t: int, schedule: Schedule, noise: Noise) -> Tensor:

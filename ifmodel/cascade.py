@@ -7,6 +7,9 @@ a time where both do not fit into the memory.
 import difflib
 import inspect
 import math
+import operator
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +22,7 @@ from tqdm import tqdm
 from ddpm.estimates import ALWAYS
 from ddpm.sampling import Callback, Step, noise_source, sample
 from ddpm.schedule import leading_timesteps
+from ddpm.tools.devices import pick_device, pick_dtype
 from ddpm.tools.memory import check_memory, free_memory, keep_freed
 from ifmodel.embeds import load_embeds
 from ifmodel.jobs import Job, Recipe, Stage
@@ -56,7 +60,7 @@ class Cascade:
         upscaler_revision: str | None = None,
         embeds: str | Path | None = None,
         size: tuple[int, int] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compiled: bool = False,
         lora: str | Path | Sequence[str | Path] = (),
@@ -70,6 +74,7 @@ class Cascade:
         revision, upscaler_revision: branch, tag or commit of a Hub model
         embeds: a file of prompts with their embeddings, which spares T5, see `load_embeds`
         size: height and width of stage 1's images, the model's own when None
+        dtype, device: also by their names, of which "auto" is the fastest here, see `pick_dtype` and `pick_device`
         compiled: torch.compile the UNets
         lora, lora_scale: files, folders or Hub ids of LoRAs, see `load_lora`, and one strength, or one for each. A LoRA
             is merged into the stage that it fits, and into T5 if it has something for it. LoRAs are trained on eps
@@ -86,20 +91,23 @@ class Cascade:
             check_accelerate()
             if compiled:
                 raise ValueError("what is read layer by layer cannot be compiled: leave --compile or --low-memory")
-        self.dtype, self.device, self.compiled, self.low_memory = dtype, torch.device(device), compiled, low_memory
+        self.device = pick_device(device) if isinstance(device, str) else device
+        self.dtype = pick_dtype(dtype, self.device, float16=True) if isinstance(dtype, str) else dtype
+        self.compiled, self.low_memory = compiled, low_memory
         known = load_embeds(embeds) if embeds else {}  # first, since the next lines may download
         self._unets: dict[int, UNet] = {}  # by the number of their stage
+        self._lock = threading.RLock()  # of these and of the prompts, for a server that draws from several threads
         self.stages = [find_stage(str(model), 1, revision)]
         if upscaler not in (None, "none"):
             self.stages.append(find_stage(str(upscaler), 2, upscaler_revision))
         self.loras = self._place_loras([lora] if isinstance(lora, str | Path) else lora, lora_scale)
         if embeds and any(lora.text_encoder for lora, _, _ in self.loras):
             raise ValueError(f"a LoRA changes T5, and {embeds} is of T5 without it: leave that out")
-        t5 = {"dtype": dtype, "device": self.device, "low_memory": low_memory}
+        t5 = {"dtype": self.dtype, "device": self.device, "low_memory": low_memory}
         t5["loras"] = [(lora, scale) for lora, scale, _ in self.loras]
         self.prompts = Prompts(self.stages, known, self._before_t5, **t5)
         small = self.stages[0].config.sample_size
-        size = tuple(size or (small, small))
+        size = (size, size) if isinstance(size, int) else tuple(size or (small, small))
         self.sizes = [tuple(round(side * stage.config.sample_size / small) for side in size) for stage in self.stages]
         self._check_sizes(1)
 
@@ -115,16 +123,16 @@ class Cascade:
     ) -> Tensor:
         """Images [len(seeds), 3, H, W] in [-1, 1] on the CPU, each from its own seed: one `Job` of `draw_all`.
 
-        recipe: a prompt, a list with one for each seed, or a function of a `Stage`; algorithm, timesteps, upscale: see
-            `Job`
-        seeds: a list of numbers from 0 to 2^32 - 1, one for each image
+        recipe: a prompt, a list with one for each seed, or a function of a `Stage`; `parse_prompt` makes one of "a dog
+            AND a hat"
+        algorithm, timesteps, upscale: see `Job`; fewer than four steps leave noise
+        seeds: numbers from 0 to 2^32 - 1, one for each image
         options: those of `draw_all`. Most wanted are num_steps (1 to 1000) and guidance_scale (γ, 1 for none) of stage
             1, upscaler_steps and upscaler_guidance_scale of stage 2, noise_level (0 to 999), sampler ("ddpm", "ddim",
             "dpm++" or a step function), eta (0 to 1), negative_prompt, batch_size and progress
         Raises TypeError for an option that there is not, and as `draw_all` does.
         """
         check_options(options, algorithm)
-        seeds = seeds if isinstance(seeds, int) else list(seeds)
         return self.draw_all([Job(recipe, seeds, algorithm, timesteps, upscale)], **options)[0]
 
     @torch.no_grad()
@@ -158,27 +166,32 @@ class Cascade:
             {"num_steps": num_steps, "guidance_scale": guidance_scale},
             {"num_steps": upscaler_steps, "guidance_scale": upscaler_guidance_scale, "noise_level": noise_level},
         )
-        noise_level = settings[2]["noise_level"]
+        noise_level, negative_prompt = settings[2]["noise_level"], negative_prompt or ""
         check_settings(sampler, eta, guidance_interval, noise_level)
         timesteps = {
             1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
             2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
         }
-        prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts()), negative_prompt]
-        self.prompts.check(prompts)
+        for number in range(1, len(self.stages) + 1):
+            warn_of_noise(number, timesteps[number])
+        prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts())]
+        self.prompts.check(prompts, negative_prompt)
         batches = self._batches(jobs, batch_size)
-        self.prompts.embed(prompts)
 
         images: list[Tensor | None] = [None] * len(batches)
-        for number, files in enumerate(self.stages, start=1):
-            asked = settings[number]["guidance_scale"], guidance_interval, negative_prompt, noise_level
-            loop = {"threshold": files.threshold, "timesteps": timesteps[number]}
-            loop["step"] = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
-            images = self._draw_stage(number, batches, images, asked, progress, loop)
+        with self._lock:
+            self.prompts.embed([*prompts, negative_prompt])
+            for number, files in enumerate(self.stages, start=1):
+                asked = settings[number]["guidance_scale"], guidance_interval, negative_prompt, noise_level
+                loop = {"threshold": files.threshold, "timesteps": timesteps[number]}
+                loop["step"] = files.step(sampler, eta) if number == 1 else files.step("ddpm", 0.0)
+                images = self._draw_stage(number, batches, images, asked, progress, loop)
         return list(torch.cat(images).cpu().split([len(job.seeds) for job in jobs]))
 
     def _batches(self, jobs: Sequence[Job], batch_size: int) -> list[Job]:
         """The jobs in batches, once all weights are there and the memory holds the images, and a batch at work."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         count, (h, w) = sum(len(job.seeds) for job in jobs), self.sizes[-1]
         check_memory(2 * 3 * 4 * count * h * w, f"{count} images of {h} × {w}")
         batches = [batch for job in jobs for batch in job.batches(batch_size)]
@@ -222,7 +235,7 @@ class Cascade:
     def _settings(self, *given: dict[str, float | None]) -> dict[int, dict[str, float]]:
         """Those of stage 1 and 2: what is given, else the model's own, else IF's."""
         theirs = SETTINGS | {number: files.settings for number, files in enumerate(self.stages, start=1)}
-        chosen = [{name: value for name, value in own.items() if value is not None} for own in given]
+        chosen = [{name: as_number(name, value) for name, value in own.items() if value is not None} for own in given]
         return {number: theirs[number] | chosen[number - 1] for number in theirs}
 
     def _check_sizes(self, batch_size: int, stages: Sequence[int] = (1, 2)):
@@ -230,7 +243,7 @@ class Cascade:
         for number in stages[: len(self.stages)]:
             config, (h, w) = self.stages[number - 1].config, self.sizes[number - 1]
             multiple = config.size_multiple
-            if h % multiple or w % multiple:
+            if h % multiple or w % multiple or min(h, w) < 1:
                 raise ValueError(f"height and width must be multiples of {multiple}, not {h} × {w}")
             needed = config.activation_bytes(2 * batch_size, h, w, self.dtype.itemsize)  # guidance doubles the batch
             images = "an image" if batch_size == 1 else f"a batch of {batch_size} images"
@@ -301,6 +314,26 @@ def check_options(options: dict, algorithm: Callable = sample):
             own = name in inspect.signature(algorithm).parameters
             hint = "; bind the algorithm's own arguments with functools.partial" if own else ""
             raise TypeError(f"draw has no option {name}{meant}: there are {', '.join(known)}{hint}")
+
+
+def as_number(name: str, value) -> float:
+    """A setting's value: a finite γ, a whole number of steps or noise level. Raises ValueError for another."""
+    try:
+        number = float(value) if name == "guidance_scale" else operator.index(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        kind = "finite" if name == "guidance_scale" else "whole"
+        raise ValueError(f"{name} must be a {kind} number, not {value!r}")
+    return number
+
+
+def warn_of_noise(number: int, timesteps: Sequence[int]):
+    """IF's spacing of few steps, or of more than half of all, begins where a model expects an image, not noise."""
+    if timesteps[0] < 700:
+        steps = "1 step begins" if len(timesteps) == 1 else f"{len(timesteps)} steps begin"
+        told = f"stage {number}: {steps} at t = {timesteps[0]} of {SCHEDULE.num_timesteps}, so noise will stay"
+        warnings.warn(f"{told}: take 4 to {SCHEDULE.num_timesteps // 2}", stacklevel=5)
 
 
 def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[float, float], noise_level: int):

@@ -22,7 +22,7 @@ from ddpm.losses import ddpm_loss
 from ddpm.tools.files import load_tensors, save_tensors
 from ddpm.tools.images import read_image
 from ddpm.tools.memory import check_memory
-from ddpm.tools.runs import STATE, Run, check_same, step_seed
+from ddpm.tools.runs import STATE, Run, check_folder, check_same, step_seed
 from ifmodel.cascade import Cascade
 from ifmodel.jobs import Job
 from ifmodel.lora import ATTENTION, RESNETS, LoRALayer, add_lora, save_lora
@@ -94,9 +94,11 @@ def teach(
         add_lora(UNet(learning.config), recipe.rank, targets)  # so that a rank is refused before anything is drawn
     shown = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
     described = asdict(recipe) | {"class_prompt": list(recipe.class_prompt), "images": shown}
+    check_folder(folder, resume)
     if resume:  # refuses another recipe now, not after drawing
         check_same(folder / STATE, load_tensors(folder / STATE)[1], {"recipe": described})
-    embeds = embed_prompts(stages[0].source, [recipe.prompt, *recipe.class_prompt], dtype=dtype, device=device)
+    found = embed_prompts(stages[0].source, [recipe.prompt, *recipe.class_prompt], dtype=dtype, device=device)
+    embeds = {prompt: tensor.to(device) for prompt, tensor in found.items()}  # T5's output comes on the CPU
     kept = class_images(cascade, recipe, folder / "class_images.safetensors", resume)
     unet = load_unet(learning.source, dtype, device, find_variant(learning, dtype))
     torch.manual_seed(recipe.seed)
@@ -194,7 +196,7 @@ def dreambooth_loss(
     """The weighted sum of `eps_loss`, of a batch each: of the new thing, and of what must stay as it is.
 
     sets: a weight and {prompt: images [N, 3, S, S]} each; embeds: prompts -> [77, D_text], on the UNet's device
-    Source: DreamBooth §3.2 (prior preservation).
+    Source: DreamBooth §3.3 (prior preservation), arXiv 2208.12242.
     """
     loss = 0.0
     for weight, data in sets:

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,7 +114,14 @@ def described(cascade: Cascade, timesteps: Sequence[int] | None, options: dict) 
         "timesteps": timesteps,
         **options,
     }
-    return json.dumps(settings, default=str, sort_keys=True)
+    return json.dumps(settings, default=name_of, sort_keys=True)
+
+
+def name_of(value):
+    """What JSON has no form for, the same in every process: a function by its name, since its address changes."""
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    return getattr(value, "__qualname__", None) or str(value)
 
 
 def is_there(wanted: Wanted, settings: str) -> bool:
@@ -125,7 +133,7 @@ def is_there(wanted: Wanted, settings: str) -> bool:
             found = getattr(image, "text", {})
     except OSError:
         found = {}
-    now = {"Description": wanted.prompt, "Seed": str(wanted.seed), "Settings": settings}
+    now = {"Description": wanted.prompt or None, "Seed": str(wanted.seed), "Settings": settings}
     for key, value in now.items():
         if found.get(key) != value:
             what = {"Description": "of another prompt", "Seed": "from another seed", "Settings": "with other options"}

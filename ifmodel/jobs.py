@@ -4,6 +4,7 @@ A recipe builds an estimate from a stage, the same recipe in both stages; an alg
 new one of either needs no change here or in the cascade.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,9 @@ from functools import partial
 from torch import Tensor
 
 from ddpm.estimates import Estimate, Guider, classifier_free, compose
-from ddpm.sampling import check_finite, sample
+from ddpm.sampling import check_falling, check_finite, sample, whole_seeds
 from ddpm.views import View
-from ifmodel.stage import stage_1, stage_2
+from ifmodel.stage import SCHEDULE, stage_1, stage_2
 from ifmodel.unet import UNet
 
 
@@ -98,6 +99,7 @@ class Job:
         use `estimate`, `number` and `low_res`: it is called once before there is a UNet, to learn its prompts
     algorithm: takes estimate, timesteps, schedule, noise, step, threshold and callback by name, as `sample` does; bind
         the others' own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=10)
+        an x_0 or x_orig is one image [1, 3, H, W] for all, or one for each seed
     timesteps: those of stage 1, noisiest first; the sampler's own spacing when None
     upscale: the algorithm of stage 2
     num_steps: how many the algorithm takes, if not one for each timestep: for the progress bar
@@ -114,12 +116,29 @@ class Job:
         for algorithm in (self.algorithm, self.upscale):
             if isinstance(algorithm, partial) and (bound := [name for name in GIVEN if name in algorithm.keywords]):
                 raise ValueError(f"the cascade gives {', '.join(bound)} to an algorithm itself: bind none of its own")
-        if isinstance(self.seeds, int):
-            raise ValueError(f"seeds must be a list, of one for each image, such as [{self.seeds}], not {self.seeds}")
-        if not len(self.seeds):
+        object.__setattr__(self, "seeds", whole_seeds(self.seeds))  # frozen; of a tensor, too
+        if not self.seeds:
             raise ValueError("seeds must hold one for each image")
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", [operator.index(t) for t in self.timesteps])
+            check_falling(self.timesteps)
+            for t in (self.timesteps[0], self.timesteps[-1]):
+                SCHEDULE.alpha_cumprod(t)  # refuses one that there is not
+        if self.recipe is None:
+            raise ValueError("give a prompt, one for each seed, or a function of a stage, not None")
         if not isinstance(self.recipe, str) and not callable(self.recipe) and len(self.recipe) != len(self.seeds):
             raise ValueError(f"give one prompt, or one for each of the {len(self.seeds)} seeds, not {len(self.recipe)}")
+        for name, image in self.images().items():
+            fits = isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point()
+            if not fits or image.abs().max() > 1.5:  # in [0, 255], most likely
+                raise ValueError(f"{name} must be a float tensor [B, 3, H, W] in [-1, 1], see ddpm.tools.images")
+            if len(image) not in (1, len(self.seeds)):
+                raise ValueError(f"{name} has {len(image)} images for {len(self.seeds)} seeds: give one, or as many")
+
+    def images(self) -> dict[str, Tensor]:
+        """Those that the algorithm of stage 1 begins with."""
+        bound = getattr(self.algorithm, "keywords", {})
+        return {name: bound[name] for name in ("x_0", "x_orig") if name in bound}
 
     def prompts(self) -> list[str]:
         """All that it asks for, in either stage."""
@@ -128,7 +147,8 @@ class Job:
         if not callable(self.recipe):
             return list(self.recipe)
         for asked in (stages := [_Asked(1), _Asked(2)]):
-            self.recipe(asked)
+            if not callable(self.recipe(asked)):
+                raise ValueError("the recipe must return an estimate, such as stage.estimate(prompt)")
         return [prompt for asked in stages for prompt in asked.prompts]
 
     def batches(self, size: int) -> Iterator["Job"]:
@@ -136,7 +156,9 @@ class Job:
         for k in range(0, len(self.seeds), size):
             shared = isinstance(self.recipe, str) or callable(self.recipe)
             recipe = self.recipe if shared else self.recipe[k : k + size]
-            yield replace(self, recipe=recipe, seeds=self.seeds[k : k + size])
+            own = {name: image[k : k + size] for name, image in self.images().items() if len(image) > 1}
+            algorithm = partial(self.algorithm, **own) if own else self.algorithm
+            yield replace(self, recipe=recipe, seeds=self.seeds[k : k + size], algorithm=algorithm)
 
     def estimate(self, stage: Stage) -> Estimate:
         """What the recipe makes of a stage at work on these images, see `Stage.estimate`."""
@@ -144,7 +166,7 @@ class Job:
 
 
 def parse_prompt(prompt: str, null: str = "") -> Recipe:
-    """What a prompt says: itself or, where it has weights, as in "a dog AND a hat :0.5 AND snow :-1", a composition.
+    """The recipe of a prompt: itself or, with several, as in "a dog AND a hat :0.5 AND snow :-1", a composition.
 
     null: the null prompt, whose weight is what is missing to a sum of 1, see `compose`
     """

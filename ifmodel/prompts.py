@@ -41,17 +41,17 @@ class Prompts:
         for tensor in embeds.values():
             self._check_width(tensor)
 
-    def check(self, prompts: Sequence[str]):
-        """Warn of prompts beyond the model's vocabulary; refuse those that a file of embeddings and no T5 knows."""
+    def check(self, prompts: Sequence[str], negative: str):
+        """Warn of prompts beyond the model's vocabulary; refuse those that no file of embeddings has, without T5."""
         source, known = Path(self.stages[0].source), [*self.embeds]
-        missing = [prompt for prompt in prompts if normalised(prompt) not in known]
+        missing = [prompt for prompt in [*prompts, negative] if normalised(prompt) not in known]
         if known and missing and source.is_dir() and not (source / "tokenizer").is_dir():
             there = f"embedded are {', '.join(map(repr, known[:5]))}{', …' if len(known) > 5 else ''}"
             raise ValueError(f"there are no embeddings of {missing[0]!r}, and {source} has no T5: {there}")
         for prompt in dict.fromkeys(prompts) if self._vocabulary else ():
             if nearest := nearest_known(prompt, self._vocabulary):
                 unknown = f"{source} does not know {prompt!r} and will draw something else; nearest to it are"
-                warnings.warn(f"{unknown} {', '.join(nearest)}", stacklevel=4)
+                warnings.warn(f"{unknown} {', '.join(nearest)}", stacklevel=5)  # at the caller of `Cascade.draw`
 
     def unknown(self, prompts: Sequence[str]) -> list[str]:
         """Those for which T5, or its cache, will be asked."""

@@ -380,4 +380,6 @@ class UNet(nn.Module):
 
 def _one_each(t: int | Tensor, x: Tensor) -> Tensor:
     """A timestep for each image of x: [B]."""
-    return torch.as_tensor(t, device=x.device).expand(len(x))
+    if isinstance(t, Tensor):
+        return t.to(x.device).expand(len(x))
+    return torch.full((len(x),), t, device=x.device)  # with torch.as_tensor, torch.compile compiles anew for each t

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 def check_memory(needed: int, what: str, device: str | torch.device = "cpu"):
@@ -55,6 +55,7 @@ def keep_freed() -> Iterator[None]:
         if malloc:
             malloc.mallopt(M_MMAP_MAX, 2**16)  # glibc's own
             malloc.mallopt(M_TRIM_THRESHOLD, 2**26)
+            malloc.mallopt(M_MMAP_THRESHOLD, 2**25)  # what glibc goes up to itself, until one of these is set
         return_freed()
 
 

@@ -1,6 +1,7 @@
 """Training runs that save, stop on Ctrl-C and resume bit for bit; and the average of a model's weights."""
 
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -200,7 +201,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    for number in (signal.SIGINT, signal.SIGTERM) if main else ():
         previous[number] = signal.signal(number, note)
     try:
         yield lambda: bool(received)

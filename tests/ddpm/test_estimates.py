@@ -127,6 +127,15 @@ def test_a_composition_with_1_minus_gamma_and_gamma_is_guidance(gamma):
         torch.testing.assert_close(v_composed, v)
 
 
+def test_every_image_begins_with_the_first_of_alternating_estimates():
+    """An odd number of steps does not leave the next image with another order."""
+    asked = []
+    turns = anagram([lambda x_t, t, k=k: (asked.append(k) or x_t, None) for k in (0, 1)], [identity()] * 2, "alternate")
+    for t in (900, 500, 100) * 2:
+        turns(torch.zeros(1, 1, 2, 2), t)
+    assert asked == [0, 1, 0] * 2
+
+
 def test_a_composition_of_alternating_estimates_alternates():
     views = [identity(), negate()]
     turns = anagram([toy(1.0, 0.0)] * 2, views, "alternate")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step, static_threshold
-from ddpm.restoration import Operator, chain, check_operator, downscale, grey, hole, psnr, restore
+from ddpm.restoration import Degradation, Operator, chain, check_operator, downscale, grey, hole, psnr, restore
 from ddpm.sampling import Trajectory, noise_source
 from ddpm.schedule import leading_timesteps
 from tests.ddpm.test_algorithms import CORRELATED, COSINE, GAUSSIAN, Mixture, assert_moments, gaussians, tensor, toy
@@ -236,3 +236,8 @@ def test_psnr_is_that_of_clipped_images():
     original = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     torch.testing.assert_close(psnr(original - 0.2, original), torch.tensor([20.0, 20.0]))
     assert psnr(original + 0.2, original).tolist() == pytest.approx([20, 10 * math.log10(4e12)], abs=1e-3)
+
+
+def test_every_image_that_is_seen_has_noise_of_its_own():
+    seen = Degradation(n=2, noise_std=0.1).degrade(torch.zeros(2, 3, 8, 8), seed=1)
+    assert 0.05 < seen.std() < 0.15 and not torch.equal(seen[0], seen[1])

@@ -1,6 +1,8 @@
 """`Cascade`: prompts in, images out, by any estimate and any loop; the same images as the scripts."""
 
+import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy
@@ -12,6 +14,7 @@ from ddpm.components import low_high_pass
 from ddpm.process import ddim_step, ddpm_step
 from ddpm.restoration import downscale, restore
 from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled, sdedit
+from ddpm.schedule import leading_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
 from ifmodel.jobs import Stage
@@ -173,6 +176,56 @@ def test_the_model_may_be_stage_1_alone():
     assert Cascade("tiny-if", upscaler="none").sizes == [(32, 32)]
 
 
+def edit_of(x_0) -> dict:
+    return {"recipe": "a dog", "algorithm": partial(sdedit, x_0=x_0, i_start=0), "seeds": [1]}
+
+
+def test_images_must_have_the_channels_of_what_is_drawn(tiny):
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match=f"x_0 has {channels} channels, but what is sampled 3"):
+            tiny.draw(**edit_of(torch.zeros(1, channels, 32, 32)), **FEW)
+
+
+def test_numbers_of_any_kind_are_seeds_timesteps_and_sizes(tiny, drawn):
+    prompts = ["a photo of a dog", "a rocket ship"]
+    for seeds in (torch.tensor([1, 2]), numpy.arange(1, 3), range(1, 3)):
+        assert torch.equal(tiny.draw(prompts, seeds=seeds, negative_prompt=None, **FEW), drawn)
+    timesteps = [torch.tensor([900, 500, 0]), numpy.array([900, 500, 0]), [900, 500, 0]]
+    images = [tiny.draw("a dog", seeds=[1], timesteps=given, **FEW) for given in timesteps]
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], images[2])
+    assert Cascade("tiny-if", size=64).sizes == [(64, 64), (256, 256)]
+    assert Cascade("tiny-if", device="auto", dtype="float32").dtype == torch.float32
+
+
+def test_as_many_images_as_seeds_are_edited_each_on_its_own():
+    tiny, x_0 = Cascade("tiny-if/I"), torch.rand(3, 3, 32, 32) * 2 - 1
+    options = {"batch_size": 2, "num_steps": 4, "progress": False}
+    images = tiny.draw("a dog", partial(sdedit, x_0=x_0, i_start=2), seeds=[1, 2, 3], **options)
+    for k in range(3):
+        alone = tiny.draw("a dog", partial(sdedit, x_0=x_0[k : k + 1], i_start=2), seeds=[k + 1], **options)
+        torch.testing.assert_close(images[k : k + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_it_draws_for_several_threads(tiny):
+    """Each keeps its own prompts until its images are there, as a web server needs it."""
+    prompts = ["a photo of a dog", "a rocket ship", "a photo of an owl"]
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda prompt: tiny.draw(prompt, seeds=[1], **FEW), prompts))
+    for prompt, images in zip(prompts, drawn, strict=True):
+        assert torch.equal(images, tiny.draw(prompt, seeds=[1], **FEW))
+
+
+def test_it_warns_of_steps_that_leave_noise_and_not_of_negative_prompts(recwarn):
+    tiny = Cascade("tiny-if/I")
+    tiny.draw("a photo of a dog", seeds=[1], num_steps=4, negative_prompt="blurry, low quality", progress=False)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="1 step begins at t = 0 of 1000, so noise will stay: take 4 to 500") as told:
+        tiny.draw("a photo of a dog", seeds=[1], num_steps=1, progress=False)
+    assert told[0].filename == __file__  # of the caller
+    with pytest.warns(UserWarning, match="600 steps begin at t = 599"):
+        cascade.warn_of_noise(1, leading_timesteps(1000, 600))
+
+
 def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     tiny = Cascade("tiny-if")
@@ -182,7 +235,31 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
         ("sampler must be one of", {"recipe": "a dog", "seeds": [1], "sampler": "euler"}),
         ("steps must be from 1 to 1000", {"recipe": "a dog", "seeds": [1], "num_steps": 1001}),
         ("takes no eta: bind", {"recipe": "a dog", "seeds": [1], "sampler": ddpm_step, "eta": 0.5}),
-        (r"seeds must be a list, .* such as \[1\], not 1", {"recipe": "a dog", "seeds": 1}),
+        *((r"seeds must be a list .*, not", {"recipe": "a dog", "seeds": seeds}) for seeds in (1, [1.5], ["1"], None)),
+        ("a seed must be from 0", {"recipe": "a dog", "seeds": [-1]}),
+        ("give a prompt", {"recipe": None, "seeds": [1]}),
+        ("must return an estimate", {"recipe": lambda stage: None, "seeds": [1]}),
+        (
+            "views must be made first",
+            {"recipe": lambda stage: anagram([stage.estimate("a")], [identity]), "seeds": [1]},
+        ),
+        *(("must be a whole number", {"recipe": "a", "seeds": [1], "num_steps": steps}) for steps in ("5", 1.5)),
+        ("noise_level must be a whole number", {"recipe": "a", "seeds": [1], "noise_level": 1.5}),
+        ("guidance_scale must be a finite number", {"recipe": "a", "seeds": [1], "guidance_scale": math.nan}),
+        ("batch_size must be at least 1", {"recipe": "a", "seeds": [1], "batch_size": 0}),
+        ("no timesteps to visit", {"recipe": "a", "seeds": [1], "timesteps": []}),
+        ("must fall strictly", {"recipe": "a", "seeds": [1], "timesteps": [0, 10]}),
+        ("timestep 1000 is outside", {"recipe": "a", "seeds": [1], "timesteps": [1000, 10]}),
+        *(
+            (r"x_0 must be a float tensor \[B, 3, H, W\] in \[-1, 1\]", edit_of(x_0))
+            for x_0 in (
+                numpy.zeros((1, 3, 32, 32)),
+                torch.zeros(3, 32, 32),
+                torch.zeros(1, 3, 32, 32).byte(),
+                torch.full((1, 3, 32, 32), 255.0),
+            )
+        ),
+        ("x_0 has 2 images for 1 seeds", edit_of(torch.zeros(2, 3, 32, 32))),
     ):
         with pytest.raises(ValueError, match=told):
             tiny.draw(**arguments)

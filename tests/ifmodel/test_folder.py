@@ -1,9 +1,12 @@
 """A folder of images, as a notebook fills it."""
 
+from functools import partial
+
 import numpy
 import pytest
 from PIL import Image
 
+from ddpm.process import ddim_step
 from ifmodel import Cascade
 from ifmodel.folder import draw_folder
 
@@ -34,3 +37,20 @@ def test_a_folder_is_gone_on_with_and_holds_images_of_one_kind(tmp_path):
         draw_folder(cascade, PROMPTS[:2], tmp_path, seeds=range(10**9))
     with pytest.raises(TypeError, match="did you mean num_steps"):
         draw_folder(cascade, PROMPTS, tmp_path, num_step=2)
+
+
+def test_a_step_of_ones_own_and_the_empty_prompt_are_known_again(tmp_path):
+    """Not by the function's address, which is another in every process."""
+
+    def made():
+        def own_step(x_t, predicted, t, t_prev, schedule, noise):
+            return predicted.x_0
+
+        return own_step
+
+    options = {"num_steps": 4, "progress": False}
+    for step in (made(), made(), partial(made()), partial(made())):
+        folder = tmp_path / type(step).__name__
+        draw_folder(Cascade("tiny-if/I"), ["", "a dog"], folder, sampler=step, **options)
+    with pytest.raises(ValueError, match="drawn with other options"):
+        draw_folder(Cascade("tiny-if/I"), ["", "a dog"], folder, sampler=ddim_step, **options)

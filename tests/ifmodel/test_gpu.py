@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ifmodel import Cascade, cascade, load_unet, t5
+from ifmodel.dreambooth import Recipe, teach
 from ifmodel.lora import ATTENTION
 from ifmodel.t5 import embed_each
 from tests.ifmodel.test_lora import diffusers_keys, layers_of, save_updates, updates_of
@@ -64,3 +65,8 @@ def test_a_stage_leaves_the_gpu_before_the_next_one_comes(monkeypatch):
         peaks.append(torch.cuda.max_memory_allocated() - before)
     weights = sum(parameter.nbytes for parameter in load_unet("tiny-if/I").parameters())
     assert peaks[1] < peaks[0] - 0.9 * weights
+
+
+def test_a_thing_is_taught_there(tmp_path):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert teach(images, Recipe("a photo of a zwx dog", steps=2, batch_size=2, rank=2), tmp_path, device=DEVICE)

@@ -484,6 +484,18 @@ def test_loading_imports_no_compiler():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
 
 
+@torch.no_grad()
+def test_a_compiled_unet_is_compiled_once_for_all_timesteps(saved):
+    torch.compiler.reset()
+    unet, compiled = load_unet(saved), []
+    x_t, _, prompt_embeds, _ = inputs(STAGE_1, torch.float32)
+    text = unet.encode_text(prompt_embeds)
+    unet.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    for t in range(990, 890, -10):
+        unet(x_t, t, text)
+    assert 1 <= len(compiled) <= 2  # for one t, then for any
+
+
 def test_a_packed_unet_gives_up_the_originals(saved):
     """Of its convolutions: after the first step none of their weights is held any more, in whatever place."""
     unet = load_unet(saved, pack=True)

@@ -72,6 +72,8 @@ def test_a_notebook_teaches_what_the_script_does(run_script, options, images, tm
     recipe = dreambooth.Recipe("a photo of a zwx dog", model=model, steps=4, batch_size=2, rank=2, seed=SEED)
     shown, own = dreambooth.read_folder(images, Cascade(model).sizes[0][0]), tmp_path / "own"
     assert dreambooth.teach(shown, recipe, own) and dreambooth.teach(shown, recipe, own, resume=True)
+    with pytest.raises(ValueError, match="there is a run in"):
+        dreambooth.teach(shown, recipe, own)
     script, notebook = (load_file(folder / WEIGHTS) for folder in (tmp_path / "lora", own))
     assert script.keys() == notebook.keys() and all(torch.equal(script[name], notebook[name]) for name in script)
 

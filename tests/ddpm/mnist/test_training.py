@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ from ddpm.mnist.training import (
 )
 from ddpm.schedule import linear_schedule
 from ddpm.tools.files import load_tensors, save_tensors
-from ddpm.tools.runs import step_seed
+from ddpm.tools.runs import step_seed, stop_signal
 from tests.conftest import DATA
 
 SCHEDULE = linear_schedule()
@@ -353,3 +354,14 @@ def test_a_state_of_another_run_or_damaged_is_refused_in_a_line(digits, tmp_path
     save_tensors(path, tensors, metadata)
     with pytest.raises(ValueError, match=told):
         fit(new_model(), class_loss, *digits, recipe, tmp_path, resume=True)
+
+
+def test_a_thread_trains_without_handlers_of_its_own():
+    """Only the main thread may set these: a notebook's or a server's worker goes on without."""
+
+    def ask() -> bool:
+        with stop_signal() as stopped:
+            return stopped()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(ask).result()

@@ -1,6 +1,8 @@
 """What CPUs compute faster: GELU of channels-last images, and memory that stays with the process."""
 
 import resource
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -49,6 +51,25 @@ def test_layers_use_memory_again_within_and_not_after():
     after, decorated = faults(), keep_freed()(faults)()
     assert after > 2**26 // resource.getpagesize()
     assert max(within, decorated) < after / 3
+
+
+@needs_glibc
+def test_tensors_of_some_megabytes_stay_with_the_process_afterwards():
+    """glibc learns to keep these, until it is told a threshold; here in a process that has learned nothing yet."""
+    code = """
+import resource, torch
+from ddpm.tools.memory import keep_freed
+with keep_freed():
+    pass
+x = torch.ones(2**20)
+for turn in range(12):
+    if turn == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    y = x + 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert faults < 8 * 2**22 // resource.getpagesize() / 3  # of 4 MB, eight times
 
 
 @needs_glibc
