@@ -4,12 +4,8 @@ What it draws are `jobs`. It checks them before anything is computed, embeds the
 a time where both do not fit into the memory.
 """
 
-import difflib
-import inspect
 import math
-import operator
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,9 +25,9 @@ from ifmodel.jobs import Job, Recipe, Stage
 from ifmodel.lora import merge_lora, place_lora
 from ifmodel.lora_files import read_lora
 from ifmodel.offload import check_accelerate
+from ifmodel.options import as_number, check_options, check_settings, warn_of_noise
 from ifmodel.prompts import Prompts
 from ifmodel.stage import (
-    SAMPLERS,
     SCHEDULE,
     SETTINGS,
     find_stage,
@@ -132,7 +128,7 @@ class Cascade:
             "dpm++" or a step function), eta (0 to 1), negative_prompt, batch_size and progress
         Raises TypeError for an option that there is not, and as `draw_all` does.
         """
-        check_options(options, algorithm)
+        check_options(options, self.draw_all, algorithm)
         return self.draw_all([Job(recipe, seeds, algorithm, timesteps, upscale)], **options)[0]
 
     @torch.no_grad()
@@ -302,55 +298,6 @@ class Cascade:
         if self.device.type == "cpu" and not self.low_memory:
             weights *= 2  # packed, a copy
         return weights, 2 * files.config.activation_bytes(2 * batch_size, *self.sizes[number - 1], self.dtype.itemsize)
-
-
-def check_options(options: dict, algorithm: Callable = sample):
-    """Raises TypeError for an option of `Cascade.draw` that `Cascade.draw_all` has not."""
-    known = [name for name in inspect.signature(Cascade.draw_all).parameters if name not in ("self", "jobs")]
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            meant = f" (did you mean {nearest[0]}?)" if nearest else ""
-            own = name in inspect.signature(algorithm).parameters
-            hint = "; bind the algorithm's own arguments with functools.partial" if own else ""
-            raise TypeError(f"draw has no option {name}{meant}: there are {', '.join(known)}{hint}")
-
-
-def as_number(name: str, value) -> float:
-    """A setting's value: a finite γ, a whole number of steps or noise level. Raises ValueError for another."""
-    try:
-        number = float(value) if name == "guidance_scale" else operator.index(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        kind = "finite" if name == "guidance_scale" else "whole"
-        raise ValueError(f"{name} must be a {kind} number, not {value!r}")
-    return number
-
-
-def warn_of_noise(number: int, timesteps: Sequence[int]):
-    """IF's spacing of few steps, or of more than half of all, begins where a model expects an image, not noise."""
-    if timesteps[0] < 700:
-        steps = "1 step begins" if len(timesteps) == 1 else f"{len(timesteps)} steps begin"
-        told = f"stage {number}: {steps} at t = {timesteps[0]} of {SCHEDULE.num_timesteps}, so noise will stay"
-        warnings.warn(f"{told}: take 4 to {SCHEDULE.num_timesteps // 2}", stacklevel=5)
-
-
-def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[float, float], noise_level: int):
-    """Raises ValueError for a setting that is out of its range."""
-    if sampler not in SAMPLERS and not callable(sampler):
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a step function, not {sampler!r}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be from 0 to 1, not {eta:g}")
-    if eta and callable(sampler) and "eta" not in inspect.signature(sampler).parameters:
-        raise ValueError("this step function takes no eta: bind its own options with functools.partial")
-    first, last = guidance_interval
-    if first > last:
-        raise ValueError(f"the guidance interval begins at the smaller t: {last} {first}, not {first} {last}")
-    if last < 0 or first >= SCHEDULE.num_timesteps:
-        raise ValueError(f"the guidance interval has no t from 0 to {SCHEDULE.num_timesteps - 1}: {first} {last}")
-    if not 0 <= noise_level < SCHEDULE.num_timesteps:
-        raise ValueError(f"the noise level must be from 0 to {SCHEDULE.num_timesteps - 1}, not {noise_level}")
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from ddpm.tools.distributed import rank, share
 from ddpm.tools.figures import save_image
 from ddpm.tools.memory import check_memory
-from ifmodel.cascade import Cascade, check_options
+from ifmodel.cascade import Cascade
 from ifmodel.jobs import Job, parse_prompt
+from ifmodel.options import check_options
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def draw_folder(
     only one stage fits, sixteen at a time. Under torchrun every process draws its share of the batches.
     Raises ValueError for an image that is there of another prompt, seed or setting, else as `Cascade.draw` does.
     """
-    check_options(options)
+    check_options(options, cascade.draw_all)
     wanted = wanted_images(Path(folder), prompts, seeds)
     batches = [wanted[k : k + batch_size] for k in range(0, len(wanted), batch_size)]
     mine = share(batches, f"batches of up to {batch_size} images: make them smaller with --batch-size")

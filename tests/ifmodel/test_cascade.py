@@ -18,6 +18,7 @@ from ddpm.schedule import leading_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
 from ifmodel.jobs import Stage
+from ifmodel.options import warn_of_noise
 from ifmodel.stage import SAMPLERS, SCHEDULE, load_stage
 
 FEW = {"num_steps": 3, "upscaler_steps": 2}
@@ -223,7 +224,7 @@ def test_it_warns_of_steps_that_leave_noise_and_not_of_negative_prompts(recwarn)
         tiny.draw("a photo of a dog", seeds=[1], num_steps=1, progress=False)
     assert told[0].filename == __file__  # of the caller
     with pytest.warns(UserWarning, match="600 steps begin at t = 599"):
-        cascade.warn_of_noise(1, leading_timesteps(1000, 600))
+        warn_of_noise(1, leading_timesteps(1000, 600))
 
 
 def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
