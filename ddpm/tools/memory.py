@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,11 @@ from pathlib import Path
 import torch
 
 MEMINFO = Path("/proc/meminfo")  # where Linux says how much memory is free
+CGROUP = Path("/sys/fs/cgroup")  # … and how much of it a container may take: limit, use, and what of this can go
+CGROUP_FILES = {
+    "v2": ("memory.max", "memory.current", "memory.stat", ""),
+    "v1": ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
@@ -30,11 +36,24 @@ def free_memory(device: torch.device) -> int | None:
     if MEMINFO.exists():
         return_freed()
         lines = MEMINFO.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return min(available, free_in_container())
     for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
         if pages in getattr(os, "sysconf_names", ()):
             return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def free_in_container() -> float:
+    """Bytes that are left of a container's limit, the pages of files counted as free; infinity without a limit."""
+    for limit, used, stat, prefix in CGROUP_FILES.values():
+        try:
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())  # a limit of "max" is none
+            kinds = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            return max(0, left + sum(int(kinds[f"{prefix}{kind}_file"]) for kind in ("inactive", "active")))
+        except (OSError, ValueError, KeyError):
+            continue
+    return math.inf
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm.tools import memory
 from ddpm.tools.cpu import GELU
 from ddpm.tools.memory import glibc, keep_freed
 
@@ -44,6 +45,23 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_a_containers_limit_counts(kind, tmp_path, monkeypatch):
+    """Docker's and Kaggle's, below what the machine has."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = memory.free_memory(torch.device("cpu"))
+    limit, used, stat, prefix = memory.CGROUP_FILES[kind]
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("1000000\n")
+    (tmp_path / used).write_text("700000\n")
+    (tmp_path / stat).write_text(f"cache 5\n{prefix}inactive_file 30000\n{prefix}active_file 20000\n")
+    assert memory.free_memory(torch.device("cpu")) == 350_000
+    with pytest.raises(ValueError, match=r"all of it needs about 0\.0 GB of memory, and 0\.0 GB are free"):
+        memory.check_memory(400_000, "all of it")
+    (tmp_path / limit).write_text("max\n")
+    assert memory.free_memory(torch.device("cpu")) > min(unlimited / 2, 10**9)
+
+
 @needs_glibc
 def test_layers_use_memory_again_within_and_not_after():
     with keep_freed():
@@ -62,8 +80,8 @@ from ddpm.tools.memory import keep_freed
 with keep_freed():
     pass
 x = torch.ones(2**20)
-for turn in range(12):
-    if turn == 4:
+for turn in range(40):
+    if turn == 32:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = x + 1
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
