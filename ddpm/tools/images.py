@@ -35,13 +35,13 @@ def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
     Warns of a file with greys or transparency, or of another size than the image. Raises ValueError for anything
     else, and for a mask with no hole or nothing but one.
     """
-    shape = re.fullmatch(r"(rectangle|circle):(.*)", source)
-    if not shape and not Path(source).is_file():
-        forms = "a mask is a file, rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS"
-        raise FileNotFoundError(f"no image at {source}; {forms}")
-    mask = mask_of_shape(*shape.groups(), size) if shape else mask_of_file(source, size, image)
+    shape = re.fullmatch(r"(rectangle|circle):(.*)", source, re.IGNORECASE)
+    if not shape:
+        check_there(source, "; a mask is a file, rectangle:TOP,LEFT,BOTTOM,RIGHT or circle:Y,X,RADIUS")
+    mask = mask_of_shape(shape[1].lower(), shape[2], size) if shape else mask_of_file(source, size, image)
     if mask.all() or not mask.any():
-        raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: white is the hole")
+        hint = "its numbers are fractions, from 0 to 1" if shape else "white is the hole"
+        raise ValueError(f"the mask {source} {'is all hole' if mask.all() else 'has no hole'}: {hint}")
     return mask.float()[None, None]
 
 
@@ -62,6 +62,8 @@ def mask_of_file(path: str | Path, size: tuple[int, int], image: str | Path) -> 
             hole = ImageChops.multiply(hole, alpha) if painted else ImageOps.invert(alpha)
             kind = "painted white" if painted else "transparent"
             notes.append(f"is read from transparency: what is {kind} is the hole")
+    if (largest := hole.getextrema()[1]) < 128:
+        raise ValueError(f"the mask {path} has no hole: its largest value is {largest}, and white is 255")
     if any(hole.histogram()[6:250]):
         notes.append("has greys: what is lighter than half is the hole")
     (h, w), (image_h, image_w) = size_of(path), size_of(image)
@@ -86,6 +88,9 @@ def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
     y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
     if kind == "rectangle":
         top, left, bottom, right = fractions
+        if not (top < bottom and left < right):
+            order = "TOP,LEFT,BOTTOM,RIGHT, TOP above BOTTOM and LEFT left of RIGHT"
+            raise ValueError(f"a rectangle is {order}, not {numbers}")
         return (y >= top) & (y < bottom) & (x >= left) & (x < right)
     centre_y, centre_x, radius = fractions
     if not radius > 0:
@@ -93,10 +98,17 @@ def mask_of_shape(kind: str, numbers: str, size: tuple[int, int]) -> Tensor:
     return ((y - centre_y) * h) ** 2 + ((x - centre_x) * w) ** 2 < (radius * min(h, w)) ** 2
 
 
+def check_there(source: str | Path, others: str = ""):
+    """Raises FileNotFoundError when there is no such file; others: what else may be given, for the message."""
+    if re.match("https?:/", str(source)):
+        raise FileNotFoundError(f"{source} is an address: download it first, and give the file")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no image at {source}{others}")
+
+
 def load_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
     """PIL's image of a file, in RGB or RGBA, and large enough to be resized. Raises as `read_image` does."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no image at {path}")
+    check_there(path)
     return eight_bits(open_image(path, (4 * size[0], 4 * size[1])), path)
 
 

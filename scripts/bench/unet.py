@@ -26,7 +26,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where shared/ is
 from shared.costs import draw_growth, floor_of, growth, layers_of, memory_of
-from shared.options import SEED, add_device_options, check_writable, parser, pick, positive, run
+from shared.options import SEED, Size, add_device_options, check_writable, parser, pick, positive, run
 from shared.timing import SCRIPTS, compare, run_measured, short, where
 
 import torch
@@ -54,7 +54,7 @@ def arguments() -> Namespace:
     options = parser(__doc__)
     options.add_argument("--geometry", choices=[*TINY, *PUBLISHED], default="tiny", help="default: tiny")
     options.add_argument("--rounds", type=positive, default=10, help="turns of each side (default: 10)")
-    options.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="default: the model's")
+    options.add_argument("--size", type=positive, action=Size, help="default: the model's")
     options.add_argument("--batch-size", type=positive, default=1, help="images at a time (default: 1)")
     options.add_argument("--compile", action="store_true", help="also both sides with torch.compile")
     options.add_argument("--cold", action="store_true", help="also whole processes, and their peak memory (stage 1)")

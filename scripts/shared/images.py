@@ -26,10 +26,9 @@ def read_mask(mask: str, size: tuple[int, int], image: str | Path) -> Tensor:
 
 def find_image(source: str | Path) -> Path:
     """Where an image is. Raises FileNotFoundError when there is none."""
-    path = DRAWINGS.get(str(source), Path(source))
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}; drawings of our own are {', '.join(DRAWINGS)}")
-    return path
+    source = DRAWINGS.get(str(source), source)
+    images.check_there(source, f"; drawings of our own are {', '.join(DRAWINGS)}")
+    return Path(source)
 
 
 def write_table(args: Namespace, rows: Sequence[Sequence[Tensor]], **labels):

@@ -1,6 +1,7 @@
 """What the scripts share: options, devices, and errors in one line."""
 
 import argparse
+import difflib
 import math
 import os
 import signal
@@ -34,8 +35,30 @@ class OneLineParser(argparse.ArgumentParser):
                 self.error(f"{argument} gives no value")
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name, known = unknown[0].partition("=")[0], self._option_string_actions
+            nearest = [option for option in known if option.strip("-") in name.split("-")]  # --num-inference-steps
+            nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            meant = f": did you mean {nearest[0]}?" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return parsed
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class Size(argparse.Action):
+    """Height and width, or one number for both."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, nargs="+", metavar="PIXELS", **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[int], _=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "give height and width, or one number for both")
+        setattr(namespace, self.dest, (values[0], values[-1]))
 
 
 def parser(doc: str, needed: str = "") -> argparse.ArgumentParser:

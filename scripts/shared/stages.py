@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.options import (
+    Size,
     add_device_options,
     add_low_memory_option,
     add_output_options,
@@ -78,7 +79,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     default = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
     how.add_argument("--guidance", type=number, default=guidance, help=f"γ ({default})")
     visited = how.add_mutually_exclusive_group()
-    default = "default: 100" if stride is None else "instead of --stride"
+    default = by_model(1, "num_steps") if stride is None else "instead of --stride"
     visited.add_argument("--steps", type=steps_or_name, help=f"a number, or smart50 and its like ({default})")
     default = "instead of --steps" if stride is None else f"default: {stride}"
     visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
@@ -88,7 +89,8 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     how.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}
     how.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
-    how.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="of stage 1 (default: the model's)")
+    size = "of stage 1: height and width, or one number for both (default: the model's)"
+    how.add_argument("--size", type=positive, action=Size, help=size)
     how.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
     how.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
     how.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
@@ -105,7 +107,7 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
 
 
 def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None = None) -> Cascade:
-    """The cascade of the options, whose prompts, sizes and files are checked; `args.visited` are those of stage 1.
+    """The cascade of the options, whose prompts, sizes and files are checked; `args.visited`: see `pick_timesteps`.
 
     single_stage: for figures of stage 1 alone, which one process draws
     out: the first file that is written, where it is not --out
@@ -184,15 +186,16 @@ def from_index(timesteps: Sequence[int], i_start: int) -> list[int]:
     return timesteps[i_start:]
 
 
-def pick_timesteps(args: Namespace) -> list[int]:
-    """Which timesteps --steps or --stride visit, noisiest first.
+def pick_timesteps(args: Namespace) -> list[int] | None:
+    """Which timesteps --steps or --stride visit, noisiest first; None where the number of steps is left to the model.
 
     IF's own spacing unless the sampler has another, see `spaced_timesteps`.
     """
     stride = args.stride or (args.default_stride if args.steps is None else None)
     if stride is not None:
         return strided_timesteps(SCHEDULE.num_timesteps, stride)
-    steps = 100 if args.steps is None else args.steps
-    if isinstance(steps, str):
-        return named_timesteps(steps)
-    return spaced_timesteps(args.sampler, steps, args.eta)
+    if args.steps is None:
+        return None
+    if isinstance(args.steps, str):
+        return named_timesteps(args.steps)
+    return spaced_timesteps(args.sampler, args.steps, args.eta)

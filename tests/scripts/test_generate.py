@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
+from ifmodel import Cascade
 from ifmodel.embeds import load_embeds, save_embeds
 from ifmodel.t5 import embed_each
 from tests.ifmodel.test_t5 import model_folder  # noqa: F401
@@ -134,6 +135,23 @@ def test_a_grid_and_each_image_beside_it(run_script, cascade, tmp_path):
     assert abs(pixels(tmp_path / "g_0_0.png") - pixels(tmp_path / "g_1_0.png")).max() > 10
 
 
+def test_without_options_the_image_is_the_cascades(run_script, cascade, tmp_path):
+    """The steps, the guidance and what is of stage 2 are the model's own, of the files that came with it."""
+    source = {name: shutil.copytree(cascade[0] / name, tmp_path / name) for name in ("stage_1", "stage_2")}
+    own = {"stage_1": {"num_steps": 7, "guidance_scale": 2.0}, "stage_2": {"num_steps": 4, "noise_level": 90}}
+    for name, settings in own.items():
+        (source[name] / "sampling_config.json").write_text(json.dumps(settings))
+    options = ["--model", source["stage_1"], "--upscaler", source["stage_2"], "--prompt", PROMPT, "--seed", 7]
+    out = ["--dtype", "float32", "--device", "cpu", "--out", tmp_path / "out.png"]
+    status, _, err = run_script("generate", *options, *out)
+    assert status == 0, err
+    drawn = Cascade(source["stage_1"], upscaler=source["stage_2"]).draw(PROMPT, seeds=[7])
+    expected = ((drawn[0] + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert abs(pixels(tmp_path / "out.png") - expected).max() <= 1
+    status, shown, _ = run_script("generate", "--help")
+    assert "(default: 100; 50 with tiny-if)" in " ".join(shown.split())
+
+
 def test_another_size_through_both_stages(run_script, cascade, tmp_path):
     folder, _, _ = cascade
     options = ["--model", folder / "stage_1", "--upscaler", folder / "stage_2", "--steps", 2, "--upscaler-steps", 2]
@@ -141,6 +159,9 @@ def test_another_size_through_both_stages(run_script, cascade, tmp_path):
     status, _, err = run_script("generate", *options)
     assert status == 0, err
     assert pixels(tmp_path / "wide.png").shape == (16, 40, 3)
+    status, _, err = run_script("generate", *options, "--size", 8)
+    assert status == 0, err
+    assert pixels(tmp_path / "wide.png").shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"])

@@ -486,6 +486,10 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     (tmp_path / "text.png").write_text("not an image")
     assert "is no image" in said("forward_process", "--image", tmp_path / "text.png")
     assert "no image at" in said("forward_process", "--image", tmp_path / "nowhere.png")
+    for address in ("http://a.org/a.png", "https://a.org/a.png"):
+        told = f"{address} is an address: download it first, and give the file"
+        for script, option in (("sdedit", "--image"), ("inpaint", "--mask"), ("hybrid_image", "--keep")):
+            assert told in said(script, *model, option, address, *["--prompt", "x"])
     assert "must be from 0 to 999, not 1000" in said("forward_process", "--timesteps", 1000)
     assert "--i-start must be from 0 to 2, not 3" in said("sdedit", *model, "--image", photo, "--i-start", 3)
     assert "a circle is 3 numbers" in said("inpaint", *model, "--image", photo, "--mask", "circle:1,2")
@@ -494,7 +498,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "--keep takes one --prompt: what the rest shows" in said("hybrid_image", *model, "--keep", photo)
     views = [option for name in ("identity", "negate", "rotate_90") for option in ("--view", name)]
     assert "give a --prompt for each of the 3 views" in said("visual_anagram", *model, *views)
-    assert "has no hole" in said("inpaint", *model, "--image", photo, "--mask", "rectangle:0,0,0,0")
+    assert "TOP above BOTTOM" in said("inpaint", *model, "--image", photo, "--mask", "rectangle:0,0,0,0")
     assert "one for each of the 1 images, not 2" in said(
         "inpaint", *model, "--image", photo, "--mask", "circle:0,0,1", "--mask", "circle:0,0,1"
     )

@@ -387,7 +387,10 @@ def test_impossible_steps(sample, steps):
         (["--sampler", "ddim", "--eta", "2"], "eta must be from 0 to 1, not 2"),
         (["--device", "tpu"], "device 'tpu' is not on this machine: choose from auto"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--colour"], "unrecognized arguments: --colour"),
+        (["--colour"], "unrecognized arguments: --colour (see --help)"),
+        (["--num-inference-steps", "20"], "arguments: --num-inference-steps 20: did you mean --steps?"),
+        (["--stpes", "20"], "unrecognized arguments: --stpes 20: did you mean --steps?"),
+        (["--guidance-scale=3"], "unrecognized arguments: --guidance-scale=3: did you mean --guidance?"),
         (["--save", "digits.pt"], "digits.pt must end in .safetensors"),
     ],
 )

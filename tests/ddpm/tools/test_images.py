@@ -123,3 +123,14 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
     for read in (lambda: read_image(path, (8, 8)), lambda: load_tensors(path)):
         with pytest.raises(ValueError, match="it only names the file for Git LFS: run `git lfs pull`"):
             read()
+
+
+def test_a_mask_of_a_segmentation_says_that_white_is_255(tmp_path):
+    Image.fromarray((RAMP > 0.5).astype(numpy.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask\.png has no hole: its largest value is 1, and white is 255"):
+        read_mask(str(tmp_path / "mask.png"), (16, 16), tmp_path / "mask.png")
+
+
+def test_shapes_are_named_in_any_case():
+    for name in ("circle:.5,.5,.2", "rectangle:0.1,0,1,1"):
+        assert torch.equal(read_mask(name.title(), (16, 16), ""), read_mask(name, (16, 16), ""))
