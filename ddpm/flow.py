@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.sampling import Estimate, guided, unguided
-from ddpm.schedule import Schedule
+from ddpm.schedule import Schedule, check_whole
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x_t, t) -> u [B, C, H, W], t from 0, noise, to 1, data
 
@@ -46,6 +46,7 @@ def velocity_of(model: nn.Module, c: Tensor | None = None, guidance_scale: float
 
 def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
     """start, start + 1/N, … and 1: steps of one length 1/N, the last one shortened if need be."""
+    check_whole("num_steps", num_steps)
     if num_steps < 1 or not 0 <= start < 1:
         raise ValueError(f"a flow takes at least 1 step, from a t in [0, 1), not {num_steps} from {start}")
     count = math.ceil((1 - start) * num_steps - 1e-9)

@@ -13,7 +13,7 @@ from ddpm.estimates import Estimate, Guider, Model, classifier_free, guided, ung
 from ddpm.flow import euler_step, flow_times, heun_step, integrate, velocity_of
 from ddpm.mnist.unet import IMAGE_SIZE, NUM_CLASSES, ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, folded
 from ddpm.process import ddim_step, ddpm_step, dpm_solver_step
-from ddpm.sampling import iterative_denoise, noise_source, sample
+from ddpm.sampling import iterative_denoise, noise_source, sample, whole_seeds
 from ddpm.schedule import Schedule, check_whole, linear_schedule, linspace_timesteps, log_snr_timesteps
 from ddpm.tools.memory import keep_freed
 
@@ -131,7 +131,7 @@ class GuidedDigits:
         algorithm: bind its own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=50)
         num_steps: how many it takes, if not one for each timestep; description: both for the progress bar
         """
-        noise = noise_source(whole_numbers("seeds", seeds), (1, IMAGE_SIZE, IMAGE_SIZE), self.device)
+        noise = noise_source(some_seeds(seeds), (1, IMAGE_SIZE, IMAGE_SIZE), self.device)
         with tqdm(total=num_steps or len(self.timesteps), desc=description, unit="step") as bar:
             loop = {"timesteps": self.timesteps, "schedule": self.schedule, "callback": lambda *_: bar.update()}
             return algorithm(estimate=estimate, noise=noise, **loop).clamp(0, 1).cpu()
@@ -176,7 +176,6 @@ def sample_flow(
     if isinstance(model, TimeUNet):
         raise ValueError(f"a {type(model).__name__} is a DDPM: draw with sample_digits")
     classes, seeds = conditioning(model, labels, seeds)
-    check_whole("num_steps", num_steps)
     step, times = pick_step(FLOW_SAMPLERS, sampler), flow_times(num_steps)
     batches = in_batches(len(seeds), batch_size)
     device = next(model.parameters()).device
@@ -229,7 +228,7 @@ def conditioning(
     Raises ValueError when labels and seeds are not whole numbers, and as many; and unless there are labels for a model
     of this module with classes, and none for one without.
     """
-    name, seeds = type(model).__name__, whole_numbers("seeds", seeds)
+    name, seeds = type(model).__name__, some_seeds(seeds)
     if labels is None:
         if isinstance(model, (ClassUNet, ClassFlow)):
             raise ValueError(f"a {name} draws the digits that it is told: give labels, one for each seed")
@@ -240,6 +239,13 @@ def conditioning(
     if len(c) != len(seeds):
         raise ValueError(f"give a label for each of the {len(seeds)} seeds, not {len(c)}")
     return c, seeds
+
+
+def some_seeds(seeds: Sequence[int]) -> list[int]:
+    """`whole_seeds`, of which there must be one at least."""
+    if not (seeds := whole_seeds(seeds)):
+        raise ValueError("seeds must hold one for each digit: there are none")
+    return seeds
 
 
 def in_batches(count: int, size: int) -> list[slice]:
@@ -257,19 +263,11 @@ def encoded_once(model: Model, count: int) -> Model:
 
 def one_hot(labels: Sequence[int], device: torch.device) -> Tensor:
     """Labels [B] as one-hot rows, [B, 10]. Raises ValueError for what are no digits."""
-    labels = whole_numbers("labels", labels)
+    try:
+        labels = [operator.index(label) for label in labels]
+    except TypeError:
+        raise ValueError(f"labels must be a list of digits, such as [3, 7], not {labels!r:.40}") from None
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"a label is a digit from 0 to {NUM_CLASSES - 1}, not {label}")
-    return F.one_hot(torch.tensor(labels), NUM_CLASSES).float().to(device)
-
-
-def whole_numbers(name: str, numbers: Sequence[int]) -> list[int]:
-    """A list, range, array or tensor of whole numbers as a list. Raises ValueError for anything else, or for none."""
-    try:
-        listed = [operator.index(number) for number in numbers]
-    except TypeError:
-        raise ValueError(f"{name} must be a list of whole numbers, such as [3, 7], not {numbers!r:.40}") from None
-    if not listed:
-        raise ValueError(f"{name} must hold one for each digit that is drawn: there are none")
-    return listed
+    return F.one_hot(torch.tensor(labels, dtype=torch.long), NUM_CLASSES).float().to(device)

@@ -214,11 +214,12 @@ def test_a_model_of_the_other_kind_is_refused(model):
 ASKED = {"labels": [3, 4], "seeds": [1, 2]}
 WRONG = [  # what is asked for, what is said, and whether sample_flow says it, too
     ({"labels": None}, "a Class(UNet|Flow) draws the digits that it is told: give labels", True),
-    ({"labels": 3}, r"labels must be a list of whole numbers, such as \[3, 7\], not 3$", True),
-    ({"labels": [3, 4.0]}, "labels must be a list of whole numbers", True),
+    ({"labels": 3}, r"labels must be a list of digits, such as \[3, 7\], not 3$", True),
+    ({"labels": [3, 4.0]}, "labels must be a list of digits", True),
     ({"labels": torch.ones(2)}, r"labels must be .*, not tensor\(\[1., 1.\]\)", True),
-    ({"labels": [], "seeds": []}, "seeds must hold one for each digit that is drawn", True),
-    ({"seeds": 5}, r"seeds must be a list of whole numbers, such as \[3, 7\], not 5$", True),
+    ({"labels": []}, "give a label for each of the 2 seeds, not 0", True),
+    ({"seeds": []}, "seeds must hold one for each digit: there are none", True),
+    ({"seeds": 5}, "seeds must be a list of whole numbers, of one for each image.*, not 5$", True),
     ({"seeds": "12"}, "seeds must be a list of whole numbers.*, not '12'$", True),
     ({"batch_size": 0}, "batch_size must be at least 1, not 0", True),
     ({"batch_size": -1}, "batch_size must be at least 1, not -1", True),
@@ -249,7 +250,7 @@ def test_labels_for_a_model_without_classes_are_refused(model):
     for other in (TimeUNet(4), ClassFlow(4)):
         with pytest.raises(ValueError, match=f"draws with a ClassUNet, not with a {type(other).__name__}"):
             GuidedDigits(other)
-    with pytest.raises(ValueError, match="labels must be a list of whole numbers"):
+    with pytest.raises(ValueError, match="labels must be a list of digits"):
         GuidedDigits(model).estimate(3)
     with pytest.raises(ValueError, match="seeds must be a list of whole numbers"):
         GuidedDigits(model).draw(None, seeds=5)
