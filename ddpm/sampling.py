@@ -59,7 +59,7 @@ def whole_seeds(seeds: Sequence[int]) -> list[int]:
         whole = [operator.index(seed) for seed in seeds]
     except TypeError:
         wanted = "seeds must be a list of whole numbers, of one for each image, such as [1, 2]"
-        raise ValueError(f"{wanted}, not {seeds!r}") from None
+        raise ValueError(f"{wanted}, not {seeds!r:.40}") from None
     for seed in whole:
         if not 0 <= seed < 2**32:
             raise ValueError(f"a seed must be from 0 to 2^32 - 1, not {seed}")

@@ -168,8 +168,10 @@ class Cascade:
             1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
             2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
         }
-        for number in range(1, len(self.stages) + 1):
-            warn_of_noise(number, timesteps[number])
+        begun = [(1, job.timesteps or timesteps[1]) for job in jobs if "x_0" not in job.images()]
+        for number, path in [*begun, (2, timesteps[2])]:
+            if number <= len(self.stages):
+                warn_of_noise(number, path)
         prompts = [*dict.fromkeys(prompt for job in jobs for prompt in job.prompts())]
         self.prompts.check(prompts, negative_prompt)
         batches = self._batches(jobs, batch_size)

@@ -27,9 +27,9 @@ def as_number(name: str, value) -> float:
     """A setting's value: a finite γ, a whole number of steps or noise level. Raises ValueError for another."""
     try:
         number = float(value) if name == "guidance_scale" else operator.index(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if number != number or abs(number) == math.inf:  # an int may be too large for math.isfinite
         kind = "finite" if name == "guidance_scale" else "whole"
         raise ValueError(f"{name} must be a {kind} number, not {value!r}")
     return number
