@@ -28,7 +28,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from shared.options import LARGEST, parser, positive, positive_number, run
+from shared.options import LARGEST, learning_rate, parser, positive, run
 from shared.stages import MODEL, UPSCALER
 from shared.training import add_run_options, check_run, end_training
 
@@ -74,7 +74,7 @@ def arguments() -> Namespace:
     options.add_argument("--text-batch", type=positive, default=128, help="their batch size (default: 128)")
     options.add_argument("--steps", type=positive, default=40_000, help="of the UNet (default: 40000)")
     options.add_argument("--batch-size", type=positive, default=48, help="default: 48")
-    options.add_argument("--lr", type=positive_number, default=4e-4, help="falls to a tenth in the end (default: 4e-4)")
+    options.add_argument("--lr", type=learning_rate, default=4e-4, help="falls to a tenth in the end (default: 4e-4)")
     options.add_argument("--every", type=positive, default=500, help="steps between sheets (default: 500)")
     help = "processes that draw batches ahead, so that a GPU need not wait (default: 0; the weights are the same)"
     options.add_argument("--workers", type=positive, default=0, help=help)

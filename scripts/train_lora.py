@@ -21,7 +21,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from shared.options import number, parser, pick, positive, positive_number, run
+from shared.options import learning_rate, number, parser, pick, positive, run
 from shared.stages import MODEL, UPSCALER, model_name
 from shared.training import add_run_options, check_run, end_training
 
@@ -53,7 +53,7 @@ def arguments() -> Namespace:
     options.add_argument("--layers", choices=("attention", "all"), default="all", help=help)
     options.add_argument("--steps", type=positive, default=160, help="default: 160")
     options.add_argument("--batch-size", type=positive, default=4, help="default: 4")
-    options.add_argument("--lr", type=positive_number, default=2e-3, help="falls to 0 in the end (default: 2e-3)")
+    options.add_argument("--lr", type=learning_rate, default=2e-3, help="falls to 0 in the end (default: 2e-3)")
     add_run_options(options, "out/lora")
     args = options.parse_args()
     args.upscaler = UPSCALER if args.upscaler == "tiny-if" else args.upscaler

@@ -124,6 +124,13 @@ def positive_number(text: str) -> float:
     return value
 
 
+def learning_rate(text: str) -> float:
+    """An argparse type: above 0 and at most 1, beyond which no weights stay finite."""
+    if (value := positive_number(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
+    return value
+
+
 def seed_number(text: str) -> int:
     """An argparse type: a seed, from 0 to 4,000,000,000, so that others below 2³² may be counted on from it."""
     if not text.isdecimal() or len(text) > 10 or int(text) > 4_000_000_000:

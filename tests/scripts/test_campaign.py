@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm.mnist import ClassFlow, ClassUNet, UNet
 from ddpm.mnist.checkpoint import save_weights
-from shared.options import OneLineParser, number, positive, positive_number, seed_number
+from shared.options import OneLineParser, learning_rate, number, positive, positive_number, seed_number
 from shared.stages import model_name, steps_or_name
 from tests.conftest import DATA, ROOT, settled
 from tests.forked import PRELOADED, SERVER, Run, run_all
@@ -135,7 +135,8 @@ def kind_of(action: argparse.Action):
     """Which of the values an option is given."""
     if action.nargs == 0:
         return "flag"
-    return "choices" if action.choices else number if action.type in (float, positive_number) else action.type
+    numbers = (float, positive_number, learning_rate)
+    return "choices" if action.choices else number if action.type in numbers else action.type
 
 
 def given_to(action: argparse.Action, value: str) -> list[str]:
