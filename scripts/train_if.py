@@ -8,9 +8,8 @@
 
 Stage 1: first a tokenizer is trained on the captions, and the text encoder against the images (--text-steps); then
 the encoder and the UNet together. Small images are cheap and teach which caption is of what: begin with --size 16, go
-on with --start. Stage 2 keeps the text encoder of its stage 1, which also draws half of the small images anew, so that
-it learns to enlarge those, too. It learns on crops, which are cheap; let it finish on whole images, which alone show
-where a pixel lies (--start out/stage-2/model --crop 128).
+on with --start. Stage 2 keeps the text encoder of its stage 1, and learns on crops, which are cheap; let it finish on
+whole images, which alone show where a pixel lies (--start out/stage-2/model --crop 128).
 Writes to --out: state.safetensors (for --resume); every --every steps and at the last a line of log.csv and
 samples.png; and model/, with the averaged weights, which scripts/generate.py and diffusers load. The log's columns are
 the loss and, for stage 1, what it is with the right captions, with others' and with none (right should become the
@@ -67,6 +66,8 @@ def arguments() -> Namespace:
     options.add_argument("--size", type=positive, help="height and width (default: 32; stage 2: 128)")
     options.add_argument("--crop", type=positive, default=64, help="stage 2: trains on parts (default: 64 pixels)")
     default = "default: 32 48 96 192; stage 2: 16 24 48 96 128"
+    help = "stage 2: share of the small images that stage 1 has drawn anew (default: 0, see weights.md)"
+    options.add_argument("--redrawn", type=float, default=0.0, help=help)
     options.add_argument("--widths", type=positive, nargs="+", help=f"channels of the levels ({default})")
     options.add_argument("--layers", type=positive, default=1, help="ResNets a level (default: 1)")
     options.add_argument("--text-dim", type=positive, default=128, help="width of the text encoder (default: 128)")
@@ -87,9 +88,11 @@ def arguments() -> Namespace:
         raise ValueError(f"--text-steps must be from 0 to {LARGEST}")
     if args.workers > (os.cpu_count() or 1):
         raise ValueError(f"--workers {args.workers} are more than this machine's {os.cpu_count()} processors")
-    for name in ("variety", "unnamed"):
+    for name in ("variety", "unnamed", "redrawn"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} must be from 0 to 1, but is {getattr(args, name)}")
+    if args.redrawn and not args.stage_2_of:
+        raise ValueError("--redrawn is for stage 2: it goes with --stage-2-of")
     args.stage_2_of = MODEL if args.stage_2_of == "tiny-if" else args.stage_2_of
     if args.start == "tiny-if":
         args.start = UPSCALER if args.stage_2_of else MODEL
@@ -156,9 +159,8 @@ def main():
     data = load(part="train" if args.hold_out else "all")
     watched = load(part="held out") if args.hold_out else data
     torch.manual_seed(args.seed)
-    chosen = {
-        name: getattr(args, name) for name in ("size", "steps", "batch_size", "seed", "start", "variety", "unnamed")
-    }
+    kept = ("size", "steps", "batch_size", "seed", "start", "variety", "unnamed", "redrawn")
+    chosen = {name: getattr(args, name) for name in kept}
     chosen |= {"learning_rate": args.lr, "text_steps": args.text_steps, "text_batch": args.text_batch}
     chosen |= {"crop": args.crop if args.stage_2_of else None, "dtype": str(dtype).removeprefix("torch.")}
     tokenizer = get_tokenizer(args, data)
@@ -167,7 +169,9 @@ def main():
     if args.stage_2_of:
         unet, encoder = start_unet(unet_config(args), args.start), start_encoder(args.stage_2_of, tokenizer)
         stage_1 = load_unet(args.stage_2_of, pack=False)
-        stage = Stage2(unet_config(args), encoder, unet, stage_1, tokenizer, device, args.crop)
+        stage = Stage2(
+            unet_config(args), encoder, unet, stage_1, tokenizer, device, crop=args.crop, redrawn=args.redrawn
+        )
     else:
         own = {"new_text": args.new_text, "resume": args.resume}
         stage = begin_stage_1(unet_config(args), data, recipe, tokenizer, device, **own)

@@ -5,6 +5,7 @@ The model is a `TextToImage` throughout.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +91,14 @@ def stage_2_loss(
     small: int,
     crop: int,
     stage_1: UNet | None = None,
+    share: float = 0.0,
     max_noise_level: int = 100,
     offset: float = 0.1,
 ) -> Tensor:
     """As `stage_1_loss`, for crops of the images, concatenated with crops of what stage 2 sees of the small ones.
 
     small: the size of stage 1's images; crop: of the crops; offset: the standard deviation of the noise's brightness
-    stage_1: draws half of the small images anew, see `redrawn`
+    stage_1, share: what draws a share of the small images anew, see `redrawn`
     The small images are noised to a random level, also passed to the model, which makes it robust to stage-1
     artefacts. They are cropped after upscaling: a crop upscaled alone would be slightly displaced.
     `noised_upscaled` aligns the corners, so near them it displaces the small image by 3/8 of a small pixel. A crop
@@ -111,7 +113,7 @@ def stage_2_loss(
     count = len(batch.x_0)
     t = torch.randint(SCHEDULE.num_timesteps, (count,), **given).to(device)[rows]
     noise_level = torch.randint(max_noise_level, (count,), **given).to(device)
-    again = None if stage_1 is None else lambda x: redrawn(x, model, stage_1, batch, count // 2, generator)
+    again = partial(redrawn, model, stage_1, batch, round(share * count), generator) if share else None
     low_res = small_noised(batch.x_0, small, noise_level, generator, again)
     both = cropped(torch.cat([batch.x_0, low_res], dim=1), crop, generator)[rows]
     x_0, low_res = both.chunk(2, dim=1)
@@ -141,7 +143,7 @@ def small_noised(
 
 @torch.no_grad()
 def redrawn(
-    x: Tensor, model: nn.Module, stage_1: UNet, batch: Batch, count: int, generator: torch.Generator, num_steps: int = 4
+    model: nn.Module, stage_1: UNet, batch: Batch, count: int, generator: torch.Generator, x: Tensor, num_steps: int = 4
 ) -> Tensor:
     """Small images [B, 3, S, S], of which stage 1 has drawn the first `count` anew: noised to a t, and denoised again.
 

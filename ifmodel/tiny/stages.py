@@ -64,15 +64,27 @@ class Stage1:
 
 
 class Stage2:
-    """Stage 2 in training, for a stage 1, which stays as it is, with its text encoder."""
+    """Stage 2 in training, for a stage 1, which stays as it is, with its text encoder.
+
+    crop, redrawn: of `stage_2_loss`, the size of its crops and its share
+    """
 
     def __init__(
-        self, config: dict, encoder, unet: UNet, stage_1: UNet, tokenizer: Path, device: torch.device, crop: int
+        self,
+        config: dict,
+        encoder,
+        unet: UNet,
+        stage_1: UNet,
+        tokenizer: Path,
+        device: torch.device,
+        *,
+        crop: int,
+        redrawn: float = 0.0,
     ):
         self.config, self.tokenizer, self.small = config, Tokenizer(tokenizer), stage_1.config.sample_size
         self.model = TextToImage(encoder.requires_grad_(False), unet).to(device, memory_format=torch.channels_last)
         self.parameters = [{"params": unet.parameters()}]
-        self.loss = partial(stage_2_loss, small=self.small, crop=crop, stage_1=stage_1.to(device))
+        self.loss = partial(stage_2_loss, small=self.small, crop=crop, stage_1=stage_1.to(device), share=redrawn)
 
     def watch(self, held: Batch) -> dict[str, float]:
         """What the log says of it, `upscaling_error` of a few images."""

@@ -34,7 +34,7 @@ from ifmodel.unet import UNet, UNetConfig
 class Recipe:
     """What decides the trained weights. The learning rate rises for 500 steps, then falls to a tenth.
 
-    size: of the images; crop: stage 2 trains on parts of so many pixels
+    size: of the images; crop: stage 2 trains on parts of so many pixels; redrawn: on a share that stage 1 has drawn
     text_steps, text_batch: of the text encoder, before the UNet
     variety, unnamed: how much drawings vary, and how many captions name no thing, see `ifmodel.tiny.data`
     data, tokenizer: a hash of each
@@ -53,6 +53,7 @@ class Recipe:
     start: str | None = None
     crop: int | None = None
     unnamed: float = 0.1
+    redrawn: float = 0.0
     seed: int = 20040805
 
 

@@ -84,6 +84,7 @@ def trained(folder, tmp_path_factory):
     script = [sys.executable, ROOT / "scripts" / "train_if.py"]
     stage_1 = stage_1_options(folder, out / "1", 3, "--every", 3)
     stage_2 = ["--data", folder, "--out", out / "2", "--stage-2-of", out / "1" / "model", "--size", 32, "--crop", 16]
+    stage_2 += ["--redrawn", 0.5]
     for options in (stage_1, [*stage_2, "--steps", 3, "--every", 3, *SMALL]):
         subprocess.run([str(part) for part in script + options], check=True, capture_output=True)
     return out
@@ -258,7 +259,7 @@ def test_stage_2_sees_what_stage_1_draws(monkeypatch, data, tokenizer):
     stage_1 = small_model(tokenizer, export.stage_1_config(8, [32, 32], 1, 32)).unet
     batch = losses.draw_batch(data, tokenizer, 6, 16, torch.Generator().manual_seed(0), drop=0)
     x = F.avg_pool2d(batch.x_0, 2)
-    again = losses.redrawn(x, model, stage_1, batch, 3, torch.Generator().manual_seed(1))
+    again = losses.redrawn(model, stage_1, batch, 3, torch.Generator().manual_seed(1), x)
     assert torch.equal(again[3:], x[3:])
     assert again.shape == x.shape and again.isfinite().all()
     assert (again[:3] - x[:3]).square().mean() > 0.01
@@ -267,7 +268,7 @@ def test_stage_2_sees_what_stage_1_draws(monkeypatch, data, tokenizer):
         return torch.cat([predict_eps(x_t, x[:3], t, SCHEDULE), torch.zeros_like(x_t)], 1)
 
     exact.encode_text = stage_1.encode_text
-    again = losses.redrawn(x, model, exact, batch, 3, torch.Generator().manual_seed(1))
+    again = losses.redrawn(model, exact, batch, 3, torch.Generator().manual_seed(1), x)
     torch.testing.assert_close(again, x)  # a stage 1 that knows the image draws it again
 
 
@@ -648,6 +649,8 @@ def test_bad_runs_are_refused(refused, folder, trained, tmp_path):
         (["--workers", 100_000], "--workers 100000 are more than this machine's"),
         (["--lr", -1], "'-1' is not above 0"),
         (["--lr", "nan"], "'nan' is not a finite number"),
+        (["--unnamed", 2], "--unnamed must be from 0 to 1, but is 2"),
+        (["--redrawn", 0.5], "--redrawn is for stage 2: it goes with --stage-2-of"),
         (["--text-steps", -3], "--text-steps must be from 0 to 1000000"),
         (["--stage-2-of", "tiny-if", "--crop", 17], "--crop must be a multiple of 2 for a UNet of 2 levels, but is 17"),
         (["--stage-2-of", "tiny-if", "--size", 48], "--size 48 must be a multiple of stage 1's 32"),
