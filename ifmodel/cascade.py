@@ -168,7 +168,7 @@ class Cascade:
             1: spaced_timesteps(sampler, settings[1]["num_steps"], eta),
             2: leading_timesteps(SCHEDULE.num_timesteps, settings[2]["num_steps"]),
         }
-        begun = [(1, job.timesteps or timesteps[1]) for job in jobs if "x_0" not in job.images()]
+        begun = [(1, job.timesteps or timesteps[1]) for job in jobs if job.from_noise()]
         for number, path in [*begun, (2, timesteps[2])]:
             if number <= len(self.stages):
                 warn_of_noise(number, path)

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from ddpm.estimates import Estimate, Guider, classifier_free, compose
-from ddpm.sampling import check_falling, check_finite, sample, whole_seeds
+from ddpm.sampling import check_falling, check_finite, inpaint, sample, whole_seeds
 from ddpm.views import View
 from ifmodel.stage import SCHEDULE, stage_1, stage_2
 from ifmodel.unet import UNet
@@ -139,6 +139,10 @@ class Job:
         """Those that the algorithm of stage 1 begins with."""
         bound = getattr(self.algorithm, "keywords", {})
         return {name: bound[name] for name in ("x_0", "x_orig") if name in bound}
+
+    def from_noise(self) -> bool:
+        """Whether its algorithm is one of those that are known to begin with pure noise."""
+        return getattr(self.algorithm, "func", self.algorithm) in (sample, inpaint)
 
     def prompts(self) -> list[str]:
         """All that it asks for, in either stage."""

@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm.components import low_high_pass
 from ddpm.process import ddim_step, ddpm_step
 from ddpm.restoration import downscale, restore
-from ddpm.sampling import anagram, compose, hybrid, inpaint, projected, rescaled, sdedit
+from ddpm.sampling import anagram, compose, hybrid, inpaint, iterative_denoise, projected, rescaled, sdedit
 from ddpm.schedule import leading_timesteps
 from ddpm.views import identity, vertical_flip
 from ifmodel import Cascade, cascade
@@ -219,7 +219,15 @@ def test_it_draws_for_several_threads(tiny):
 def test_it_warns_of_steps_that_leave_noise_and_not_of_negative_prompts(recwarn):
     tiny = Cascade("tiny-if/I")
     tiny.draw("a photo of a dog", seeds=[1], num_steps=4, negative_prompt="blurry, low quality", progress=False)
+    late = {"timesteps": [600, 300, 0], "progress": False}  # of an image that is noised, few and late are right
+    tiny.draw("a photo of a dog", partial(sdedit, x_0=torch.zeros(1, 3, 32, 32), i_start=0), seeds=[1], **late)
+    x_t = torch.zeros(1, 3, 32, 32)
+    tiny.draw(
+        "a photo of a dog", lambda noise, **loop: iterative_denoise(x_t=x_t, noise=noise, **loop), seeds=[1], **late
+    )
     assert not recwarn.list
+    with pytest.warns(UserWarning, match="3 steps begin at t = 600"):
+        tiny.draw("a photo of a dog", seeds=[1], **late)
     with pytest.warns(UserWarning, match="1 step begins at t = 0 of 1000, so noise will stay: take 4 to 500") as told:
         tiny.draw("a photo of a dog", seeds=[1], num_steps=1, progress=False)
     assert told[0].filename == __file__  # of the caller
