@@ -103,8 +103,8 @@ class Made:
 
 def read_experiments(path: Path) -> list[Experiment]:
     """All sections of such a file, in its order."""
-    names = {"dog": "1F436", "rocket": "1F680", "sunflower": "1F33B", "penguin": "1F427"}
-    file = ConfigParser({name: known(image) for name, image in names.items()}, interpolation=ExtendedInterpolation())
+    known_images = {name: known(name) for name in ("dog", "rocket", "sunflower", "penguin")}
+    file = ConfigParser(known_images, interpolation=ExtendedInterpolation())
     file.read(path, encoding="utf-8")
     return [experiment_of(key, file[key]) for key in file.sections()]
 

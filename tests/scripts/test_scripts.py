@@ -331,6 +331,15 @@ def test_bench_page_makes_the_page_of_both_commits(run_script):
     assert status == 2 and "no commit 'no-such-commit'" in err
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository's history")
+def test_bench_page_times_digits_of_both_commits(run_script, refused):
+    status, out, err = run_script("bench/page", "HEAD", "--digits", 1)
+    assert status == 0, err
+    name, ours, earlier, ratio = out.splitlines()[-1].split()
+    assert name == "whole" and float(ratio) == pytest.approx(float(ours) / float(earlier), rel=0.1)
+    assert "leave it or --digits" in refused("bench/page", "HEAD", "--digits", 1, "--only", "A1")
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bench_train_if_trains_the_same_on_both_sides(run_script, stage):
     options = ("--stage", stage, "--rounds", 1, "--steps", 1, "--batch-size", 2, "--dtype", "float32")

@@ -294,8 +294,8 @@ def test_what_cannot_be_evaluated_is_refused_before_a_judge_is_trained(refused, 
 
     monkeypatch.setattr("ifmodel.tiny.judge.train_judge", too_late)
     options = save_untrained(tmp_path, 16, 32)
-    (tmp_path / "1F680.png").write_bytes((DATA / "emoji" / "1F680.png").read_bytes())
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1F680.png", "text": "rocket"}))
+    (tmp_path / "rocket.png").write_bytes((DATA / "emoji" / "rocket.png").read_bytes())
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "rocket.png", "text": "rocket"}))
     line = refused("evaluate/tiny_if", *options, "--data", tmp_path, *QUICK)
     assert "has one thing alone, rocket" in line
     assert "give it as --upscaler" in refused("evaluate/tiny_if", "--data", DATA, "--model", "tiny-if/II")
