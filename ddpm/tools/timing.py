@@ -4,6 +4,7 @@ seconds = in_turns({"packed": lambda: packed(x_t, 500, text), "plain": lambda: p
 ratio = median(plain / packed for plain, packed in zip(seconds["plain"], seconds["packed"]))
 """
 
+import os
 import time
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -50,6 +51,7 @@ def operators(step: Callable, device: str | torch.device = "cpu") -> dict[str, f
     if device.type == "mps":
         return {}
     cuda = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells, on stderr, of a GPU that there is not
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
         step()
     times = {
