@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.experiments import EXPERIMENTS, Experiment, Made
-from shared.options import SEED, check_writable, parser, run, seed_number
+from shared.options import check_writable, parser, run, seed_number
 from shared.page import LivePage
 from shared.stages import add_model_options
 
@@ -71,7 +71,7 @@ def arguments() -> Namespace:
     options.add_argument("--data", type=Path, help="folder holding MNIST/raw (default: data, or 100 test digits)")
     options.add_argument("--device", help="as in the other scripts")
     options.add_argument("--dtype", help="as in the other scripts")
-    options.add_argument("--seed", type=seed_number, default=SEED, help=f"default: {SEED}")
+    options.add_argument("--seed", type=seed_number, help="of all experiments (default: each has its own)")
     options.add_argument("--again", action="store_true", help="make again what is there already")
     options.add_argument("--out", type=Path, default=Path("out"), help="folder of the page (default: out)")
     args = options.parse_args()
@@ -140,7 +140,8 @@ def command_options(experiment: Experiment, args: Namespace) -> list[str]:
         value = getattr(args, name)
         if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
-    return [*options, "--seed", str(args.seed), "--out", str(experiment.out(args.out))]
+    seed = [] if args.seed is None else ["--seed", str(args.seed)]
+    return [*options, *seed, "--out", str(experiment.out(args.out))]
 
 
 def default_data() -> Path:

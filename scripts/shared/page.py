@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from shared.experiments import EXPERIMENTS, Experiment, Made, Play
+from shared.options import SEED
 
 import torch
 from matplotlib.font_manager import FontProperties
@@ -160,7 +161,7 @@ def circumstances(made: Made) -> str:
     words = shlex.split(made.command)
     given = dict(itertools.pairwise(words))
     model = f"With {given.get('--model', 'tiny-if, which is shipped')}. " if "model" in made.experiment.takes else ""
-    return f"{model}Seed {given['--seed']}. Took {max(made.seconds, 1):.0f} s."
+    return f"{model}Seed {given.get('--seed', SEED)}. Took {max(made.seconds, 1):.0f} s."
 
 
 @cache
