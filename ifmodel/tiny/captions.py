@@ -77,6 +77,8 @@ DETERMINERS = {
     *("nine", "ten", "eleven", "twelve", *"123456789"),
 }
 
+SINGULAR = ("ss", "us", "ceros")  # a dress, a bus, a rhinoceros
+
 # Words that begin with another sound than their letter: "a unicorn", but "an unidentified one"; "an hour"
 LIKE_YOU = re.compile(r"uni(?![dmn])|us[aeu]|ut[eo]|ur[aei]|uk|ufo|eu|ewe|(one|once)\b")
 LIKE_OUR = re.compile(r"hour|hono|honest|heir")
@@ -100,8 +102,8 @@ def with_article(name: str) -> str:
     """
     words = name.lower().split()
     determined = words[0] in DETERMINERS and name != "four leaf clover"  # which is one clover
-    plural = name.endswith("s") and not name.endswith("ss")
-    plural_first = words[0].endswith("s") and not words[0].endswith(("ss", "us"))
+    what = re.split(" (?:with|of|on|in|at) ", name.lower())[0]  # in "night with stars", the night
+    plural, plural_first = (word.endswith("s") and not word.endswith(SINGULAR) for word in (what, words[0]))
     said_in_full = len(words) > 3 and (name[0].isupper() or plural_first)
     if determined or plural or said_in_full:
         return name

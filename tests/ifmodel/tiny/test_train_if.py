@@ -111,7 +111,7 @@ def test_the_list_has_every_prompt_of_the_assignment():
 def test_captions_said_in_full_get_no_article():
     for caption in ("A red bird on a branch", "THE sea", "two dogs on grass", "3 men", "My grandmother in 1950"):
         assert with_article(caption) == caption
-    for caption in ("Paris at night in the rain", "dogs playing in the grass", "glasses"):
+    for caption in ("Paris at night in the rain", "dogs playing in the grass", "glasses", "books on a shelf"):
         assert with_article(caption) == caption
     # names of the emoji folder that are not of the list
     for name in (
@@ -126,8 +126,10 @@ def test_captions_said_in_full_get_no_article():
 @pytest.mark.parametrize("article", ["a", "an"])
 def test_an_article_is_of_how_a_name_sounds(article):
     names = {
-        "a": "unicorn; United States map; used car; utensil; ukulele; UFO; euro banknote; ewe; one-way sign; house",
-        "an": "umbrella; unidentified object; unimpressed face; ear; onion; hourglass done; honest man; urn; utter",
+        "a": "unicorn; United States map; used car; utensil; ukulele; UFO; euro banknote; ewe; one-way sign; house; bus"
+        "; Bus; rhinoceros; dress; night with stars; smiling face with sunglasses",
+        "an": "umbrella; unidentified object; unimpressed face; ear; onion; hourglass done; honest man; urn; utter"
+        "; octopus",
     }[article]
     for name in names.split("; "):
         assert with_article(name) == f"{article} {name}"
