@@ -1,7 +1,7 @@
 """Text to image (A0): small images by stage 1, enlarged by stage 2.
 
     python scripts/generate.py --prompt "a photo of a dog" --out out/dog.png
-    python scripts/generate.py --steps-grid 2 4 6 8 12 16
+    python scripts/generate.py --steps-grid 4 6 8 12 20
     python scripts/generate.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 \\
         --prompt "a rocket ship" --prompt "a man wearing a hat" --num-images 4 --out out/grid.png
     torchrun --nproc-per-node 2 scripts/generate.py --prompts prompts.txt --out out/images
