@@ -117,23 +117,34 @@ def share(right: Tensor) -> float:
     return round(right.double().mean().item(), 4) if len(right) else float("nan")
 
 
-def accuracy(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict[str, float]:
-    """How often the judge is right about drawings [N, 3, H, W] of these things and styles, [N], and how often sure."""
+def accuracy(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict:
+    """How often the judge is right about drawings [N, 3, H, W] of these things and styles, [N], and how often sure.
+
+    Also "by style", the shares of right things and of right styles among the drawings in each.
+    """
     thing, sure, style = judged(judge, x)
-    return {"thing": share(thing == things), "style": share(style == styles), "sure": share(sure > SURE)}
+    right = {"thing": thing == things, "style": style == styles}
+    shares = {name: share(hit) for name, hit in right.items()}
+    return {**shares, "sure": share(sure > SURE), "by style": by_style(right, styles)}
 
 
-def found(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict[str, float]:
+def by_style(right: dict[str, Tensor], styles: Tensor) -> dict[str, dict[str, float]]:
+    """The `share` of each of several tensors [N] among the images of each style that there is; styles: [N]."""
+    there = {list(STYLES)[k]: styles == k for k in styles.unique().tolist()}
+    return {style: {name: share(hit[rows]) for name, hit in right.items()} for style, rows in there.items()}
+
+
+def found(judge: ImageJudge, x: Tensor, things: Tensor, styles: Tensor) -> dict:
     """How often images show what was asked for.
 
     x: [N, 3, H, W] in [-1, 1]; things, styles: [N], what was asked for
-    Returns the shares "plain", of what was asked for in style 0; "styled", of the rest, the thing in its style; and
-    "named", of the rest, the thing in whatever style.
+    Returns the shares "plain", of what was asked for in style 0; "styled", of the rest, the thing in its style;
+    "named", of the rest, the thing in whatever style; and "by style", as `accuracy` does.
     """
     thing, _, style = judged(judge, x)
-    right, plain = thing == things, styles == 0
-    styled = share((right & (style == styles))[~plain])
-    return {"plain": share(right[plain]), "styled": styled, "named": share(right[~plain])}
+    right, plain = {"thing": thing == things, "style": style == styles}, styles == 0
+    shares = {"plain": share(right["thing"][plain]), "styled": share((right["thing"] & right["style"])[~plain])}
+    return {**shares, "named": share(right["thing"][~plain]), "by style": by_style(right, styles)}
 
 
 def some_thing(judge: ImageJudge, x: Tensor) -> dict[str, float]:

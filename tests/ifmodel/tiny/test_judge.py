@@ -27,7 +27,9 @@ def images(things, styles=(0,), sure=(20,)):
 def test_what_was_asked_for_is_found_plainly_and_in_its_style():
     x = images([0, 1, 2, 3, 3, 3], styles=[0, 0, 1, 2, 1, 1])
     shares = found(Reader(), x, torch.tensor([0, 2, 2, 3, 3, 0]), torch.tensor([0, 0, 1, 1, 1, 1]))
-    assert shares == {"plain": 0.5, "styled": 0.5, "named": 0.75}  # of the last four: one of another style, one thing
+    styles = {"photo": {"thing": 0.5, "style": 1.0}, "drawing": {"thing": 0.75, "style": 0.75}}
+    # of the last four: one of another style, one thing
+    assert shares == {"plain": 0.5, "styled": 0.5, "named": 0.75, "by style": styles}
 
 
 def test_some_thing_is_what_the_judge_is_sure_of():
