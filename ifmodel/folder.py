@@ -39,7 +39,7 @@ def draw_folder(
     progress: bool = True,
     **options,
 ):
-    """Draw every prompt from every seed, as PROMPT.png, from 00000.png on, or PROMPT_SEED.png for several seeds.
+    """Draw every prompt from every seed, as 00000.png, 00001.png, …, or for several seeds 00000_0.png, 00000_1.png, ….
 
         draw_folder(Cascade("tiny-if"), ["a photo of a dog", "a lion AND a sunflower :0.5"], "many", num_steps=20)
 

@@ -99,7 +99,7 @@ class Job:
         use `estimate`, `number` and `low_res`: it is called once before there is a UNet, to learn its prompts
     algorithm: takes estimate, timesteps, schedule, noise, step, threshold and callback by name, as `sample` does; bind
         the others' own arguments with functools.partial, such as partial(sdedit, x_0=x_0, i_start=10)
-        an x_0 or x_orig is one image [1, 3, H, W] for all, or one for each seed
+        an x_0, x_orig or mask is one [1, …, H, W] for all, or one for each seed
     timesteps: those of stage 1, noisiest first; the sampler's own spacing when None
     upscale: the algorithm of stage 2
     num_steps: how many the algorithm takes, if not one for each timestep: for the progress bar
@@ -128,17 +128,18 @@ class Job:
             raise ValueError("give a prompt, one for each seed, or a function of a stage, not None")
         if not isinstance(self.recipe, str) and not callable(self.recipe) and len(self.recipe) != len(self.seeds):
             raise ValueError(f"give one prompt, or one for each of the {len(self.seeds)} seeds, not {len(self.recipe)}")
-        for name, image in self.images().items():
-            fits = isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point()
-            if not fits or image.abs().max() > 1.5:  # in [0, 255], most likely
-                raise ValueError(f"{name} must be a float tensor [B, 3, H, W] in [-1, 1], see ddpm.tools.images")
-            if len(image) not in (1, len(self.seeds)):
-                raise ValueError(f"{name} has {len(image)} images for {len(self.seeds)} seeds: give one, or as many")
+        for algorithm in (self.algorithm, self.upscale):
+            for name, image in images_of(algorithm).items():
+                self._check_image(name, image)
 
-    def images(self) -> dict[str, Tensor]:
-        """Those that the algorithm of stage 1 begins with."""
-        bound = getattr(self.algorithm, "keywords", {})
-        return {name: bound[name] for name in ("x_0", "x_orig") if name in bound}
+    def _check_image(self, name: str, image: Tensor):
+        fits = isinstance(image, Tensor) and image.dim() == 4
+        if name != "mask" and (not fits or not image.is_floating_point() or image.abs().max() > 1.5):  # in [0, 255]
+            raise ValueError(f"{name} must be a float tensor [B, 3, H, W] in [-1, 1], see ddpm.tools.images")
+        if not fits:
+            raise ValueError(f"{name} must be a tensor [1, 1, H, W], or one for each seed, see ddpm.tools.images")
+        if len(image) not in (1, len(self.seeds)):
+            raise ValueError(f"{name} has {len(image)} images for {len(self.seeds)} seeds: give one, or as many")
 
     def from_noise(self) -> bool:
         """Whether its algorithm is one of those that are known to begin with pure noise."""
@@ -160,13 +161,25 @@ class Job:
         for k in range(0, len(self.seeds), size):
             shared = isinstance(self.recipe, str) or callable(self.recipe)
             recipe = self.recipe if shared else self.recipe[k : k + size]
-            own = {name: image[k : k + size] for name, image in self.images().items() if len(image) > 1}
-            algorithm = partial(self.algorithm, **own) if own else self.algorithm
-            yield replace(self, recipe=recipe, seeds=self.seeds[k : k + size], algorithm=algorithm)
+            rows = slice(k, k + size)
+            algorithm, upscale = some_images(self.algorithm, rows), some_images(self.upscale, rows)
+            yield replace(self, recipe=recipe, seeds=self.seeds[rows], algorithm=algorithm, upscale=upscale)
 
     def estimate(self, stage: Stage) -> Estimate:
         """What the recipe makes of a stage at work on these images, see `Stage.estimate`."""
         return self.recipe(stage) if callable(self.recipe) else stage.estimate(self.recipe)
+
+
+def images_of(algorithm: Callable) -> dict[str, Tensor]:
+    """The images that are bound to an algorithm."""
+    bound = getattr(algorithm, "keywords", {})
+    return {name: bound[name] for name in ("x_0", "x_orig", "mask") if name in bound}
+
+
+def some_images(algorithm: Callable, rows: slice) -> Callable:
+    """An algorithm with those of its images that are these seeds' own."""
+    own = {name: image[rows] for name, image in images_of(algorithm).items() if len(image) > 1}
+    return partial(algorithm, **own) if own else algorithm
 
 
 def parse_prompt(prompt: str, null: str = "") -> Recipe:

@@ -36,11 +36,11 @@ def as_number(name: str, value) -> float:
 
 
 def warn_of_noise(number: int, timesteps: Sequence[int]):
-    """IF's spacing of few steps, or of more than half of all, begins where a model expects an image, not noise."""
+    """IF's spacing of few steps, or of more than a third of all, begins where a model expects an image, not noise."""
     if timesteps[0] < 700:
         steps = "1 step begins" if len(timesteps) == 1 else f"{len(timesteps)} steps begin"
         told = f"stage {number}: {steps} at t = {timesteps[0]} of {SCHEDULE.num_timesteps}, so noise will stay"
-        warnings.warn(f"{told}: take 4 to {SCHEDULE.num_timesteps // 2}", stacklevel=5)
+        warnings.warn(f"{told}: take 4 to {SCHEDULE.num_timesteps // 3}", stacklevel=5)
 
 
 def check_settings(sampler: str | Step, eta: float, guidance_interval: tuple[float, float], noise_level: int):

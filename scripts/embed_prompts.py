@@ -1,4 +1,4 @@
-"""Embed prompts with a model's T5, once, into a file that every script takes as --embeds.
+"""Embed prompts with a model's T5, once, into a file that the experiments' scripts take as --embeds.
 
     python scripts/embed_prompts.py --model DeepFloyd/IF-I-XL-v1.0 --prompt "a photo of a dog" --prompt "a hat"
     python scripts/embed_prompts.py --model DeepFloyd/IF-I-XL-v1.0 --prompts prompts.txt --out out/mine.safetensors

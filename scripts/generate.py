@@ -9,12 +9,12 @@
 A model is a folder as diffusers saves it, or a Hub id; by default the shipped tiny-if/I and tiny-if/II. One prompt and
 one seed give the bare image; more give a labelled grid, and each image in a file of its own. Image k of a prompt starts
 from seed + k, in both stages. --steps-grid draws every prompt with several numbers of steps. The prompts are the
-assignment's three unless others are given. A prompt may combine several with weights: "a dog AND a hat :0.5 AND snow
-:-1" is all of the first (1 if none is given), some of the second, and none of the third. T5 runs only for prompts that
---embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage 2 is loaded
-unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the folder --out with 00000.png,
-00001.png, …, each written when it is ready; run again after a stop, it draws what is missing. torchrun starts a process
-for each GPU, or several on the CPU, and each draws its share of the batches: the same images as one process.
+assignment's three, or all of --embeds, unless others are given. A prompt may combine several with weights: "a dog AND a
+hat :0.5 AND snow :-1" is all of the first (1 if none is given), some of the second, and none of the third. T5 runs only
+for prompts that --embeds and the cache do not know, and is freed before a UNet is loaded; stage 1 is freed before stage
+2 is loaded unless both fit. --prompts FILE, a prompt on each line, with weights or without, fills the folder --out with
+00000.png, 00001.png, …, each written when it is ready; run again after a stop, it draws what is missing. Under torchrun
+each process, one for a GPU or several on the CPU, draws its share of the batches: the same images as one process.
 """
 
 from pathlib import Path
@@ -23,13 +23,12 @@ from shared.images import write_table
 from shared.options import parser, positive, run
 from shared.stages import add_cascade_options, draw, open_cascade, prompts_of, settings_of
 
-from ddpm.schedule import leading_timesteps
 from ddpm.tools.distributed import rank
 from ddpm.tools.figures import save_image
 from ifmodel.embeds import read_prompts
 from ifmodel.folder import draw_folder
 from ifmodel.jobs import Job, parse_prompt
-from ifmodel.stage import SCHEDULE
+from ifmodel.stage import spaced_timesteps
 
 A0_PROMPTS = ["an oil painting of a snowy mountain village", "a man wearing a hat", "a rocket ship"]
 
@@ -88,7 +87,7 @@ def draw_steps_grid(args):
     if composed := [prompt for prompt in prompts if callable(parse_prompt(prompt, ""))]:
         raise ValueError(f"--steps-grid draws prompts without weights, not {composed[0]!r}")
     jobs = [
-        Job(prompts, [args.seed] * len(prompts), timesteps=leading_timesteps(SCHEDULE.num_timesteps, num_steps))
+        Job(prompts, [args.seed] * len(prompts), timesteps=spaced_timesteps(args.sampler, num_steps, args.eta))
         for num_steps in args.steps_grid
     ]
     rows = draw(cascade, jobs, args)

@@ -40,20 +40,18 @@ def main():
 
     def at(size):
         pairs = zip(images, masks, strict=True)
-        return [(read_image(image, size), read_mask(mask, size, image)) for image, mask in pairs]
+        x_orig = torch.cat([read_image(image, size) for image in images])
+        return {"x_orig": x_orig, "mask": torch.cat([read_mask(mask, size, image) for image, mask in pairs])}
 
-    def filling(x_orig, mask, **options):
-        return partial(inpaint, x_orig=x_orig.to(cascade.device), mask=mask.to(cascade.device), **options)
+    def filling(known, **options):
+        return partial(inpaint, **{name: x.to(cascade.device) for name, x in known.items()}, **options)
 
-    small, final = at(cascade.sizes[0]), at(cascade.sizes[-1])
-    jobs = [
-        Job(prompt, [args.seed], filling(*pair, **resampling), args.visited, filling(*final_pair), num_steps)
-        for prompt, pair, final_pair in zip(prompts, small, final, strict=True)
-    ]
-    rows = [
-        [x_orig[0], (2 * mask - 1).expand(1, 3, -1, -1)[0], torch.where(mask > 0, 0.0, x_orig)[0], result[0]]
-        for (x_orig, mask), result in zip(final, draw(cascade, jobs, args), strict=True)
-    ]
+    known, seeds = at(cascade.sizes[-1]), [args.seed] * len(images)
+    fill = filling(at(cascade.sizes[0]), **resampling)
+    filled = draw(cascade, [Job(prompts, seeds, fill, args.visited, filling(known), num_steps)], args)[0]
+    x_orig, mask = known.values()
+    shown = [x_orig, (2 * mask - 1).expand(-1, 3, -1, -1), torch.where(mask > 0, 0.0, x_orig), filled]
+    rows = list(zip(*shown, strict=True))
     columns = ["original", "mask", "hole to fill", "result"]
     labels = {"title": prompts[0]} if len(set(prompts)) == 1 else {"row_labels": prompts}
     write_table(args, rows, column_labels=columns, **labels)

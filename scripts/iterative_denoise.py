@@ -2,8 +2,8 @@
 
     python scripts/iterative_denoise.py --image photo.jpg
 
-First row: x_t at every 5th step from --i-start, and the result. Second row: the original, and what the blur, one
-step and all steps make of the same noisy image. x_t and x̂_0 of every step are written, too, as OUT_steps_ROW_STEP.png.
+OUT.png: x_t at every 5th step from --i-start, and the result. OUT_compared.png: the original, the noisy image, and what
+the blur, one step and all steps make of it. x_t and x̂_0 of every step are written, too, as OUT_steps_ROW_STEP.png.
 """
 
 from shared.images import read_image
@@ -23,9 +23,10 @@ def main():
     default = "index of the first timestep (default: 10, or a third of fewer steps than 30)"
     options.add_argument("--i-start", type=int, metavar="I", help=default)
     options.add_argument("--every", type=positive, default=5, help="show every so many steps (default: 5)")
-    add_cascade_options(options, out="out/iterative_denoise.png", stride=30, guidance=1.0)
+    alone = {"stages": 1, "batched": False}
+    add_cascade_options(options, out="out/iterative_denoise.png", stride=30, guidance=1.0, **alone)
     args = options.parse_args()
-    cascade = open_cascade(args, single_stage=True)
+    cascade = open_cascade(args)
     default = min(10, len(args.visited) // 3)
     timesteps = from_index(args.visited, default if args.i_start is None else args.i_start)
     x_0 = read_image(args.image, cascade.sizes[0])

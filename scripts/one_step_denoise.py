@@ -18,9 +18,10 @@ def main():
     options = parser(__doc__)
     options.add_argument("--prompt", default="a high quality photo", metavar="TEXT", help="default: %(default)r")
     add_noisy_options(options)
-    add_cascade_options(options, out="out/one_step_denoise.png", guidance=1.0)
+    alone = {"stages": 1, "stepwise": False, "batched": False}
+    add_cascade_options(options, out="out/one_step_denoise.png", guidance=1.0, **alone)
     args = options.parse_args()
-    cascade = open_cascade(args, single_stage=True)
+    cascade = open_cascade(args)
     noisy, labels = noisy_images(args, cascade.sizes[0])
     denoised = []
 

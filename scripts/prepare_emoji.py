@@ -11,8 +11,8 @@ draw becomes a PNG for each artist, with a metadata.jsonl, in the "imagefolder" 
     {"file_name": "noto/red-apple.png", "text": "red apple", "tags": ["apple"], "artist": "noto"}
 
 Tags are a thing's other names, and with --words what else people say of it ("puppy" of a dog face). Flags, clock faces,
-keycaps, buttons and skin tones are left out. Needs `pip install -e ".[data]"`. All of it takes about two minutes and 60
-MB; images that are there already are kept.
+keycaps, buttons and skin tones are left out. Needs `pip install -e ".[data]"`. All of it takes two or three minutes and
+60 MB; images that are there already are kept.
 """
 
 import json

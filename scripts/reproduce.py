@@ -1,11 +1,11 @@
-"""Every experiment of the assignment, one after another, on one page: out/index.html.
+"""Every experiment of the assignment, and a few more, one after another, on one page: out/index.html.
 
     python scripts/reproduce.py
     python scripts/reproduce.py --only A7,A10
     python scripts/reproduce.py --model DeepFloyd/IF-I-XL-v1.0 --upscaler DeepFloyd/IF-II-L-v1.0 --out out/if-xl
 
-A0 to A11 run on the tiny IF that is shipped, or on --model, and so do C1 and C2, which go beyond the assignment; B1 to
-B8 run on the shipped digits. Each is one of the other scripts, with the command line that the page shows. Finished
+A0 to A11, C1 and C2 run on the tiny IF that is shipped, or on --model; B1 to B8 run on the shipped digits. A0, B8, C1
+and C2 are ours. Each is one of the other scripts, with the command line that the page shows. Finished
 experiments are skipped unless command, code or weights changed, so a stopped run goes on where it was; those that
 --only leaves out stay on the page. --fast is a tour of a minute or two, with fewer images and steps.
 """
@@ -138,7 +138,7 @@ def command_options(experiment: Experiment, args: Namespace) -> list[str]:
     options = experiment.options(args.fast)
     for name in experiment.takes:
         value = getattr(args, name)
-        if value is not None:
+        if value is not None and not (value == "float16" and "model" not in experiment.takes):  # digits have none
             options += [f"--{name.replace('_', '-')}", str(value)]
     seed = [] if args.seed is None else ["--seed", str(args.seed)]
     return [*options, *seed, "--out", str(experiment.out(args.out))]
@@ -174,7 +174,8 @@ def inputs_of(experiment: Experiment, command: str, args: Namespace) -> str:
     apart = {"reproduce.py", "page.py", "experiments.py"}
     for path in sorted(path for part in ("ddpm", "ifmodel", "scripts") for path in (ROOT / part).rglob("*.py")):
         digest.update(b"" if path.name in apart else path.read_bytes())
-    read = [args.embeds] if args.embeds and "embeds" in experiment.takes else []
+    read = [ROOT / "scripts" / "shared" / "drawings", ROOT / "tests" / "data" / "emoji"]
+    read += [args.embeds] if args.embeds and "embeds" in experiment.takes else []
     read += [args.data] if "data" in experiment.takes else []
     for source in [*weight_folders(experiment, args), *read]:
         for path in sorted(path for path in [source, *source.rglob("*")] if path.is_file()):

@@ -64,7 +64,7 @@ def arguments() -> Namespace:
     options.add_argument("--mask", help=f"of fill and all, as of inpaint.py (default: {MASK})")
     options.add_argument("--noise", type=number, default=0.0, help="standard deviation of what is seen (default: 0)")
     add_resampling_options(options)
-    add_cascade_options(options, out="out/restored.png", stride=30)
+    add_cascade_options(options, out="out/restored.png", stride=30, batched=False)
     args = options.parse_args()
     args.image, args.task = args.image or ["rocket"], args.task or list(TASKS)
     args.prompt = prompts_for(args.image, args)

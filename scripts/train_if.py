@@ -56,7 +56,7 @@ def arguments() -> Namespace:
     options.add_argument("--hold-out", action="store_true", help=help)
     help = "how much place, size, turn, hue and background vary (default: 1)"
     options.add_argument("--variety", type=float, default=1.0, help=help)
-    help = 'share of captions that name no thing, such as "a photo"; A5 to A7 ask for these (default: 0.1)'
+    help = 'share of the UNet\'s captions that name no thing, such as "a photo"; A5 to A7 ask for these (default: 0.1)'
     options.add_argument("--unnamed", type=float, default=0.1, help=help)
     options.add_argument("--stage-2-of", metavar="FOLDER", help="train stage 2 for this stage 1")
     help = "begin with the weights of this stage, ours or another run's model/, rather than with random ones"

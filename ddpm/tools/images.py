@@ -32,8 +32,9 @@ def read_mask(source: str, size: tuple[int, int], image: str | Path) -> Tensor:
         "rectangle:TOP,LEFT,BOTTOM,RIGHT" or "circle:Y,X,RADIUS" in fractions of the height and the width of what is
         cut out (the radius: of the shorter side)
     image: the image's own file
-    Warns of a file with greys or transparency, or of another size than the image. Raises ValueError for anything
-    else, and for a mask with no hole or nothing but one.
+    Warns of a file with greys or transparency, or of another size than the image. Raises FileNotFoundError
+    for a file that is not there or a shape that is neither, ValueError for what cannot be read, and for a mask with no
+    hole or nothing but one.
     """
     shape = re.fullmatch(r"(rectangle|circle):(.*)", source, re.IGNORECASE)
     if not shape:

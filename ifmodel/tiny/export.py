@@ -45,7 +45,7 @@ STAGE_2_INDEX = {
 def stage_1_config(size: int, widths: Sequence[int], layers: int, text_dim: int) -> dict:
     """The config.json of a stage-1 UNet: ResNets at the first level, attention at the others, as in IF.
 
-    widths: of the levels, multiples of 16; text_dim: the width of the text encoder
+    widths: of the levels, see `UNetConfig`, which refuses what does not divide; text_dim: the width of the text encoder
     """
     return {**STAGE_1_CONFIG, **_shape(size, widths, layers, text_dim, attention=len(widths) - 1)}
 

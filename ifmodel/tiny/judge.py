@@ -1,8 +1,8 @@
 """An independent judge of images: which thing is it, and in which style?
 
-A small CNN that learns the names and styles of tiny-if's drawings, while they are placed, turned and coloured as in its
-training, and blurred, high-passed and noised as well. It knows nothing of diffusion. Its penultimate features are the
-space in which images are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured. Below it is what
+A small CNN that learns the names and styles of tiny-if's drawings, while they are placed, turned, coloured, blurred,
+high-passed and noised at random. It knows nothing of diffusion. Its penultimate features are the space in which images
+are compared, and in which the Fréchet distance of ddpm.mnist.judge is measured. Below it is what
 `measures` are made of: functions of images and a judge.
 """
 

@@ -10,8 +10,9 @@ same distance for as many real training digits. A time-conditioned model (--weig
 digit: its samples have the distance alone. For the denoiser: the test error at every noise level of B1.
 --evaluations: instead, the DDPM and the flow, each with its samplers, where the model is asked so often for a digit.
 
-Writes report.json, guidance.png and the misread samples to --out. All samples are kept there too, a hundred to
-a file: a stopped evaluation goes on where it was. torchrun shares these files among its processes.
+Writes report.json, guidance.png and the misread samples to --out, or samplers.json and .png with --evaluations. All
+samples are kept there too, a hundred to a file: a stopped evaluation goes on where it was. torchrun shares these files
+among its processes.
 """
 
 import sys

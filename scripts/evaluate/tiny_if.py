@@ -62,11 +62,12 @@ def main():
     report = {"seed": args.seed, "things": len(exam.data.names)}
     keep = partial(keep_section, args.out / "report.json", report)
     keep("judge", judge_accuracy(exam))
-    best = args.best or args.guidance[0]
+    best = args.guidance[0] if args.best is None else args.best
     if args.taught:
         keep("taught", taught(exam, with_lora(exam, args.lora), *args.taught, best, args.prompts, args.samples))
     if "named" in args.only:
-        best = measure_named(exam, args, keep)
+        found = measure_named(exam, args, keep)
+        best = found if args.best is None else best
         if rank() == 0:
             curves(args.out / "curves.png", report, args.seed)
     drawings = {name: (DRAWING_PROMPTS[name], read_image(name, exam.cascade.sizes[0])) for name in DRAWINGS}
@@ -125,7 +126,7 @@ def arguments() -> Namespace:
     options.add_argument("--data", type=Path, required=True, help="the folder that it was trained on")
     options.add_argument("--curated", action="store_true", help="as in train_if.py")
     options.add_argument("--hold-out", action="store_true", help="as in train_if.py: measure on what was held out")
-    help = "how much the judge's drawings vary, as in train_if.py (default: 1)"
+    help = "how much the drawings vary with which images are compared, as in train_if.py (default: 1)"
     options.add_argument("--variety", type=number, default=1.0, help=help)
     options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER", help=f"default: {MODEL}")
     help = f"stage 2, or none (default: {UPSCALER})"

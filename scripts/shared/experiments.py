@@ -23,7 +23,7 @@ FILL_A_FOLDER = ("denoise_mnist", "train_denoiser")  # their --out is one; that 
 
 @dataclass(frozen=True)
 class Play:
-    """Images of a table under a slider, see PLAY in page.py.
+    """Images of a table under a slider, see page.js.
 
     kind: "turn" or "away", of the first image of each of the rows, which the row below it is seen as at the slider's
         end; or "scrub", through the columns of all these rows at once

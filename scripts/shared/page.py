@@ -78,10 +78,10 @@ def write_page(out: Path, made: Mapping[str, Made], making: Sequence[Experiment]
 </head>
 <body>
 <h1>Pixel diffusion in plain PyTorch</h1>
-<p>Every experiment of “Fun with Diffusion Models”: A with a text-to-image cascade, B with digits; and C, which goes
-beyond it. Each has its equation, its figure, the command that made it, and the function that did it, as it is in the
+<p>Every experiment of “Fun with Diffusion Models”, and a few more: A and C with a text-to-image cascade, B with digits.
+Each has its equation, its figure, the command that made it, and the function that did it, as it is in the
 repository.</p>
-<p class="quiet">{versions}. Each figure has its command, seed and versions in its metadata too.</p>
+<p class="quiet">{versions}. Each PNG has its command, seed and versions in its metadata, too.</p>
 <nav>{entries}</nav>
 <p class="quiet" id="making">{waiting}</p>
 {sections}

@@ -52,22 +52,36 @@ def grouped(prompts: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(prompts[k : k + size]) for k in range(0, len(prompts), size)]
 
 
-def add_model_options(options: ArgumentParser):
-    """Which models draw, and what spares T5."""
+def add_model_options(options: ArgumentParser, *, stages: int = 2):
+    """Which models draw, and what spares T5; stages: 1 leaves stage 2 out."""
     stage_1 = f"a stage-1 model: a folder, a Hub id, or {MODEL}, which is shipped (default)"
     options.add_argument("--model", default=MODEL, type=model_name, metavar="FOLDER_OR_HUB_ID", help=stage_1)
-    stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
-    options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
     options.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
+    if stages == 2:
+        stage_2 = f"a stage-2 model, or none (default: {UPSCALER} with {MODEL}, none with others)"
+        options.add_argument("--upscaler", metavar="FOLDER_OR_HUB_ID", help=stage_2)
+        options.add_argument("--upscaler-revision", help="branch, tag or commit of a Hub model")
+    else:
+        options.set_defaults(upscaler="none", upscaler_revision=None)
     options.add_argument("--embeds", type=Path, metavar="FILE", help="prompts with their embeddings; spares T5")
 
 
-def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None = None, guidance: float | None = None):
+def add_cascade_options(
+    options: ArgumentParser,
+    out: str,
+    *,
+    stride: int | None = None,
+    guidance: float | None = None,
+    stages: int = 2,
+    stepwise: bool = True,
+    batched: bool = True,
+):
     """The options of every script that runs IF, in groups below the script's own.
 
     stride: visit every stride-th timestep unless --steps is given
     guidance: the default of --guidance, the model's when None
+    stages: 1 for figures of stage 1 alone, which one process draws
+    stepwise, batched: whether it takes steps, and draws several images at a time
     """
 
     def by_model(stage: int, name: str) -> str:
@@ -78,44 +92,46 @@ def add_cascade_options(options: ArgumentParser, out: str, *, stride: int | None
     how, output, model, device = (options.add_argument_group(title) for title in titles)
     default = by_model(1, "guidance_scale") if guidance is None else f"default: {guidance:g}"
     how.add_argument("--guidance", type=number, default=guidance, help=f"γ ({default})")
-    visited = how.add_mutually_exclusive_group()
-    default = by_model(1, "num_steps") if stride is None else "instead of --stride"
-    visited.add_argument("--steps", type=steps_or_name, help=f"a number, or smart50 and its like ({default})")
-    default = "instead of --steps" if stride is None else f"default: {stride}"
-    visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
-    options.set_defaults(default_stride=stride)
-    how.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
-    how.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
+    options.set_defaults(stages=stages, default_stride=stride, steps=None, stride=None, sampler="ddpm", eta=0.0)
+    if stepwise:
+        visited = how.add_mutually_exclusive_group()
+        default = by_model(1, "num_steps") if stride is None else "instead of --stride"
+        visited.add_argument("--steps", type=steps_or_name, help=f"a number, or smart50 and its like ({default})")
+        default = "instead of --steps" if stride is None else f"default: {stride}"
+        visited.add_argument("--stride", type=positive, help=f"visit every so many timesteps ({default})")
+        how.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="of stage 1 (default: ddpm)")
+        how.add_argument("--eta", type=number, default=0.0, help="noise of ddim and dpm++, 0 to 1 (default: 0)")
     how.add_argument("--null-prompt", "--negative-prompt", default="", metavar="TEXT", help='default: ""')
     ends = {"nargs": 2, "metavar": ("FIRST", "LAST")}
     how.add_argument("--guidance-interval", type=int, help="guided t (default: all)", **ends)
     size = "of stage 1: height and width, or one number for both (default: the model's)"
     how.add_argument("--size", type=positive, action=Size, help=size)
-    how.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
-    how.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
-    how.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
+    options.set_defaults(upscaler_steps=None, upscaler_guidance=None, noise_level=None)
+    if stages == 2:
+        how.add_argument("--upscaler-steps", type=positive, help=by_model(2, "num_steps"))
+        how.add_argument("--upscaler-guidance", type=number, help=by_model(2, "guidance_scale"))
+        how.add_argument("--noise-level", type=int, help=f"0 to 999 ({by_model(2, 'noise_level')})")
     add_output_options(output, out)
-    add_model_options(model)
+    add_model_options(model, stages=stages)
     lora = "a LoRA: a file, a folder or a Hub id; may be given several times"
     model.add_argument("--lora", action="append", default=[], metavar="FILE_OR_HUB_ID", help=lora)
     scale = "how strong it is, for all of --lora or given once for each (default: 1)"
     model.add_argument("--lora-scale", action="append", type=number, metavar="SCALE", help=scale)
     add_device_options(device, float16=True)
-    device.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
+    options.set_defaults(batch_size=1)
+    if batched:
+        device.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
     device.add_argument("--compile", action="store_true", help="torch.compile the UNets: for GPUs, and many images")
     add_low_memory_option(device)
 
 
-def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None = None) -> Cascade:
+def open_cascade(args: Namespace, out: Path | None = None) -> Cascade:
     """The cascade of the options, whose prompts, sizes and files are checked; `args.visited`: see `pick_timesteps`.
 
-    single_stage: for figures of stage 1 alone, which one process draws
     out: the first file that is written, where it is not --out
     """
-    if single_stage and num_processes() > 1:
+    if args.stages == 1 and num_processes() > 1:
         raise ValueError("this figure is drawn by one process: run it without torchrun")
-    if single_stage and args.upscaler not in (None, "none"):
-        raise ValueError("this figure is of stage 1 alone: leave --upscaler out")
     if args.upscaler == "":
         raise ValueError("--upscaler is empty: name a stage-2 model, or none")
     if args.eta and args.sampler == "ddpm":
@@ -130,7 +146,7 @@ def open_cascade(args: Namespace, single_stage: bool = False, out: Path | None =
     device, dtype = pick(args, float16=True)
     return Cascade(
         args.model,
-        upscaler=None if single_stage else upscaler,
+        upscaler=upscaler,
         revision=args.revision,
         upscaler_revision=args.upscaler_revision,
         embeds=args.embeds,

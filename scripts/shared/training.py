@@ -24,14 +24,14 @@ def add_run_options(options: ArgumentParser, out: str):
 
 
 def add_digits_options(options: ArgumentParser, recipe: Recipe, width: int, sample_epochs: Sequence[int], out: str):
-    """The options of all trainings on MNIST; `recipe` gives the defaults."""
+    """The options of all trainings on MNIST; `recipe` is what the help names, that of `train_digits` decides."""
     add_run_options(options, out)
     add_data_option(options)
     options.add_argument("--start", type=Path, metavar="FILE", help="go on from weights whose training state is lost")
-    options.add_argument("--epochs", type=positive, default=recipe.epochs, help=f"default: {recipe.epochs}")
-    options.add_argument("--batch-size", type=positive, default=recipe.batch_size, help=f"default: {recipe.batch_size}")
+    options.add_argument("--epochs", type=positive, help=f"default: {recipe.epochs}")
+    options.add_argument("--batch-size", type=positive, help=f"default: {recipe.batch_size}")
     help = f"of the learning rate over the whole run, 1 to keep it as it is (default: {recipe.decay:g})"
-    options.add_argument("--decay", type=number, default=recipe.decay, help=help)
+    options.add_argument("--decay", type=number, help=help)
     help = "use averaged weights, of which each step keeps so much, such as 0.999 (default: the last weights)"
     options.add_argument("--average", type=number, default=0.0, metavar="SHARE", help=help)
     options.add_argument("--width", type=positive, default=width, help=f"D, the UNet's hidden width (default: {width})")
@@ -65,18 +65,19 @@ def train_digits(
 ):
     """Train on MNIST; loss.png is written after each epoch, and draw(model, epoch) is called after --sample-epochs."""
     args.out = Path(str(args.out).replace("{condition}", getattr(args, "condition", "")))
-    if not 0 < args.decay <= 1 or not 0 <= args.average < 1:
-        raise ValueError(f"--decay must be in (0, 1], --average in [0, 1), not {args.decay:g} and {args.average:g}")
+    chosen = {name: getattr(args, name) for name in ("epochs", "batch_size", "decay", "average", "seed")}
+    recipe = replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
+    if not 0 < recipe.decay <= 1 or not 0 <= recipe.average < 1:
+        given = f"{recipe.decay:g} and {recipe.average:g}"
+        raise ValueError(f"--decay must be in (0, 1], --average in [0, 1), not {given}")
     device, dtype = pick(args)
     check_run(args)
     images, labels = (tensor.to(device) for tensor in load_mnist(args.data, "train", args.limit))
-    chosen = {name: getattr(args, name) for name in ("epochs", "batch_size", "decay", "average", "seed")}
-    recipe = replace(recipe, **chosen)
     torch.manual_seed(args.seed)
 
     def after_epoch(model: nn.Module, epoch: int, losses: list[float]):
         save_loss_curve(args.out / "loss.png", losses, len(losses) // epoch, title, args.seed)
-        if epoch in (*args.sample_epochs, args.epochs):
+        if epoch in (*args.sample_epochs, recipe.epochs):
             draw(model, epoch)
 
     options = {"dtype": dtype, "resume": args.resume, "start": args.start, "after_epoch": after_epoch}

@@ -207,6 +207,27 @@ def test_as_many_images_as_seeds_are_edited_each_on_its_own():
         torch.testing.assert_close(images[k : k + 1], alone, atol=1e-4, rtol=0)
 
 
+def test_as_many_holes_as_seeds_are_filled_each_on_its_own():
+    """In both stages, of which the second has images and masks of its own size, in batches that part them."""
+    tiny, prompts = Cascade("tiny-if"), ["a dog", "a rocket ship", "a fox"]
+    generator = torch.Generator().manual_seed(0)
+    known = {32: torch.rand(3, 3, 32, 32, generator=generator) * 2 - 1, 128: torch.zeros(3, 3, 128, 128)}
+    masks = {size: torch.zeros(3, 1, size, size) for size in known}
+    for size, mask in masks.items():
+        for k in range(3):
+            mask[k, :, : size // 4 * (k + 1)] = 1
+
+    def draw(rows: slice, batch_size: int):
+        fill, upscale = (partial(inpaint, x_orig=known[size][rows], mask=masks[size][rows]) for size in known)
+        given = {"seeds": [1, 2, 3][rows], "upscale": upscale, "batch_size": batch_size, "num_steps": 4}
+        return tiny.draw(prompts[rows], fill, **given, upscaler_steps=4, progress=False)
+
+    images = draw(slice(3), 2)
+    for k in range(3):
+        torch.testing.assert_close(images[k : k + 1], draw(slice(k, k + 1), 1), atol=1e-3, rtol=0)
+        assert (images[k, :, 32 * (k + 1) :] == 0).all() and (images[k, :, : 32 * (k + 1)] != 0).any()
+
+
 def test_it_draws_for_several_threads(tiny):
     """Each keeps its own prompts until its images are there, as a web server needs it."""
     prompts = ["a photo of a dog", "a rocket ship", "a photo of an owl"]
@@ -228,7 +249,7 @@ def test_it_warns_of_steps_that_leave_noise_and_not_of_negative_prompts(recwarn)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="3 steps begin at t = 600"):
         tiny.draw("a photo of a dog", seeds=[1], **late)
-    with pytest.warns(UserWarning, match="1 step begins at t = 0 of 1000, so noise will stay: take 4 to 500") as told:
+    with pytest.warns(UserWarning, match="1 step begins at t = 0 of 1000, so noise will stay: take 4 to 333") as told:
         tiny.draw("a photo of a dog", seeds=[1], num_steps=1, progress=False)
     assert told[0].filename == __file__  # of the caller
     with pytest.warns(UserWarning, match="600 steps begin at t = 599"):
@@ -238,6 +259,7 @@ def test_it_warns_of_steps_that_leave_noise_and_not_of_negative_prompts(recwarn)
 def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("ifmodel.stage.load_unet", lambda *_, **__: pytest.fail("a UNet was loaded"))
     tiny = Cascade("tiny-if")
+    edit = edit_of(torch.zeros(1, 3, 32, 32))
     for told, arguments in (
         ("one for each of the 2 seeds, not 1", {"recipe": ["a dog"], "seeds": [1, 2]}),
         ("seeds must hold", {"recipe": "a dog", "seeds": []}),
@@ -269,6 +291,8 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(monkeypatch):
             )
         ),
         ("x_0 has 2 images for 1 seeds", edit_of(torch.zeros(2, 3, 32, 32))),
+        ("mask has 2 images for 1 seeds", {**edit, "upscale": partial(inpaint, mask=torch.zeros(2, 1, 128, 128))}),
+        ("mask must be a tensor", {**edit, "algorithm": partial(inpaint, mask=torch.zeros(32, 32))}),
     ):
         with pytest.raises(ValueError, match=told):
             tiny.draw(**arguments)

@@ -82,7 +82,7 @@ def bases(models: Path) -> dict[str, list]:
     return {
         "forward_process": ["--size", 16, "--timesteps", 0, 500],
         "classical_denoise": ["--size", 16, "--timesteps", 0, 500],
-        "one_step_denoise": [*stage_1, "--timesteps", 500],
+        "one_step_denoise": [*stage_1[:-2], "--timesteps", 500],
         "iterative_denoise": stage_1,
         "sample": [*stage_1, "--prompt", "a dog", "--num-images", 1],
         "sdedit": [*stage_1, "--image", "face", "--i-start", 1],
@@ -238,7 +238,7 @@ CONTRADICTIONS = [  # a script, options that do not go together, and a part of w
     ("generate", ["--out", "y" * 250 + ".png"], "is too long: use at most 200 bytes"),
     ("generate", ["--prompt=--"], "gives no value"),
     ("generate", ["--prompt"], "expected one argument"),
-    ("one_step_denoise", ["--upscaler", "tiny-if/II"], "of stage 1 alone"),
+    ("one_step_denoise", ["--upscaler", "tiny-if/II"], "unrecognized arguments: --upscaler"),
     ("one_step_denoise", ["--timesteps", -1], "--timesteps must be from 0 to 999"),
     ("iterative_denoise", ["--i-start", 3], "--i-start must be from 0 to 2"),
     ("sdedit", ["--i-start", -1], "--i-start must be from 0 to 2"),

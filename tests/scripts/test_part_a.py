@@ -91,6 +91,13 @@ def test_a0_prompts_by_steps(run_script, tmp_path, model):
     assert abs(cells["1_2"] - read(tmp_path / "alone.png")).max() <= 1
 
 
+def test_a0_a_sampler_visits_its_own_timesteps(run_script, tmp_path, model):
+    how = [*model[:-2], "--prompt", "a rocket ship", "--sampler", "dpm++"]
+    cells = draw(run_script, tmp_path, "generate", *how, "--steps-grid", 4, 5, cells=table(2, 1))
+    run_script("generate", *how, "--steps", 5, "--out", tmp_path / "alone.png")
+    assert abs(cells["1_0"] - read(tmp_path / "alone.png")).max() <= 1
+
+
 def test_a1_forward_process_grows_noisier(run_script, tmp_path, photo):
     options = ["--image", photo, "--size", 16]
     cells = draw(run_script, tmp_path, "forward_process", *options, cells=table(1, 8))
@@ -109,7 +116,7 @@ def test_a2_the_blur_is_nearer_than_the_noise(run_script, tmp_path, photo):
 
 
 def test_a3_one_step(run_script, tmp_path, model, photo):
-    options = [*model, "--image", photo, "--timesteps", 0, 500]
+    options = [*model[:-2], "--image", photo, "--timesteps", 0, 500]
     cells = draw(run_script, tmp_path, "one_step_denoise", *options, cells=table(2, 2))
     assert abs(cells["1_0"] - cells["0_0"]).mean() < 5 < abs(cells["1_1"] - cells["0_1"]).mean()
 
@@ -198,6 +205,18 @@ def test_a9_known_pixels_are_the_images_own(run_script, tmp_path, model, upscale
     assert (cells["0_1"][hole] == 255).all() and (cells["0_1"][~hole] == 0).all()
     assert (cells["0_3"][~hole] == cells["0_0"][~hole]).all()
     assert abs(cells["0_3"][hole] - cells["0_0"][hole]).max() > 10
+
+
+def test_a9_images_are_filled_together_as_alone(run_script, tmp_path, model, photo):
+    """Each with its own prompt and mask, whatever the batches."""
+    masks = {photo: "rectangle:0.5,0,1,0.5", "face": "circle:0.5,0.5,0.3", "rocket": "rectangle:0,0,0.5,1"}
+    asked = [("--image", image, "--mask", mask, "--prompt", f"in {mask}") for image, mask in masks.items()]
+    together = [option for one in asked for option in one]
+    cells = draw(run_script, tmp_path, "inpaint", *model, *together, "--batch-size", 2, cells=table(3, 4))
+    for k, one in enumerate(asked):
+        (tmp_path / str(k)).mkdir()
+        alone = draw(run_script, tmp_path / str(k), "inpaint", *model, *one, cells=table(1, 4))
+        assert abs(cells[f"{k}_3"] - alone["0_3"]).max() <= 1
 
 
 def test_a9_masks_say_how_they_were_read(run_script, tmp_path, model, photo):
@@ -529,7 +548,7 @@ def test_what_is_refused(refused, tmp_path, model, photo, capsys):
     assert "'nan' is not a finite number" in said("sample", *model, "--guidance", "nan")
     assert "neither a number of steps nor one of fast27" in said("sample", *model[:-2], "--steps", "smart26")
     assert "not allowed with argument" in said("sample", *model, "--stride", 10)
-    assert "of stage 1 alone" in said("one_step_denoise", *model, "--upscaler", "x")
+    assert "unrecognized arguments: --upscaler x" in said("one_step_denoise", *model[:-2], "--upscaler", "x")
 
 
 def test_images_masks_and_views_are_refused_before_t5_runs(refused, tmp_path, model, monkeypatch):
@@ -553,13 +572,13 @@ def test_what_would_be_taken_silently_is_refused(refused, tmp_path, model):
     assert "--eta is of ddim and dpm++" in refused("sample", *model, "--eta", 0.5, *out)
     assert "--upscaler is empty" in refused("sample", *model, "--upscaler", "", *out)
     for timestep in (-1, 1000):
-        assert f"from 0 to 999, not {timestep}" in refused("forward_process", "--timesteps", timestep, *out)
-        assert f"from 0 to 999, not {timestep}" in refused("one_step_denoise", *model, "--timesteps", timestep, *out)
+        for command in (["forward_process"], ["one_step_denoise", *model[:-2]]):
+            assert f"from 0 to 999, not {timestep}" in refused(*command, "--timesteps", timestep, *out)
     before = own.read_bytes()
     for script, options in (
         ("sdedit", model),
         ("inpaint", model),
-        ("one_step_denoise", model),
+        ("one_step_denoise", model[:-2]),
         ("forward_process", []),
     ):
         assert "would overwrite --image" in refused(script, *options, "--image", own, "--out", own)

@@ -19,7 +19,7 @@ from torchvision.datasets import MNIST
 
 import ddpm.losses
 from ddpm.mnist import ClassFlow, ClassUNet, TimeFlow, TimeUNet, UNet, sample_digits
-from ddpm.mnist.checkpoint import load_model, save_weights
+from ddpm.mnist.checkpoint import SHIPPED, load_model, save_weights
 from ddpm.mnist.data import FILES, load_mnist
 from ddpm.mnist.judge import Judge
 from ddpm.sampling import noise_source
@@ -195,6 +195,16 @@ def test_sample_mnist_draws_with_flows_and_samplers(run_script, tmp_path, weight
         status, _, err = run_script("sample_mnist", "--weights", weights[name], *common, *options)
         assert status == 0, err
         checked(tmp_path / "digits.png")
+
+
+def test_a_flow_that_begins_as_the_ddpm_has_its_own_recipe(run_script, tmp_path):
+    """That of the shipped one; what is given counts for more."""
+    options = ("--condition", "class", "--data", DATA, "--limit", 2, "--from-ddpm", "--sample-steps", 1, "--epochs", 1)
+    status, _, err = run_script("train_flow", *options, "--out", tmp_path)
+    assert status == 0, err
+    files = tmp_path / "weights.safetensors", SHIPPED["flow_class"]
+    recipe, shipped = (load_tensors(path)[1]["recipe"] for path in files)
+    assert {**recipe, "epochs": 4} == {"average": 0.0, **shipped} and recipe["epochs"] == 1
 
 
 def test_flows_and_ddpms_are_not_taken_for_one_another(refused, tmp_path, weights):

@@ -216,6 +216,12 @@ def test_evaluation(run_script, refused, tmp_path):
     assert run_script("evaluate/tiny_if", *options)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()} == before
 
+    best = ["--only", "named", "aliases", "--best", 3]
+    status, _, err = run_script("evaluate/tiny_if", *options, *best)
+    assert status == 0, err
+    aliases = [path.name for path in (out / "images").glob("aliases_*")]
+    assert len(aliases) == 4  # of γ = 2, the best of those measured, and of the one that is given
+
     status, _, err = run_script("evaluate/tiny_if", *options, "--only", "anagrams", "--reduction", "rectified")
     assert status == 0, err
     rectified = json.loads((out / "report.json").read_text())
