@@ -3,5 +3,5 @@
 Read in this order: `schedule` (how much noise at which timestep), `process` (one step forward, one step back),
 `estimates` (guidance, and anagrams and hybrids with their `views` and `components`), `sampling` (the loop, and the
 algorithms), `restoration` (one more of them), `losses`, `flow` (straight paths instead of a schedule), then `mnist`.
-`convergence` measures how far few steps lead from many; `tools` has what has nothing to do with diffusion.
+`convergence` measures how far a few steps end up from many; `tools` holds what is not about diffusion.
 """

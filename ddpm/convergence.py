@@ -1,4 +1,4 @@
-"""How far few steps of DPM-Solver++ lead from where many do: any number of them, along the same noise.
+"""How far a few steps of DPM-Solver++ end up from many, along the same noise.
 
 path = NoisePath(schedule, seeds, (3, 64, 64))
 converged = path.solve(estimate, range(999, -1, -1), eta=1.0)

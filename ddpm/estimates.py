@@ -4,8 +4,8 @@ An *estimate* is a function `estimate(x_t, t) -> (eps, v)`, with v = None where 
 makes one from a model; compositions, anagrams and hybrids make one from several. The result is an estimate again, so
 these nest, and every loop of `ddpm.sampling` takes it.
 
-An estimate may carry one mark, the attribute `alternates`: it is another function at each step, see `alternating`. What
-is made of a marked estimate is marked, too, and `denoise_along` asks for the mark with `alternates(estimate)`.
+An estimate that is another function at each step (`alternating` makes one) has the attribute `alternates`, and so has
+whatever is made of it: `denoise_along` then lets no step look back at the one before.
 """
 
 import itertools

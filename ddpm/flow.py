@@ -1,9 +1,8 @@
 """Flow matching: a velocity carries noise to data along a straight path, x_t = (1-t) x_0 + t x_1.
 
 As in the papers, t = 0 is noise and t = 1 is data, so x_0 is *noise* and x_1 an image here; everywhere else in `ddpm`,
-x_0 is the image. A velocity is `velocity(x_t, t)
--> u`, the expected x_1 - x_0. Velocity and eps are interchangeable: `as_estimate` runs every algorithm of `sampling`
-on a flow, and `as_velocity` a flow's steps on a DDPM.
+x_0 is the image. A velocity is a function `velocity(x_t, t) -> u`, the expected x_1 - x_0. Velocity and eps are
+interchangeable: `as_estimate` runs every algorithm of `sampling` on a flow, and `as_velocity` a flow's steps on a DDPM.
 Source: Flow Matching, arXiv 2210.02747; Rectified Flow, arXiv 2209.03003.
 """
 

@@ -1,8 +1,8 @@
 """The sampling algorithms. Each is one function; one loop denoises.
 
 What they share is an *estimate* of the noise in x_t, `estimate(x_t, t) -> (eps, v)`: `ddpm.estimates` makes one from a
-model or from several; those for users may be imported from here, too. The loop, `denoise_along`, consumes it, one
-*step* after another: `ddpm_step`, `ddim_step`, `dpm_solver_step`, or one of your own,
+model or from several, and what users need of it may be imported from here, too. The loop, `denoise_along`, consumes the
+estimate, one *step* after another: `ddpm_step`, `ddim_step`, `dpm_solver_step`, or one of your own,
 `step(x_t, predicted, t, t_prev, schedule, noise) -> x_prev`.
 """
 

@@ -1,7 +1,7 @@
 """The cascade: text to a small image with stage 1, the small image to a larger one with stage 2.
 
-What it draws are `jobs`. It checks them before anything is computed, embeds their prompts, and loads the UNets, one at
-a time where both do not fit into the memory.
+It draws jobs (see `jobs`): checks them before anything is computed, embeds their prompts, and loads the UNets, one at a
+time where both do not fit into memory.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What a cascade draws, along two axes: which estimate, and which loop.
 
-A recipe builds an estimate from a stage, the same recipe in both stages; an algorithm of `ddpm.sampling` is the loop. A
-new one of either needs no change here or in the cascade.
+A recipe builds an estimate from a stage, the same recipe in both stages; the loop is an algorithm of `ddpm.sampling`. A
+new recipe or algorithm needs no change here or in the cascade.
 """
 
 import operator

@@ -3,9 +3,9 @@
     x_t ── conv_in ── down_blocks ── mid_block ── up_blocks ── conv_norm_out ── conv_out ── eps, v
                           └──────── skips, last in, first out ────────┘
 
-A level of the way down is some ResNet blocks, each followed by attention on the coarser levels, and a ResNet
-block that halves the image. The way up is its mirror image, and each of its ResNet blocks also takes one of
-the images that the way down left behind. Attribute names are those of the published checkpoints.
+A level of the way down is a few ResNet blocks, each followed by attention on the coarser levels, and a ResNet
+block that halves height and width. The way up mirrors it, and each of its ResNet blocks also takes one of the
+feature maps that the way down left behind, a skip. Attribute names are those of the published checkpoints.
 """
 
 import math
