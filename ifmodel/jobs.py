@@ -133,11 +133,9 @@ class Job:
                 self._check_image(name, image)
 
     def _check_image(self, name: str, image: Tensor):
-        fits = isinstance(image, Tensor) and image.dim() == 4
-        if name != "mask" and (not fits or not image.is_floating_point() or image.abs().max() > 1.5):  # in [0, 255]
+        fits = isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point()
+        if name != "mask" and (not fits or image.abs().max() > 1.5):  # in [0, 255], most likely
             raise ValueError(f"{name} must be a float tensor [B, 3, H, W] in [-1, 1], see ddpm.tools.images")
-        if not fits:
-            raise ValueError(f"{name} must be a tensor [1, 1, H, W], or one for each seed, see ddpm.tools.images")
         if len(image) not in (1, len(self.seeds)):
             raise ValueError(f"{name} has {len(image)} images for {len(self.seeds)} seeds: give one, or as many")
 
@@ -171,9 +169,10 @@ class Job:
 
 
 def images_of(algorithm: Callable) -> dict[str, Tensor]:
-    """The images that are bound to an algorithm."""
+    """The images that are bound to an algorithm, and a mask, if it has the images' four dimensions."""
     bound = getattr(algorithm, "keywords", {})
-    return {name: bound[name] for name in ("x_0", "x_orig", "mask") if name in bound}
+    images = {name: bound[name] for name in ("x_0", "x_orig", "mask") if name in bound}
+    return {name: x for name, x in images.items() if name != "mask" or getattr(x, "ndim", 0) == 4}
 
 
 def some_images(algorithm: Callable, rows: slice) -> Callable:

@@ -3,8 +3,8 @@
 Packing: oneDNN, which computes torch's convolutions on x86 CPUs, wants weights in an order of its own, and puts them in
 that order again at every call. On small images with many channels that takes longer than the convolution: laid out
 once, a 3 × 3 convolution of 768 channels at 8 × 8 is three times as fast in bfloat16, and a step of IF-I-M as a whole
-1.06 times. The price: the laid out weights are no longer those of the memory-mapped
-file but a copy, and the model is for inference alone, without gradients, copies or a state_dict.
+1.06 times. The price: the laid out weights are no longer those of the memory-mapped file but a copy, and the model is
+for inference alone, without gradients, copies or a state_dict.
 """
 
 import platform

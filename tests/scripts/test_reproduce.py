@@ -155,3 +155,10 @@ def test_every_experiment_of_the_assignment_is_there():
     assert sorted(keys) == sorted([f"A{k}" for k in range(12)] + [f"B{k}" for k in range(1, 9)] + ["C1", "C2"])
     for experiment in EXPERIMENTS:
         assert (ROOT / "scripts" / f"{experiment.script}.py").is_file()
+
+
+def test_digits_are_drawn_where_the_cascade_takes_float16(run_script, tmp_path):
+    """They have no float16; what is asked for the others does not stop them."""
+    status, printed, err = run_script("reproduce", "--only", "B6", "--fast", "--dtype", "float16", "--out", tmp_path)
+    assert status == 0 and "1 of 1 experiments" in printed, err
+    assert "float16" not in json.loads((tmp_path / "B6" / "made.json").read_text())["command"]
